@@ -1,0 +1,198 @@
+"""Train the three mini diffusion transformers that tqai ships: diffusers' own classes, scikit-learn's digits.
+
+    python benchmarks/minis/train_dit.py {flux,sd3,wan} [--steps N] [--seed S] [--out DIR]
+
+Rectified flow: x_sigma = (1 - sigma) x + sigma noise, the net predicts noise - x (Liu et al. 2209.03003; sigma is
+logit-normal as in SD3, Esser et al. 2403.03206). A class label becomes four learned "text" tokens and a pooled vector;
+class 10 is the empty prompt, so that classifier-free guidance works. Writes fp16 safetensors (EMA weights, config in
+the header) and a JSON log of loss and sample accuracy. Shapes are those ComfyUI's loaders detect: Flux and Wan with
+one head of 128, SD3 with width = 64 x depth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tqai_core.minis import digits
+
+TEXT_TOKENS, TEXT_WIDTH = 4, 64
+RECIPES: dict[str, dict[str, Any]] = {
+    "flux": dict(
+        cls="FluxTransformer2DModel", steps=900, batch=32, lr=2e-3,
+        config=dict(
+            patch_size=1, in_channels=4, num_layers=1, num_single_layers=3, attention_head_dim=128,
+            num_attention_heads=1, joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH,
+            guidance_embeds=False, axes_dims_rope=[16, 56, 56],
+        ),
+    ),
+    "sd3": dict(
+        cls="SD3Transformer2DModel", steps=800, batch=32, lr=1.5e-3,
+        config=dict(
+            sample_size=16, patch_size=2, in_channels=1, out_channels=1, num_layers=3, attention_head_dim=64,
+            num_attention_heads=3, joint_attention_dim=TEXT_WIDTH, caption_projection_dim=192,
+            pooled_projection_dim=TEXT_WIDTH, pos_embed_max_size=16, qk_norm="rms_norm",
+        ),
+    ),
+    "wan": dict(
+        cls="WanTransformer3DModel", steps=6000, batch=12, lr=2e-3,
+        config=dict(
+            patch_size=[1, 2, 2], num_attention_heads=1, attention_head_dim=128, in_channels=1, out_channels=1,
+            text_dim=TEXT_WIDTH, freq_dim=256, ffn_dim=256, num_layers=4, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+        ),
+    ),
+}  # fmt: skip
+ADALN = ("proj_out", "norm1.linear", "norm1_context.linear", "norm.linear")
+
+
+def pack(x: Tensor) -> Tensor:
+    """Flux' 2 x 2 packing: ``[b, 1, 16, 16] -> [b, 64, 4]``, as FluxPipeline._pack_latents does it."""
+    b = len(x)
+    return x.view(b, 1, 8, 2, 8, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, 64, 4)
+
+
+def unpack(z: Tensor) -> Tensor:
+    b = len(z)
+    return z.view(b, 8, 8, 1, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, 1, 16, 16)
+
+
+class Conditioned(nn.Module):
+    """The transformer and the table of its eleven prompts."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.transformer = getattr(diffusers, RECIPES[kind]["cls"])(**RECIPES[kind]["config"])
+        self.tokens = nn.Parameter(torch.randn(11, TEXT_TOKENS, TEXT_WIDTH))
+        self.pooled = nn.Parameter(torch.randn(11, TEXT_WIDTH))
+        for name, module in self.transformer.named_modules():  # adaLN-zero: every block starts as the identity
+            if isinstance(module, nn.Linear) and name.endswith(ADALN) and not ("single" in name and "proj_out" in name):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+        ids = torch.zeros(8, 8, 3)
+        ids[..., 1] += torch.arange(8)[:, None]
+        ids[..., 2] += torch.arange(8)[None]
+        self.register_buffer("img_ids", ids.reshape(64, 3), persistent=False)
+        self.register_buffer("txt_ids", torch.zeros(TEXT_TOKENS, 3), persistent=False)
+
+    def forward(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        kw: dict[str, Any] = dict(encoder_hidden_states=self.tokens[label], return_dict=False)
+        if self.kind == "wan":
+            return self.transformer(x, timestep=sigma * 1000, **kw)[0]
+        kw["pooled_projections"] = self.pooled[label]
+        if self.kind == "sd3":
+            return self.transformer(x, timestep=sigma * 1000, **kw)[0]
+        return self.transformer(x, timestep=sigma, img_ids=self.img_ids, txt_ids=self.txt_ids, **kw)[0]
+
+
+@torch.no_grad()
+def sample(net: Conditioned, labels: Tensor, seed: int, steps: int = 24, guidance: float = 2.0) -> Tensor:
+    """Plain Euler from noise, guidance 2; returns pixels in [-1, 1]."""
+    shape = {"flux": (64, 4), "sd3": (1, 16, 16), "wan": (1, 9, 16, 16)}[net.kind]
+    x = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(seed))
+    both = torch.cat([labels, torch.full_like(labels, 10)])
+    grid = torch.linspace(1, 0, steps + 1)
+    for now, then in pairwise(grid):
+        cond, uncond = net(torch.cat([x, x]), now.expand(2 * len(x)), both).chunk(2)
+        x = x + (then - now) * (uncond + guidance * (cond - uncond))
+    return unpack(x) if net.kind == "flux" else x
+
+
+def wan_batch(x: Tensor, y: Tensor, progress: float, step: int) -> tuple[Tensor, Tensor]:
+    """Short clips first, nine frames last: rotary positions carry over and one frame costs a ninth."""
+    if progress < 0.55:
+        if step % 2:
+            pick, frame = torch.randint(0, len(y), (36,)), int(torch.randint(0, 9, (1,)))
+            return x[pick][:, :, frame : frame + 1], y[pick]
+        pick, first = torch.randint(0, len(y), (12,)), int(torch.randint(0, 7, (1,)))
+        return x[pick][:, :, first : first + 3], y[pick]
+    pick = torch.randint(0, len(y), (5,))
+    return x[pick], y[pick]
+
+
+def train(kind: str, steps: int, seed: int, out: Path) -> None:
+    torch.manual_seed(seed)
+    recipe = RECIPES[kind]
+    x, y = digits.clips(6000, seed=seed) if kind == "wan" else digits.images()
+    if kind == "flux":
+        x = pack(x)
+    net = Conditioned(kind)
+    ema = copy.deepcopy(net).eval()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=recipe["lr"], betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    log: dict[str, Any] = dict(kind=kind, seed=seed, steps=steps, torch=torch.__version__, loss=[], accuracy=[])
+    log["parameters"] = sum(p.numel() for p in net.parameters())
+    running, began = None, time.process_time()
+    out.mkdir(parents=True, exist_ok=True)
+
+    def judge() -> float:
+        labels = torch.arange(20 if kind == "wan" else 100) % 10
+        return digits.accuracy(sample(ema, labels, seed=1), labels)
+
+    def save() -> None:
+        header = dict(format="tqai-mini", version="1", kind=kind, cls=recipe["cls"], config=json.dumps(recipe["config"]))
+        weights = {k: v.half().contiguous() for k, v in ema.state_dict().items()}
+        save_file(weights, out / f"{kind}.safetensors", {k: str(v) for k, v in header.items()})
+        log["cpu_seconds"] = round(time.process_time() - began, 1)
+        (out / f"{kind}.json").write_text(json.dumps(log, indent=1) + "\n")
+
+    bar = tqdm(range(steps), desc=kind, mininterval=2)
+    for step in bar:
+        progress = step / steps
+        rate = recipe["lr"] * min(1, (step + 1) / 60) * (0.5 + 0.5 * math.cos(math.pi * progress)) + 1e-5
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if kind == "wan":
+            clean, label = wan_batch(x, y, progress, step)
+        else:
+            pick = torch.randint(0, len(y), (recipe["batch"],))
+            clean, label = x[pick], y[pick]
+        label = torch.where(torch.rand(len(label)) < 0.12, torch.tensor(10), label)
+        sigma = torch.sigmoid(torch.randn(len(label)))
+        noise = torch.randn_like(clean)
+        s = sigma.view(-1, *[1] * (clean.ndim - 1))
+        loss = F.mse_loss(net((1 - s) * clean + s * noise, sigma, label), noise - clean)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            keep = min(0.998 if kind == "wan" else 0.995, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        if (step + 1) % 50 == 0:
+            bar.set_postfix(loss=f"{running:.4f}")
+            log["loss"].append([step + 1, round(running, 5)])
+        if (step + 1) % max(steps // 4, 1) == 0 or step + 1 == steps:
+            log["accuracy"].append([step + 1, round(judge(), 4)])
+            save()
+            tqdm.write(f"{kind} step {step + 1}: loss {running:.4f}, sample accuracy {log['accuracy'][-1][1]}")
+    print(json.dumps({k: log[k] for k in ("kind", "steps", "parameters", "cpu_seconds")} | {"accuracy": log["accuracy"][-1][1]}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=sorted(RECIPES))
+    parser.add_argument("--steps", type=int, help="optimiser steps; default: the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(digits.__file__).parent)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    train(args.kind, args.steps or RECIPES[args.kind]["steps"], args.seed, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The flow on streams whose truth is known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tqai_core as tqai
+from tqai_core.flow import Flow
+from tqai_core.memory import Stream
+from tqai_core.metrics import nmse
+from tqai_core.registry import REGISTRY, build, names
+from tqai_core.report import Recorder
+from tqai_core.types import Step, Where
+
+GRID = torch.linspace(1, 0, 25).tolist()
+A, B = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
+
+
+def line(sigma: float) -> torch.Tensor:
+    return A + sigma * B
+
+
+def curve(sigma: float) -> torch.Tensor:
+    return A + torch.sin(2 * sigma * B.abs() + 1)
+
+
+def drive(config, truth=curve, steps=24, where=(Where("model"),), bypass=None):
+    """Run a generation; returns outputs, the flow and its recorder."""
+    recorder = Recorder(lambda: flow.nbytes)
+    flow = Flow(config, recorder)
+    recorder.begin()
+    flow.begin(bypass)
+    out = []
+    for i in range(steps):
+        flow.enter(Step(i, GRID[i], steps, i == steps - 1))
+        out.append([flow.through(w, lambda i=i: truth(GRID[i])) for w in where])
+    return out, flow, recorder
+
+
+@given(order=st.sampled_from(["delta", "delta2"]), dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 50))
+@settings(max_examples=40, deadline=None)
+def test_forecast_is_exact_on_streams_of_its_order(order, dtype, seed):
+    """delta repeats a constant stream exactly, delta2 continues a straight one within rounding."""
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 3, 32, generator=g)
+    stream = Stream(build("codec", "exact"))
+    strategy = build("strategy", order)
+    value = lambda s: (a + (s * b if order == "delta2" else 0)).to(dtype)
+    for i, sigma in enumerate((0.9, 0.7, 0.65)):
+        stream.hold(strategy.plan(value(sigma), None, stream, Step(i, sigma)), value(sigma), Step(i, sigma))
+    guess = strategy.forecast(stream, Step(5, 0.3))
+    assert nmse(guess, value(0.3)) < (1e-10 if dtype == torch.float32 else 1e-3)
+
+
+@given(sigmas=st.lists(st.floats(0.01, 1), min_size=3, max_size=6, unique=True), bits=st.integers(4, 8))
+@settings(max_examples=40, deadline=None)
+def test_the_coded_loop_is_closed(sigmas, bits):
+    """What is held decodes to the value within the codec's own error, however long the history: nothing drifts."""
+    sigmas = sorted(sigmas, reverse=True)
+    stream, strategy = Stream(build("codec", f"turbo:bits={bits}")), build("strategy", "delta2")
+    for i, sigma in enumerate(sigmas):
+        x = curve(sigma)
+        stream.hold(strategy.plan(x, None, stream, Step(i, sigma)), x, Step(i, sigma))
+        direct = build("codec", f"turbo:bits={bits}")
+        assert torch.equal(stream.value("value"), direct.decode(direct.encode(x)))
+        stream.decoded.clear()
+
+
+def test_a_straight_stream_is_skipped_up_to_the_largest_gap():
+    out, _, recorder = drive(tqai.Config(codec="exact", monitor="lyapunov:tau=0.01,max_gap=4"), line)
+    report = recorder.report
+    assert report.calls == 24
+    assert report.calls_skipped >= 14
+    actions = "".join(d["action"][0] for d in report.decisions)
+    assert actions.startswith("ccc")
+    assert actions.endswith("c")
+    assert max(len(run) for run in actions.split("c")) == 4, "max_gap=4: at most four forecasts in a row"
+    for (x,), sigma in zip(out, GRID, strict=False):
+        assert nmse(x, line(sigma)) < 1e-9
+
+
+def test_a_rough_stream_is_computed():
+    g = torch.Generator().manual_seed(1)
+    noise = [torch.randn(4, 32, generator=g) for _ in range(24)]
+    it = iter(noise)
+    out, _, recorder = drive(tqai.Config(), lambda s: next(it))
+    assert recorder.report.calls_skipped == 0
+    assert all(torch.equal(x, n) for (x,), n in zip(out, noise, strict=True))
+    with pytest.warns(UserWarning, match="nothing was skipped in 24 evaluations: estimate over"):
+        recorder.end()
+
+
+def test_scorer_snr_changes_decisions():
+    base = dict(codec="exact", monitor="lyapunov:tau=0.05")
+    flat = drive(tqai.Config(scorer=None, **base))[2].report
+    weighted = drive(tqai.Config(scorer="snr", **base))[2].report
+    assert [d["action"] for d in flat.decisions] != [d["action"] for d in weighted.decisions]
+    scorer = build("scorer", "snr")
+    scores = [scorer.score(None, Step(0, s / 10), {}) for s in range(11)]
+    assert scores == sorted(scores, reverse=True), "monotone in sigma"
+    assert scores[0] == 1
+    assert scores[-1] == 0
+
+
+def test_order_one_beats_order_zero_at_equal_calls():
+    config = lambda s: tqai.Config(strategy=s, monitor="fixed:interval=2", codec="exact")
+    errors = {}
+    for s in ("delta", "delta2"):
+        out, _, recorder = drive(config(s))
+        errors[s] = sum(nmse(x, curve(sigma)) for (x,), sigma in zip(out, GRID, strict=False))
+        assert recorder.report.calls_skipped == 10
+    assert errors["delta2"] < errors["delta"] / 5
+
+
+@pytest.mark.parametrize("grid", [[1 - i / 24 for i in range(25)], [3 * (1 - i / 24) / (1 + 2 * (1 - i / 24)) for i in range(25)]])
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_estimate_is_right_for_polynomials_on_any_grid(grid, order):
+    """For a polynomial of degree order + 1 the remainder is exact, so every estimate must equal the true error."""
+    truth = lambda s: 1.0 + s ** (order + 1)
+    monitor, state, nodes, told = build("monitor", "lyapunov:tau=0"), {}, [], 0
+    for i in range(12):
+        step = Step(i, grid[i], 24)
+        estimate = monitor.decide(step, None, order, state).error_estimate
+        if i in (0, 1, 2, 5, 6, 10):
+            error = None
+            if len(nodes) > order:
+                a = nodes[-1]
+                line = truth(a) if order == 0 else truth(a) + (grid[i] - a) * (truth(a) - truth(nodes[-2])) / (a - nodes[-2])
+                error = abs(line - truth(grid[i]))
+                if estimate is not None:
+                    told += 1
+                    assert estimate == pytest.approx(error, rel=1e-9)
+            monitor.observe(step, error, order, state)
+            nodes.append(grid[i])
+    assert told >= 3
+
+
+def test_the_exponent_is_the_growth_of_the_error_a_step():
+    monitor, state = build("monitor", "lyapunov"), {}
+    for i in range(8):
+        monitor.decide(Step(i, 1 - i / 24, 24), None, 1, state)
+        monitor.observe(Step(i, 1 - i / 24, 24), 0.001 * math.exp(0.3 * i), 1, state)
+    assert state["exponent"] == pytest.approx(0.3, rel=0.05)
+
+
+def test_branches_never_mix():
+    shift = {"cond": 0.0, "uncond": 100.0}
+    where = [Where("model", b) for b in shift]
+    recorder = Recorder(lambda: flow.nbytes)
+    flow = Flow(tqai.Config(codec="exact"), recorder)
+    recorder.begin()
+    for i in range(24):
+        flow.enter(Step(i, GRID[i], 24, i == 23))
+        for w in where:
+            x = flow.through(w, lambda i=i, w=w: curve(GRID[i] / 8) + shift[w.branch])
+            assert nmse(x - shift[w.branch], curve(GRID[i] / 8)) < 0.05
+    assert recorder.report.calls == 48
+    assert recorder.report.calls_skipped > 10
+    assert recorder.report.evaluations == 24
+
+
+def test_bytes_are_walked_and_freed():
+    _, flow, recorder = drive(tqai.Config(codec="turbo:bits=8"))
+    held = sum(t.numel() * t.element_size() for s in flow.memory.streams.values() for p in s.parts.values() for t in p.tensors.values())
+    report = recorder.report
+    assert flow.nbytes == held > 0
+    assert report.bytes_held_peak == held
+    assert report.bytes_exact == 2 * 2 * A.numel()
+    assert held < report.bytes_exact * 0.45
+    flow.end()
+    assert flow.nbytes == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_makes_that_stream_exact_and_is_reported(bad):
+    def truth(sigma):
+        x = curve(sigma)
+        return torch.full_like(x, bad) if abs(sigma - GRID[8]) < 1e-6 else x
+
+    good, ill = Where("model", "cond"), Where("model", "uncond")
+    recorder = Recorder(lambda: flow.nbytes)
+    flow = Flow(tqai.Config(monitor="fixed:interval=2"), recorder)
+    recorder.begin()
+    seen = 0
+    for i in range(24):
+        flow.enter(Step(i, GRID[i], 24, i == 23))
+        flow.through(good, lambda i=i: curve(GRID[i]))
+        x = flow.through(ill, lambda i=i: truth(GRID[i]))
+        seen += not bool(x.isfinite().all())
+        if i > 8:
+            assert torch.equal(x, curve(GRID[i])), "exact from then on"
+    report = recorder.report
+    assert seen == 1
+    assert {"where": "transformer/model/uncond/out", "why": "NaN or inf in its output"} in report.fallbacks
+    assert report.per_site["transformer/model/cond/out"]["skipped"] >= 9, "the healthy stream goes on"
+
+
+def test_nan_in_the_first_evaluation_is_found():
+    truth = lambda s: torch.full((2, 32), math.nan) if s == 1.0 else curve(s)[:2, :32]
+    out, _, recorder = drive(tqai.Config(), truth)
+    assert recorder.report.fallbacks[0]["why"] == "NaN or inf in its output"
+    assert recorder.report.calls_skipped == 0
+    assert torch.equal(out[5][0], truth(GRID[5]))
+
+
+@pytest.mark.parametrize(
+    "kind, change",
+    [("shape", lambda x: x[:3]), ("dtype", lambda x: x.bfloat16())],
+)
+def test_a_changed_tensor_starts_a_new_history(kind, change):
+    truth = lambda s: curve(s) if s > 0.5 else change(curve(s))
+    out, _, recorder = drive(tqai.Config(monitor="fixed:interval=1"), truth)
+    assert any("changed" in f["why"] for f in recorder.report.fallbacks)
+    assert out[20][0].shape == truth(GRID[20]).shape
+    assert out[20][0].dtype == truth(GRID[20]).dtype
+
+
+def test_a_late_stream_and_gradients_stay_exact():
+    recorder = Recorder(lambda: flow.nbytes)
+    flow = Flow(tqai.Config(monitor="fixed:interval=3"), recorder)
+    recorder.begin()
+    for i in range(24):
+        flow.enter(Step(i, GRID[i], 24, i == 23))
+        flow.through(Where("model", "cond"), lambda i=i: curve(GRID[i]))
+        if i > 4:
+            assert torch.equal(flow.through(Where("model", "late"), lambda i=i: curve(GRID[i])), curve(GRID[i]))
+        x = flow.through(Where("model", "grad"), lambda i=i: curve(GRID[i]).requires_grad_())
+        assert x.requires_grad
+    whys = " ".join(f["why"] for f in recorder.report.fallbacks)
+    assert "appeared after the first evaluation" in whys
+    assert "torch.no_grad" in whys
+    assert recorder.report.per_site["transformer/model/cond/out"]["skipped"] > 5
+
+
+@pytest.mark.parametrize("config", [tqai.Config(strategy=None), tqai.Config(monitor=None)])
+def test_no_method_is_off(config):
+    out, flow, recorder = drive(config)
+    assert all(torch.equal(x, curve(s)) for (x,), s in zip(out, GRID, strict=False))
+    assert flow.nbytes == recorder.report.bytes_held_peak == 0
+    assert recorder.report.fallbacks[0]["why"].startswith("no ")
+
+
+def test_too_few_steps_are_left_alone_with_the_reason():
+    out, _, recorder = drive(tqai.Config(), steps=8)
+    assert all(torch.equal(x, curve(s)) for (x,), s in zip(out, GRID, strict=False))
+    with pytest.warns(UserWarning, match="8 steps are too few to forecast"):
+        recorder.end()
+
+
+MATRIX = list(itertools.product([None, *names("scorer")], names("strategy"), names("monitor"), names("codec")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("scorer, strategy, monitor, codec", MATRIX)
+def test_matrix_of_everything_registered(scorer, strategy, monitor, codec, dtype):
+    codec = {"name": codec, "bits": 8} if "bits" in REGISTRY["codec"][codec].options() else codec
+    config = tqai.Config(scorer=scorer, strategy=strategy, monitor=monitor, codec=codec)
+    assert tqai.Config.from_json(config.to_json()) == config
+    out, flow, recorder = drive(config, lambda s: curve(s / 8).to(dtype))
+    report = recorder.report
+    assert report.calls == 24
+    assert report.calls_skipped > 0, "a gentle stream must be forecast somewhere"
+    assert report.bytes_held_peak > 0
+    for (x,), sigma in zip(out, GRID, strict=False):
+        assert x.dtype == dtype
+        assert nmse(x, curve(sigma / 8)) < 0.05
+    flow.end()
+    assert flow.nbytes == 0
+
+
+def test_empty_and_one_token_tensors():
+    for shape in ((0, 64), (1, 64), (1, 1), (2, 3, 5)):
+        out, _, recorder = drive(tqai.Config(monitor="fixed:interval=2"), lambda s, shape=shape: torch.full(shape, s))
+        assert out[10][0].shape == shape
+        assert recorder.report.calls == 24
+
+
+def test_what_is_returned_may_be_overwritten():
+    """Hosts write into outputs in place; what is held must not follow."""
+    config = tqai.Config(strategy="delta", monitor="fixed:interval=3", codec="exact")
+    recorder = Recorder(lambda: flow.nbytes)
+    flow = Flow(config, recorder)
+    recorder.begin()
+    x = torch.ones(2, 32)
+    for i in range(24):
+        flow.enter(Step(i, GRID[i], 24, i == 23))
+        y = flow.through(Where("model"), lambda: x.clone())
+        assert torch.equal(y, x)
+        y.zero_()

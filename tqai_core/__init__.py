@@ -1,0 +1,47 @@
+"""tqai: fewer and smaller attention computations for diffusion transformers, measured.
+
+>>> import tqai_core as tqai
+>>> handle = tqai.apply(pipe, tqai.preset("balanced"))      # doctest: +SKIP
+>>> image = pipe("a prompt", num_inference_steps=24)        # doctest: +SKIP
+>>> print(handle.report().to_markdown())                    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import codecs, monitors, scorers, strategies
+from .config import Config, preset
+from .handle import Handle
+from .registry import Codec, build, discover, names
+from .report import Report
+from .types import Packed
+
+__version__ = "0.1.0"
+__all__ = ["Codec", "Config", "Handle", "Packed", "Report", "apply", "codec", "methods", "preset"]
+
+for _package in (scorers, strategies, monitors, codecs):
+    discover(_package)
+
+
+def apply(target: Any, config: Config | None = None, *, steps: int | None = None) -> Handle:
+    """Patch a diffusers pipeline (``transformer`` and ``transformer_2``) or a bare transformer; returns the undo.
+
+    ``steps`` is the number of evaluations of a loop of your own around a bare transformer, so that the last one is
+    known. Raises ValueError, with the model untouched, for what it cannot patch.
+    """
+    from . import adapters
+
+    if config is not None and not isinstance(config, Config):
+        raise ValueError(f"config must be a tqai.Config, got {type(config).__name__}: use Config.from_dict or tqai.preset")
+    return adapters.apply(target, config or Config(), steps)
+
+
+def codec(spec: Any) -> Codec:
+    """A codec from its spec, as in ``tqai.codec("turbo:bits=4")``."""
+    return build("codec", spec)
+
+
+def methods() -> dict[str, list[str]]:
+    """Names of all scorers, strategies, monitors and codecs."""
+    return {role: names(role) for role in ("scorer", "strategy", "monitor", "codec")}

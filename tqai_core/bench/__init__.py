@@ -1,0 +1,1 @@
+"""Measurements behind every printed figure. Seeded; CPU time on one thread; each table names what it compares with."""

@@ -1,0 +1,127 @@
+"""The command ``tqai``. Each subcommand imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand. Bad input is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="tqai", description="Attention compression for diffusion transformers, measured.")
+    sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, run: Any) -> argparse.ArgumentParser:
+        p = sub.add_parser(name, help=help, description=help)
+        p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the figures as JSON, to FILE or stdout")
+        p.set_defaults(run=run)
+        return p
+
+    demo = command("demo", "run the three trained minis with and without tqai and draw what came out", _demo)
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the page and the pictures")
+    demo.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
+    demo.add_argument("--seed", type=int, default=0)
+    command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
+    bench = command("bench", "measure, and print what is compared with", _bench)
+    bench.add_argument("what", choices=("dit",), help="dit: forecast-skipping on the minis")
+    bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
+    bench.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="seeds, as in 0,1,2")
+
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except ValueError as error:
+        print(f"tqai: {error}", file=sys.stderr)
+        return 2
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in _names(text))
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    result = demo.run(args.out, args.kinds, args.seed)
+    _finish(args.json, result, demo.tables_of(result))
+    if args.json != "-":
+        print(f"\npictures and charts: {args.out / 'index.html'}")
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from .registry import REGISTRY
+
+    data: dict[str, dict[str, dict[str, Any]]] = {
+        role: {
+            name: {
+                "summary": cls.summary(),
+                "paper": cls.paper,
+                "options": {k: {"default": o["default"], "help": o["help"]} for k, o in cls.options().items()},
+            }
+            for name, cls in sorted(methods.items())
+        }
+        for role, methods in REGISTRY.items()
+    }
+    if args.json:
+        _write(args.json, json.dumps(data, indent=1))
+        return 0
+    for role, methods in data.items():
+        rows = []
+        for name, m in methods.items():
+            options = "\n".join(f"{k}={o['default']}: {o['help']}" for k, o in m["options"].items())
+            rows.append([name, m["summary"], options])
+        _print_table(role, ["name", "what it does", "options"], rows)
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import dit
+
+    result = dit.bench(args.kinds, args.seeds, lambda text: print(f"... {text}", file=sys.stderr, flush=True))
+    _finish(args.json, result, dit.tables_of(result), dit.dumps)
+    return 0 if all(v["ok"] for v in result["verdicts"]) else 1
+
+
+def _finish(target: str | None, result: Any, tables: Iterable[tuple[str, list[str], list[list[str]]]], dumps: Any = json.dumps) -> None:
+    if target:
+        _write(target, dumps(result))
+    if target != "-":
+        for title, head, rows in tables:
+            _print_table(title, head, rows)
+
+
+def _write(target: str, text: str) -> None:
+    if target == "-":
+        print(text)
+    else:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(text + "\n")
+
+
+def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        figures = i > 0 and all(row[i][:1].isdigit() for row in rows if row[i])
+        table.add_column(name, justify="right" if figures else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What a script, a graph and a file share: frozen, hashable, versioned, a JSON round trip."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .registry import Codec, Method, Monitor, Scorer, Strategy, build, parse
+
+VERSION = 1
+LEVELS = ("model",)
+Spec = str | Mapping[str, Any] | Method | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A pipeline. Each stage is ``"name"``, ``"name:key=value,..."``, ``{"name": ..., key: value}`` or None (absent).
+
+    ``level`` is where it acts (``model``: the whole denoiser's output). ``skip_layers`` are blocks that must stay
+    exact. Stages are stored in their shortest spec form, so that equal pipelines are equal and hash alike.
+    """
+
+    scorer: Any = "snr"
+    strategy: Any = "delta2"
+    monitor: Any = "lyapunov"
+    codec: Any = "turbo:bits=8"
+    level: str = "model"
+    skip_layers: tuple[int, ...] = ()
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.version, int) or self.version > VERSION or self.version < 1:
+            raise ValueError(f"config version {self.version!r}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
+        if self.level not in LEVELS:
+            raise ValueError(f"level={self.level!r} is unknown; known: {', '.join(LEVELS)}")
+        for role in ("scorer", "strategy", "monitor", "codec"):
+            spec = getattr(self, role)
+            absent = spec is None or (isinstance(spec, str) and spec.strip().lower() in ("", "none"))
+            method = None if absent else build(role, spec)
+            if method is not None and self.level not in method.levels:
+                raise ValueError(f"{role} {method.name!r} works at level {', '.join(method.levels)}, asked at {self.level!r}")
+            object.__setattr__(self, role, method.spec if method else None)
+        if self.codec is None:
+            object.__setattr__(self, "codec", "exact")
+        layers = (self.skip_layers,) if isinstance(self.skip_layers, int) else self.skip_layers
+        try:
+            if isinstance(layers, str):
+                layers = [int(part) for part in layers.split(",") if part.strip()]
+            layers = tuple(sorted({int(layer) for layer in layers}))
+        except (TypeError, ValueError):
+            raise ValueError(f"skip_layers={self.skip_layers!r}: give block numbers, as in skip_layers=(0, 1)") from None
+        object.__setattr__(self, "skip_layers", layers)
+
+    def build(self) -> tuple[Scorer | None, Strategy | None, Monitor | None, Codec]:
+        """The four methods."""
+        roles = ("scorer", "strategy", "monitor", "codec")
+        return tuple(build(r, s) if (s := getattr(self, r)) else None for r in roles)  # type: ignore[return-value]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Config:
+        """From :meth:`to_dict`, or the pipeline dict people know, with ``scorer_kwargs`` and so on beside the names."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a config is a dict, got {type(data).__name__}")
+        data = dict(data)
+        version = data.get("version", VERSION)
+        if isinstance(version, int) and version > VERSION:  # before its unknown keys are blamed
+            raise ValueError(f"config version {version}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
+        for role in ("scorer", "strategy", "monitor", "codec"):
+            if kwargs := data.pop(f"{role}_kwargs", None):
+                if not data.get(role):
+                    raise ValueError(f"{role}_kwargs without a {role}: name the {role} too")
+                name, options = parse(data[role])
+                data[role] = {"name": name, **options, **kwargs}
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(data.keys() - set(known)):
+            raise ValueError(f"config has unknown {', '.join(unknown)}; known: {', '.join(known)} and <stage>_kwargs")
+        return cls(**data)
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"this is no JSON ({error}); write the file with config.to_json()") from None
+        return cls.from_dict(data)
+
+
+PRESETS = ("quality", "balanced", "fast")
+FAMILIES = ("flux", "sd3", "wan")
+# tolerance a preset and family, tuned on seeds 100-102 of the minis (benchmarks/tune_presets.py); tests use others
+TAUS = {
+    "quality": {"flux": 0.045, "sd3": 0.045, "wan": 0.05},
+    "balanced": {"flux": 0.07, "sd3": 0.085, "wan": 0.1},
+    "fast": {"flux": 0.11, "sd3": 0.12, "wan": 0.14},
+}
+
+
+def preset(name: str = "balanced", family: str | None = None) -> Config:
+    """A ready pipeline: ``quality`` (about 40 % of the calls of 24 steps skipped), ``balanced`` (50 %), ``fast`` (58 %).
+
+    ``family`` is ``flux``, ``sd3`` or ``wan``; without one the strictest tolerance of the three is taken.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}, or leave it out")
+    tau = TAUS[name][family] if family else min(TAUS[name].values())
+    return Config(monitor={"name": "lyapunov", "tau": tau})

@@ -1,0 +1,167 @@
+"""``tqai demo``: each mini with one seed, exact, with tqai, and with fewer steps; a table and a page of pictures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import preset
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from .bench.harness import Run
+
+STEPS = 24
+COUNT = {"flux": 10, "sd3": 10, "wan": 5}
+ZOOM = 3  # of a 16 x 16 digit on the page
+
+
+def run(out: Path, kinds: Sequence[str] = ("flux", "sd3", "wan"), seed: int = 0) -> dict[str, Any]:
+    """Generate, measure, draw; writes ``out/index.html`` and the pictures, returns the figures as plain data."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .bench.harness import Mini, compare, machine, one_thread
+    from .minis import KINDS
+
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"unknown mini {', '.join(unknown)}; known: {', '.join(KINDS)}")
+    one_thread()
+    out.mkdir(parents=True, exist_ok=True)
+    methods = ("exact", "tqai balanced", "tqai fast", "fewer steps")
+    result: dict[str, Any] = {"machine": machine(), "seed": seed, "steps": STEPS, "rows": [], "decisions": {}}
+    sections = []
+    bar = Progress(
+        TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("loading", total=len(kinds) * len(methods))
+        for kind in kinds:
+            mini = Mini(kind)
+            labels = list(range(COUNT[kind]))
+            mini.schedule("euler", 1.0)
+            mini.run(labels, seed, 1)  # warm caches are part of no figure
+            runs: dict[str, Run] = {}
+            for method in methods:
+                bar.update(task, description=f"{kind}: {method}")
+                config = preset(method.split()[1], kind) if method.startswith("tqai") else None
+                steps = round(runs["tqai balanced"].calls / runs["exact"].calls * STEPS) if method == "fewer steps" else STEPS
+                runs[method] = mini.run(labels, seed, steps, config)
+                bar.advance(task)
+            exact = runs["exact"]
+            for method, r in runs.items():
+                row = {
+                    "mini": kind, "method": method, "calls": r.calls, "skipped": exact.calls - r.calls,
+                    "cpu_ratio": exact.seconds / r.seconds, "held": r.report.bytes_held_peak if r.report else 0,
+                    "fp16": r.report.bytes_exact if r.report else 0, **compare(mini, r, exact),
+                }  # fmt: skip
+                result["rows"].append(row | {"psnr": None} if method == "exact" else row)
+            report = runs["tqai balanced"].report
+            assert report is not None
+            result["decisions"][kind] = report.decisions
+            sections.append(_section(kind, {m: mini.pixels(r.latents) for m, r in runs.items()}, result, out))
+    (out / "index.html").write_text(PAGE.replace("SECTIONS", "\n".join(sections)).replace("MACHINE", html.escape(_place(result))))
+    return result
+
+
+def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+    head = ["mini", "method", "model calls", "skipped", "CPU ratio", "latent PSNR dB", "same label", "bytes held", "as fp16"]
+    rows = []
+    for r in result["rows"]:
+        psnr = "exact" if r["psnr"] is None else f"{r['psnr']:.1f}"
+        rows.append(
+            [
+                r["mini"], r["method"], str(r["calls"]), str(r["skipped"]), f"{r['cpu_ratio']:.2f}", psnr,
+                f"{r['agreement']:.3f}", f"{r['held']:,}", f"{r['fp16']:,}",
+            ]
+        )  # fmt: skip
+    yield f"{STEPS} Euler steps, guidance 2, one seed; {_place(result)}", head, rows
+
+
+def _place(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    return f"{m['cpu']}, 1 thread, torch {m['torch']}"
+
+
+def _section(kind: str, samples: dict[str, Tensor], result: dict[str, Any], out: Path) -> str:
+    cells = []
+    for method, x in samples.items():
+        row = next(r for r in result["rows"] if r["mini"] == kind and r["method"] == method)
+        name = f"{kind}-{method.replace(' ', '-')}.{'gif' if x.ndim == 5 else 'png'}"
+        data = _encode(x)
+        (out / name).write_bytes(data)
+        note = f"{row['calls']} calls, {row['cpu_ratio']:.2f}x" + ("" if row["psnr"] is None else f", {row['psnr']:.1f} dB")
+        src = f"data:image/{name[-3:]};base64,{base64.b64encode(data).decode()}"
+        cells.append(f'<figure><img src="{src}" alt="{kind} {method}"><figcaption><b>{method}</b><br>{note}</figcaption></figure>')
+    drawing = chart(result["decisions"][kind])
+    (out / f"{kind}-decisions.svg").write_text(drawing)
+    return f"<h2>{kind}</h2><div class=row>{''.join(cells)}</div>{drawing}"
+
+
+def _encode(x: Tensor) -> bytes:
+    """A strip of digits as PNG, or of clips as an animated GIF."""
+    buffer = io.BytesIO()
+    if x.ndim == 4:
+        _strip(x[:, 0]).save(buffer, "PNG")
+    else:
+        first, *rest = [_strip(x[:, 0, f]) for f in range(x.shape[2])]
+        first.save(buffer, "GIF", save_all=True, append_images=rest, duration=160, loop=0)
+    return buffer.getvalue()
+
+
+def _strip(x: Tensor) -> Image:
+    """Digits ``[n, 16, 16]`` in [-1, 1], side by side in rows of five."""
+    from PIL import Image
+
+    n = len(x)
+    grid = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().view(-(-n // 5), min(n, 5), 16, 16)
+    flat = grid.permute(0, 2, 1, 3).reshape(grid.shape[0] * 16, -1)
+    image = Image.fromarray(flat.numpy())
+    return image.resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.NEAREST)
+
+
+def chart(decisions: Sequence[dict[str, Any]], width: int = 760, height: int = 190) -> str:
+    """An SVG of one run: bars where a step was computed, the forecast's error (measured) and its estimate, log scale."""
+    import math
+
+    left, top, floor, low, high = 44, 14, height - 26, -3.0, 0.5
+    x = lambda i: left + (i + 0.5) * (width - left - 8) / max(len(decisions), 1)  # noqa: E731
+    y = lambda e: floor - (min(max(math.log10(max(e, 1e-9)), low), high) - low) / (high - low) * (floor - top)  # noqa: E731
+    w = (width - left - 8) / max(len(decisions), 1) * 0.8
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="10">'
+        f'<rect width="{width}" height="{height}" fill="#fff"/>'
+    ]
+    for e in (0.001, 0.01, 0.1, 1):
+        parts.append(f'<path d="M{left} {y(e):.1f}H{width - 8}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 4}" y="{y(e) + 3:.1f}" text-anchor="end">{e:g}</text>')
+    for i, d in enumerate(decisions):
+        colour = "#b9cfe8" if d["action"] == "compute" else "#f3f3f3"
+        place = f'x="{x(i) - w / 2:.1f}" y="{top}" width="{w:.1f}" height="{floor - top}"'
+        told = f"step {d['step']}, sigma {d['sigma']:.3f}: {d['action']}, {html.escape(d['why'])}"
+        parts.append(f'<rect {place} fill="{colour}" opacity=".6"><title>{told}</title></rect>')
+        parts.append(f'<text x="{x(i):.1f}" y="{height - 14}" text-anchor="middle">{d["step"]}</text>')
+        if d["error"]:
+            parts.append(f'<circle cx="{x(i):.1f}" cy="{y(d["error"]):.1f}" r="3.5" fill="#1f5fa8"/>')
+        if d["error_estimate"]:
+            parts.append(f'<path d="M{x(i) - 4:.1f} {y(d["error_estimate"]):.1f}h8" stroke="#d2691e" stroke-width="2"/>')
+    legend = "step: blue = computed, grey = forecast; dot = measured relative error of the forecast, dash = its estimate"
+    parts.append(f'<text x="{left}" y="{height - 2}">{legend}</text></svg>')
+    return "".join(parts)
+
+
+PAGE = """<!doctype html><meta charset=utf-8><title>tqai demo</title>
+<style>body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222}
+.row{display:flex;flex-wrap:wrap;gap:14px}figure{margin:0}img{image-rendering:pixelated;background:#000;display:block}
+figcaption{font-size:12px;color:#444;max-width:240px}svg{margin-top:10px;max-width:100%}</style>
+<h1>tqai demo</h1><p>Three miniature diffusion transformers (diffusers' own Flux, SD3 and WAN classes, trained on handwritten
+digits), the same seed in every picture. PSNR is measured on the latents against the exact run. MACHINE.</p>
+SECTIONS
+"""

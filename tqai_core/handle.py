@@ -1,0 +1,43 @@
+"""What ``apply`` returns: the report, and the exact undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from .flow import Flow
+from .report import Recorder, Report
+
+
+class Handle:
+    """A patched model. ``with tqai.apply(pipe, config) as handle:`` undoes itself."""
+
+    def __init__(self) -> None:
+        self.flows: list[Flow] = []
+        self.recorder = Recorder(lambda: self.nbytes)
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held right now; 0 between generations."""
+        return sum(flow.nbytes for flow in self.flows)
+
+    def report(self) -> Report:
+        """The generation under way, or the last one."""
+        return self.recorder.report
+
+    def on_remove(self, undo: Callable[[], None]) -> None:
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """The model as it was, bit for bit. May be called again."""
+        while self._undo:
+            self._undo.pop()()
+        for flow in self.flows:
+            flow.begin(flow.bypass)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()

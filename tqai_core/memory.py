@@ -1,0 +1,89 @@
+"""What is held between evaluations: one :class:`Stream` a site, branch and kind, coded parts only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .registry import Codec, build
+from .types import Packed, Part, Step, Where, nbytes, signature
+
+VECTOR = 128  # coordinates a vector when a tensor's own last dimension is no good one
+
+
+@dataclass
+class Stream:
+    """The history of one tensor over evaluations. ``value("slope")`` decodes a held part, fp32, in the tensor's shape."""
+
+    codec: Codec
+    step: Step | None = None
+    parts: dict[str, Packed] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    kind: tuple[torch.Size, torch.dtype, torch.device] | None = None
+    decoded: dict[str, Tensor] = field(default_factory=dict)  # within one visit only: emptied before it ends
+
+    def hold(self, parts: dict[str, Part], x: Tensor, step: Step) -> None:
+        """Replace what is held. ``x`` gives the shape and dtype that every part must have."""
+        self.parts = {name: self._pack(part) for name, part in parts.items()}
+        self.step, self.kind = step, signature(x)
+        self.decoded.clear()
+
+    def value(self, name: str) -> Tensor | None:
+        """The decoded part, or None if it is not held. Read it, do not write it: it may be asked for again."""
+        packed = self.parts.get(name)
+        if packed is None or self.kind is None:
+            return None
+        if name in self.decoded:
+            return self.decoded[name]
+        shape = self.kind[0]
+        flat = build("codec", packed.codec).decode(packed, torch.float32)
+        self.decoded[name] = flat if flat.shape == shape else flat.flatten()[: shape.numel()].view(shape)
+        return self.decoded[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the coded parts, of the scorer's state, and of anything decoded that was left alive."""
+        return nbytes([[p.tensors for p in self.parts.values()], self.state, self.decoded])
+
+    def _pack(self, part: Part) -> Packed:
+        codec = _width(self.codec, part.bits)
+        x = part.tensor.detach()
+        if codec.name != "exact" and not 32 <= x.shape[-1] <= 1024:
+            flat = x.flatten()  # latents [b, c, h, w]: short rows would pay a gain each
+            x = F.pad(flat, (0, -flat.numel() % VECTOR)).view(-1, VECTOR)
+        return codec.encode(x)
+
+
+class Memory:
+    """All streams of one model in one generation."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self.streams: dict[Where, Stream] = {}
+
+    def __getitem__(self, where: Where) -> Stream:
+        if where not in self.streams:
+            self.streams[where] = Stream(self.codec)
+        return self.streams[where]
+
+    def __iter__(self) -> Iterator[Where]:
+        return iter(self.streams)
+
+    def clear(self) -> None:
+        self.streams.clear()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stream.nbytes for stream in self.streams.values())
+
+
+def _width(codec: Codec, bits: int | None) -> Codec:
+    if bits is None or not hasattr(codec, "bits"):
+        return codec
+    return dataclasses.replace(codec, bits=bits)  # type: ignore[type-var]

@@ -1,0 +1,43 @@
+"""The only definitions of every figure tqai prints."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def nmse(x: Tensor, exact: Tensor) -> float:
+    """|x - exact|^2 / |exact|^2 over the whole tensor."""
+    exact = exact.float()
+    return float((x.float() - exact).square().sum() / exact.square().sum().clamp_min(1e-38))
+
+
+def psnr(x: Tensor, exact: Tensor) -> float:
+    """10 log10(peak^2 / MSE) in dB with peak = max - min of ``exact``; inf when equal."""
+    exact = exact.float()
+    mse = float((x.float() - exact).square().mean())
+    peak = float(exact.max() - exact.min())
+    return math.inf if mse == 0 else 10 * math.log10(peak * peak / mse)
+
+
+def cosine(x: Tensor, exact: Tensor) -> float:
+    """Mean cosine between vectors along the last dimension."""
+    return float(torch.cosine_similarity(x.float(), exact.float(), dim=-1).mean())
+
+
+def squares(guess: Tensor | None, x: Tensor) -> Tensor:
+    """``[|guess - x|^2, |x|^2]`` as fp32 on the device, without a host sync; the first is 0 without a guess."""
+    # scaled by the size, so that fp32 sums do not overflow where x itself does not
+    scale = 1.0 / max(x.numel(), 1) ** 0.5
+    truth = (x.float() * scale).square().sum()
+    gap = truth.new_zeros(()) if guess is None else ((guess - x.float()) * scale).square().sum()
+    return torch.stack([gap, truth])
+
+
+def relative(gap: float, truth: float) -> float:
+    """Relative error from sums of squares; an all-zero truth gives 0 for a perfect forecast and inf otherwise."""
+    if truth > 0:
+        return math.sqrt(gap / truth)
+    return 0.0 if gap == 0 else math.inf

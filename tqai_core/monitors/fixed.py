@@ -1,0 +1,33 @@
+"""A schedule fixed beforehand, for comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..registry import Monitor, param
+from ..types import Decision, Step
+from . import forced
+
+
+@dataclass(frozen=True)
+class Fixed(Monitor, name="fixed"):
+    """Computes one evaluation in ``interval``, whatever the error. Equal to lyapunov at gaps of 2, behind it beyond.
+
+    ``interval`` may be a fraction: 2.5 computes two evaluations in five.
+    """
+
+    interval: float = param(2.0, "evaluations a computed one stands for", low=1.0, high=1000.0)
+    warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)
+    min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
+
+    def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
+        seen = state["seen"] = state.get("seen", 0) + 1
+        if why := forced(step, seen, self.warmup, self.min_steps):
+            return Decision(True, why)
+        since = seen - self.warmup
+        due = int(since / self.interval) > int((since - 1) / self.interval)
+        return Decision(due, f"one in {self.interval:g}")
+
+    def observe(self, step: Step, error: float | None, order: int, state: dict[str, Any]) -> None:
+        pass

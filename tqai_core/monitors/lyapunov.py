@@ -1,0 +1,67 @@
+"""Forecast while the measured divergence of forecast and truth allows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..registry import Monitor, param
+from ..types import Decision, Step
+from . import forced
+
+
+@dataclass(frozen=True)
+class Lyapunov(Monitor, name="lyapunov", paper="step-size control of multistep ODE solvers (Hairer, Norsett, Wanner, Solving ODEs I, III.5)"):
+    """At every computed step the forecast is compared with the truth, which is free. The error found is carried over to
+    the coming step by the remainder of interpolation, and the step is forecast while that stays below
+    tau * (1.3 - .9 importance).
+
+    The remainder of a polynomial through the last order + 1 computed sigmas grows as the product of the distances to
+    them: one tolerance then means the same on every grid and shift. The first ``warmup`` evaluations of a model and
+    the last one are always computed.
+    """
+
+    tau: float = param(0.07, "relative error a forecast may have", low=0.0, high=10.0)
+    warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)
+    max_gap: int = param(6, "most evaluations forecast in a row", low=1, high=1000)
+    min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
+
+    def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
+        seen = state["seen"] = state.get("seen", 0) + 1
+        gap = state["gap"] = state.get("gap", 0) + 1
+        nodes = state.get("nodes", [])
+        estimate = None
+        if state.get("error") is not None:
+            estimate = state["error"] * _remainder(step.sigma, nodes, order) / state["remainder"]
+        tolerance = self.tau * (1.0 if importance is None else 1.3 - 0.9 * importance)
+        why = forced(step, seen, self.warmup, self.min_steps)
+        if why:
+            return Decision(True, why, estimate)
+        if estimate is None:
+            why = "no forecast to judge by"
+        elif gap > self.max_gap:
+            why = f"{self.max_gap} forecasts in a row"
+        elif not estimate <= tolerance:
+            why = "estimate over the tolerance"
+        else:
+            return Decision(False, "estimate within the tolerance", estimate)
+        return Decision(True, why, estimate)
+
+    def observe(self, step: Step, error: float | None, order: int, state: dict[str, Any]) -> None:
+        nodes = state.setdefault("nodes", [])
+        remainder = _remainder(step.sigma, nodes, order)
+        if error is not None and remainder > 0:
+            before = state.get("error")
+            if before and error > 0:  # growth of the divergence a step: the finite-time exponent
+                state["exponent"] = math.log(error / before) / max(state.get("gap", 1), 1)
+            state["error"], state["remainder"] = error, remainder
+        nodes.append(step.sigma)
+        del nodes[: -order - 1]
+        state["gap"] = 0
+
+
+def _remainder(sigma: float, nodes: Sequence[float], order: int) -> float:
+    """Product of the distances to the nodes a forecast of this order goes through."""
+    return math.prod(abs(sigma - node) for node in nodes[-order - 1 :])

@@ -1,0 +1,138 @@
+"""What happened, and the recorder that every flow of a handle writes to."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .types import Decision, Step, Where
+
+
+@dataclass
+class Report:
+    """The last generation (or the one under way), the same keys for every door.
+
+    ``calls`` are model calls asked for by the host, ``evaluations`` sampler steps, ``bytes_exact`` what fp16 copies of
+    the held tensors would take at the peak, ``seconds_cpu`` process CPU time of the whole generation.
+    """
+
+    calls: int = 0
+    calls_skipped: int = 0
+    evaluations: int = 0
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    bytes_held_peak: int = 0
+    bytes_exact: int = 0
+    seconds_cpu: float = 0.0
+    per_site: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    fallbacks: list[dict[str, str]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    def to_markdown(self) -> str:
+        share = self.calls_skipped / self.calls if self.calls else 0.0
+        lines = [
+            "| evaluations | calls | skipped | held at the peak | as fp16 copies | CPU |",
+            "|---|---|---|---|---|---|",
+            f"| {self.evaluations} | {self.calls} | {self.calls_skipped} ({share:.0%}) | {self.bytes_held_peak:,} B "
+            f"| {self.bytes_exact:,} B | {self.seconds_cpu:.2f} s |",
+        ]
+        if self.decisions:
+            lines += ["", "| step | sigma | action | estimate | error | why |", "|---|---|---|---|---|---|"]
+            for d in self.decisions:
+                cells = [d["step"], f"{d['sigma']:.4f}", d["action"], _figure(d["error_estimate"]), _figure(d["error"]), d["why"]]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines += [f"\nwarning: {text}" for text in self.warnings]
+        lines += [f"\nexact: {f['where']}: {f['why']}" for f in self.fallbacks]
+        return "\n".join(lines) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+class Recorder:
+    """Collects one generation. ``held`` tells the bytes held right now by everything that belongs to the handle."""
+
+    def __init__(self, held: Callable[[], int]) -> None:
+        self._held = held
+        self.running = False
+        self.report = Report(warnings=["nothing has run yet"])
+
+    def begin(self) -> None:
+        self.report = Report()
+        self.running = True
+        self._clock = time.process_time()
+        self._why: Counter[str] = Counter()
+        self._error = ""
+
+    def decision(self, model: str, step: Step, decision: Decision) -> dict[str, Any]:
+        self.report.evaluations += 1
+        self._why[decision.why] += decision.compute
+        entry = {
+            "step": step.index,
+            "sigma": step.sigma,
+            "action": "compute" if decision.compute else "forecast",
+            "error_estimate": decision.error_estimate,
+            "error": None,
+            "why": decision.why,
+            "model": model,
+        }
+        self.report.decisions.append(entry)
+        return entry
+
+    def call(self, model: str, where: Where, skipped: bool) -> None:
+        site = self._site(model, where)
+        self.report.calls += 1
+        self.report.calls_skipped += skipped
+        site["calls"] += 1
+        site["skipped"] += skipped
+        self.report.seconds_cpu = time.process_time() - self._clock
+
+    def held(self, model: str, where: Where, stream_bytes: int, exact: int) -> None:
+        """After every store: the peak is walked, not computed."""
+        site = self._site(model, where)
+        site["bytes_held_peak"] = max(site["bytes_held_peak"], stream_bytes)
+        total = self._held()
+        if total > self.report.bytes_held_peak:
+            self.report.bytes_held_peak = total
+        self.report.bytes_exact = max(self.report.bytes_exact, exact)
+
+    def error(self, model: str, where: Where, error: float) -> None:
+        site = self._site(model, where)
+        site["errors"] = site.get("errors", 0) + 1
+        site["error_mean"] = site["error_mean"] + (error - site["error_mean"]) / site["errors"]
+
+    def fallback(self, where: str, why: str) -> None:
+        entry = {"where": where, "why": why}
+        if entry not in self.report.fallbacks:
+            self.report.fallbacks.append(entry)
+
+    def warn(self, text: str) -> None:
+        if text not in self.report.warnings:
+            self.report.warnings.append(text)
+            warnings.warn(f"tqai: {text}", UserWarning, stacklevel=4)
+
+    def end(self) -> None:
+        if not self.running:
+            return
+        self.running = False
+        self.report.seconds_cpu = time.process_time() - self._clock
+        for site in self.report.per_site.values():
+            site.pop("errors", None)
+        if self.report.calls and not self.report.calls_skipped:
+            reasons = [f["why"] for f in self.report.fallbacks] or [why for why, _ in self._why.most_common(3)]
+            self.warn(f"nothing was skipped in {self.report.evaluations} evaluations: {'; '.join(reasons)}")
+
+    def _site(self, model: str, where: Where) -> dict[str, Any]:
+        empty = {"calls": 0, "skipped": 0, "bytes_held_peak": 0, "error_mean": 0.0}
+        return self.report.per_site.setdefault(f"{model}/{where}", empty)

@@ -1,0 +1,42 @@
+"""Order 1: the stream goes on in a straight line over sigma."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..registry import Strategy, param
+from ..types import Part, Step
+
+if TYPE_CHECKING:
+    from ..memory import Stream
+
+
+@dataclass(frozen=True)
+class Delta2(Strategy, name="delta2", paper="linear multistep prediction, as in Adams-Bashforth and TaylorSeer 2503.06923"):
+    """Forecast = last value + slope x (change of sigma), the line through the last two computed values.
+
+    Held as value and slope: the slope is taken from the exact new value against the decoded old one, so that it
+    stands a few bits (value 6 + slope 3 bits: 1.25x the error of two fp16 copies at 1/3.6 of the bytes).
+    """
+
+    slope_bits: int = param(3, "bits a coordinate of the slope", low=1, high=8)
+
+    order = 1
+
+    def forecast(self, stream: Stream, step: Step) -> Tensor | None:
+        value, slope = stream.value("value"), stream.value("slope")
+        if value is None or slope is None or stream.step is None:
+            return value
+        return torch.add(value, slope, alpha=step.sigma - stream.step.sigma)
+
+    def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
+        parts = {"value": Part(x)}
+        before = stream.value("value")
+        if before is not None and stream.step is not None and step.sigma != stream.step.sigma:
+            slope = (x.float() - before) / (step.sigma - stream.step.sigma)
+            parts["slope"] = Part(slope.to(x.dtype), self.slope_bits)
+        return parts

@@ -1,0 +1,123 @@
+"""What travels between the stages. Every word here is defined in the README's glossary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1  # of a saved Packed; a reader refuses newer ones
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoiser evaluation. ``index`` counts evaluations from 0, ``sigma`` is the time (1 = noise, 0 = clean)."""
+
+    index: int
+    sigma: float
+    total: int | None = None
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Where:
+    """The key of a stream: a site (``model``, ``block.3``, ``attn.3``), a guidance branch and a kind of tensor."""
+
+    site: str
+    branch: str = "cond"
+    kind: str = "out"
+
+    def __str__(self) -> str:
+        return f"{self.site}/{self.branch}/{self.kind}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the monitor wants of a step. ``error_estimate`` is the relative error a forecast would have, if known."""
+
+    compute: bool
+    why: str
+    error_estimate: float | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor that a strategy wants to keep; ``bits`` overrides the codec's own width."""
+
+    tensor: Tensor
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor as a codec holds it: only what must stay alive to decode it.
+
+    ``codec`` is the spec that decodes it, ``shape`` the original shape, ``tensors`` the payload and all side
+    information. Tables that a seed can rebuild (rotations, levels) are not part of it.
+    """
+
+    codec: str
+    shape: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor kept, side information included."""
+        return nbytes(self.tensors)
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and text metadata as ``safetensors.torch.save_file`` wants them."""
+        header = {"format": FORMAT, "codec": self.codec, "shape": list(self.shape), "meta": dict(self.meta)}
+        return {k: v.contiguous() for k, v in self.tensors.items()}, {"tqai": json.dumps(header)}
+
+    @staticmethod
+    def load(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Packed:
+        """The reverse of :meth:`save`. Raises ValueError naming the field that is missing or wrong."""
+        if not metadata or "tqai" not in metadata:
+            raise ValueError("metadata field 'tqai' is missing: this is no tensor packed by tqai; save it with Packed.save()")
+        try:
+            header = json.loads(metadata["tqai"])
+            version, codec, shape, meta = (header[k] for k in ("format", "codec", "shape", "meta"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"metadata field 'tqai' is damaged ({error}): save the tensor again") from None
+        if not isinstance(version, int) or version > FORMAT:
+            raise ValueError(f"field 'format' is {version!r}, this tqai reads up to {FORMAT}: upgrade tqai-core")
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"field 'shape' is {shape!r}: expected a list of sizes; save the tensor again")
+        if not isinstance(codec, str) or not isinstance(meta, dict):
+            raise ValueError("field 'codec' or 'meta' has the wrong type: save the tensor again")
+        return Packed(codec, tuple(shape), dict(tensors), meta)
+
+
+def tensors_in(thing: object) -> Iterator[Tensor]:
+    """Every tensor that ``thing`` keeps alive: through mappings, sequences, packed tensors and plain objects."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, Mapping):
+        for value in thing.values():
+            yield from tensors_in(value)
+    elif isinstance(thing, (list, tuple)):
+        for value in thing:
+            yield from tensors_in(value)
+    elif hasattr(thing, "__dict__"):
+        yield from tensors_in(vars(thing))
+
+
+def nbytes(thing: object) -> int:
+    """Bytes of the distinct storages under ``thing``: a view counts its whole base, shared storage counts once."""
+    seen: dict[int, int] = {}
+    for tensor in tensors_in(thing):
+        if tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
+
+
+def signature(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """What must not change within a stream."""
+    return x.shape, x.dtype, x.device
