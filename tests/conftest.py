@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("tqai_core") is None:
     sys.path.append(str(ROOT))
 
-import torch
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 COUNT = {"flux": 2, "sd3": 2, "wan": 1}

@@ -51,7 +51,9 @@ def test_rotation_is_orthogonal_and_the_same_for_a_seed(d):
     assert torch.allclose(rotation.unrotate(rotation.rotate(x, m), m), x, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits, most", [(1, 0.365), (2, 0.1165), (3, 0.0342), (4, 0.0094), (5, 0.0026), (6, 0.0007), (7, 0.0002), (8, 5e-5)])
+@pytest.mark.parametrize(
+    "bits, most", [(1, 0.365), (2, 0.1165), (3, 0.0342), (4, 0.0094), (5, 0.0026), (6, 0.0007), (7, 0.0002), (8, 5e-5)]
+)
 def test_turbo_error_and_bytes(bits, most):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4096, 128, generator=g) * torch.exp(0.5 * torch.randn(4096, 1, generator=g))
@@ -64,7 +66,11 @@ def test_turbo_error_and_bytes(bits, most):
 
 
 @given(
-    x=arrays("float32", st.tuples(st.integers(0, 5), st.integers(1, 40)), elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)),
+    x=arrays(
+        "float32",
+        st.tuples(st.integers(0, 5), st.integers(1, 40)),
+        elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False),
+    ),
     bits=st.integers(1, 8),
     dtype=st.sampled_from(DTYPES),
 )
@@ -138,7 +144,9 @@ def test_foreign_files_are_refused_by_field(metadata, word):
         Packed.load({}, metadata)
 
 
-@pytest.mark.parametrize("x", [torch.tensor(1.0), torch.ones(3, dtype=torch.int64), torch.tensor([[1.0, math.nan]]), torch.tensor([[math.inf]])])
+@pytest.mark.parametrize(
+    "x", [torch.tensor(1.0), torch.ones(3, dtype=torch.int64), torch.tensor([[1.0, math.nan]]), torch.tensor([[math.inf]])]
+)
 def test_turbo_refuses_what_it_cannot_code(x):
     with pytest.raises(ValueError, match="turbo"):
         tqai.codec("turbo").encode(x)

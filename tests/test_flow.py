@@ -18,6 +18,7 @@ from tqai_core.registry import REGISTRY, build, names
 from tqai_core.report import Recorder
 from tqai_core.types import Step, Where
 
+WHERE = (Where("model"),)
 GRID = torch.linspace(1, 0, 25).tolist()
 A, B = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
 
@@ -30,7 +31,7 @@ def curve(sigma: float) -> torch.Tensor:
     return A + torch.sin(2 * sigma * B.abs() + 1)
 
 
-def drive(config, truth=curve, steps=24, where=(Where("model"),), bypass=None):
+def drive(config, truth=curve, steps=24, where=WHERE, bypass=None):
     """Run a generation; returns outputs, the flow and its recorder."""
     recorder = Recorder(lambda: flow.nbytes)
     flow = Flow(config, recorder)
@@ -293,3 +294,20 @@ def test_what_is_returned_may_be_overwritten():
         y = flow.through(Where("model"), lambda: x.clone())
         assert torch.equal(y, x)
         y.zero_()
+
+
+def test_the_ranks_agree_on_the_summed_error():
+    """What ``agree`` returns is what the monitor sees: an error that only another rank has makes this one compute."""
+    config = tqai.Config(monitor="lyapunov:tau=0.05")
+    truth = lambda i: curve(GRID[i] / 8)
+    skipped = []
+    for other in (0.0, 1e3):
+        recorder = Recorder(lambda: 0)
+        flow = Flow(config, recorder, agree=lambda sums, other=other: sums + torch.tensor([other, 0.0]))
+        recorder.begin()
+        for i in range(24):
+            flow.enter(Step(i, GRID[i], 24, i == 23))
+            flow.through(Where("model"), lambda i=i: truth(i))
+        skipped.append(recorder.report.calls_skipped)
+    assert skipped[0] > 5
+    assert skipped[1] == 0

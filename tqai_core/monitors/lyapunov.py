@@ -13,7 +13,9 @@ from . import forced
 
 
 @dataclass(frozen=True)
-class Lyapunov(Monitor, name="lyapunov", paper="step-size control of multistep ODE solvers (Hairer, Norsett, Wanner, Solving ODEs I, III.5)"):
+class Lyapunov(
+    Monitor, name="lyapunov", paper="step-size control of multistep ODE solvers (Hairer, Norsett, Wanner, Solving ODEs I, III.5)"
+):
     """At every computed step the forecast is compared with the truth, which is free. The error found is carried over to
     the coming step by the remainder of interpolation, and the step is forecast while that stays below
     tau * (1.3 - .9 importance).

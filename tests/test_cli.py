@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import tqai_core as tqai
+from tqai_core.bench import dit
+from tqai_core.cli import main
+from tqai_core.demo import chart
+
+
+def test_methods_lists_everything_registered(capsys):
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    for role, names in tqai.methods().items():
+        assert role in text
+        for name in names:
+            assert name in text
+    assert main(["methods", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {role: sorted(v) for role, v in data.items()} == tqai.methods()
+    assert data["monitor"]["lyapunov"]["options"]["tau"]["help"]
+
+
+def test_demo_draws_and_counts(tmp_path, capsys):
+    assert main(["demo", "--kinds", "flux", "--out", str(tmp_path / "d"), "--json", str(tmp_path / "d.json")]) == 0
+    assert "tqai balanced" in capsys.readouterr().out
+    result = json.loads((tmp_path / "d.json").read_text())
+    rows = {r["method"]: r for r in result["rows"]}
+    assert rows["exact"]["calls"] == 48
+    assert rows["tqai fast"]["calls"] < rows["tqai balanced"]["calls"] < 30
+    assert rows["fewer steps"]["calls"] == rows["tqai balanced"]["calls"]
+    assert rows["tqai balanced"]["psnr"] > rows["fewer steps"]["psnr"] + 3
+    page = (tmp_path / "d" / "index.html").read_text()
+    assert page.count("<img") == 4
+    assert page.count("<svg") == 1
+    assert (tmp_path / "d" / "flux-exact.png").read_bytes()[:4] == b"\x89PNG"
+    assert 'fill="#1f5fa8"' in chart(result["decisions"]["flux"])
+
+
+def test_bad_input_is_one_line(capsys):
+    assert main(["demo", "--kinds", "sdxl"]) == 2
+    assert capsys.readouterr().err == "tqai: unknown mini sdxl; known: flux, sd3, wan\n"
+    with pytest.raises(SystemExit):
+        main(["nonsense"])
+
+
+@pytest.mark.parametrize("calls", range(5, 24))
+def test_the_fixed_schedule_meets_the_calls_it_is_compared_at(calls):
+    from tqai_core.monitors.fixed import Fixed
+    from tqai_core.types import Step
+
+    monitor, state = Fixed(interval=dit.interval_for(calls)), {}
+    count = sum(monitor.decide(Step(i, 0.0, 24, i == 23), None, 0, state).compute for i in range(24))
+    assert calls - 2 <= count <= calls
+    if calls in (11, 12, 13):
+        assert count == calls
+
+
+def test_the_bench_runs_and_its_promises_are_computed_from_its_rows(monkeypatch):
+    monkeypatch.setattr(dit, "TRUTH", 48)  # a coarse truth: this test is about the plumbing
+    monkeypatch.setattr(dit, "SHIFTS", (1.0,))
+    monkeypatch.setattr(dit, "SAMPLES", {"sd3": 2})
+    result = dit.bench(["sd3"], [0])
+    data = json.loads(dit.dumps(result))
+    euler = {r["method"]: r for r in data["tables"]["sd3"]["euler"]}
+    assert euler["exact"]["calls"] == 24
+    assert euler["exact"]["nmse"] == 0
+    assert euler["exact"]["psnr"] is None
+    ours = euler["tqai balanced"]
+    assert ours["calls"] == euler["plain reuse, same calls"]["calls"] == euler["fewer Euler steps, same calls"]["calls"]
+    verdicts = {v["what"]: v for v in data["verdicts"]}
+    assert verdicts["latent PSNR, dB"]["measured"] == ours["psnr"]
+    assert verdicts["calls skipped, Euler 24, balanced"]["ok"] == (ours["skipped"] >= 0.48)
+    worse = [r | {"nmse": r["nmse"] * 100} if r["method"] == "tqai balanced" else r for r in result["tables"]["sd3"]["euler"]]
+    again = dit.verdicts("sd3", result["tables"]["sd3"] | {"euler": worse})
+    assert not next(v for v in again if v["what"] == "NMSE / plain reuse at equal calls")["ok"], "a promise can fail"
+    assert len(list(dit.tables_of(result))) == 4
