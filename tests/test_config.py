@@ -17,7 +17,7 @@ def test_pipeline_dict_and_kwargs():
     )
     assert config.monitor == "lyapunov:tau=0.1"
     assert config.skip_layers == (0, 1)
-    assert config == tqai.Config(monitor={"name": "lyapunov", "tau": 0.1}, skip_layers=(0, 1))
+    assert config == tqai.Config(scorer="snr", monitor={"name": "lyapunov", "tau": 0.1}, skip_layers=(0, 1))
     assert hash(config) == hash(tqai.Config.from_json(config.to_json()))
 
 

@@ -52,11 +52,12 @@ class Stream:
         return nbytes([[p.tensors for p in self.parts.values()], self.state, self.decoded])
 
     def _pack(self, part: Part) -> Packed:
-        codec = _width(self.codec, part.bits)
+        codec = self.codec if part.bits is None else _changed(self.codec, bits=part.bits)
         x = part.tensor.detach()
         if codec.name != "exact" and not 32 <= x.shape[-1] <= 1024:
             flat = x.flatten()  # latents [b, c, h, w]: short rows would pay a gain each
             x = F.pad(flat, (0, -flat.numel() % VECTOR)).view(-1, VECTOR)
+            codec = _changed(codec, mean="never")  # vectors cut from a latent have no common mean
         return codec.encode(x)
 
 
@@ -83,7 +84,7 @@ class Memory:
         return sum(stream.nbytes for stream in self.streams.values())
 
 
-def _width(codec: Codec, bits: int | None) -> Codec:
-    if bits is None or not hasattr(codec, "bits"):
-        return codec
-    return dataclasses.replace(codec, bits=bits)  # type: ignore[type-var]
+def _changed(codec: Codec, **options: Any) -> Codec:
+    """The codec with other options, as far as it has them."""
+    known = {key: value for key, value in options.items() if hasattr(codec, key)}
+    return dataclasses.replace(codec, **known) if known else codec  # type: ignore[type-var]

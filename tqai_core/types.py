@@ -15,12 +15,17 @@ FORMAT = 1  # of a saved Packed; a reader refuses newer ones
 
 @dataclass(frozen=True)
 class Step:
-    """One denoiser evaluation. ``index`` counts evaluations from 0, ``sigma`` is the time (1 = noise, 0 = clean)."""
+    """One denoiser evaluation. ``index`` counts evaluations from 0, ``sigma`` is the time (1 = noise, 0 = clean).
+
+    ``width`` is the sampler's step in sigma from here, relative to the mean step of the schedule: what an error made
+    here weighs in the result. 1 where the schedule is unknown.
+    """
 
     index: int
     sigma: float
     total: int | None = None
     last: bool = False
+    width: float = 1.0
 
 
 @dataclass(frozen=True)

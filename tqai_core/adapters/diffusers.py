@@ -132,7 +132,14 @@ class SchedulerClock(Clock):
         elif len(self.sigmas) < len(self.timesteps):
             bypass = f"{type(scheduler).__name__} has no sigmas: use a flow-matching scheduler"
         sigma = self.sigmas[at] if at < len(self.sigmas) else 0.0
-        return Tick(at, Step(at, sigma, total, at == len(self.timesteps) - 1), fresh, bypass)
+        return Tick(at, Step(at, sigma, total, at == len(self.timesteps) - 1, self._width(at)), fresh, bypass)
+
+    def _width(self, at: int) -> float:
+        """The step from here relative to the mean step of the schedule."""
+        if at + 1 >= len(self.sigmas) or self.sigmas[self.start] <= self.sigmas[-1]:
+            return 1.0
+        mean = (self.sigmas[self.start] - self.sigmas[-1]) / (len(self.sigmas) - 1 - self.start)
+        return abs(self.sigmas[at] - self.sigmas[at + 1]) / mean
 
     def _position(self, timestep: Any, family: Family, first: bool = False) -> int:
         scheduler = self.pipe.scheduler

@@ -52,17 +52,6 @@ def lloyd_max(bits: int, d: int | None = None) -> Tensor:
     return torch.tensor((level - level[::-1]) / 2, dtype=torch.float32)
 
 
-@lru_cache(maxsize=128)
-def grid(bits: int, d: int | None = None) -> tuple[Tensor, float, float]:
-    """A lookup grid for :func:`nearest`: ``(codes uint8 [cells], cells per unit, offset)``."""
-    level = lloyd_max(bits, d)
-    cells = 2 ** max(11, bits + 6)
-    reach = float(level[-1]) * 1.05 + 0.1
-    centre = (torch.arange(cells) + 0.5) / cells * 2 * reach - reach
-    border = (level[1:] + level[:-1]) / 2
-    return torch.bucketize(centre, border).to(torch.uint8), cells / (2 * reach), cells / 2
-
-
 @lru_cache(maxsize=8)
 def _density(d: int | None) -> tuple[np.ndarray, np.ndarray]:
     # d = 1 and 2 put all their mass at the rim; three dimensions are uniform and serve them well, since the gain is refitted

@@ -17,15 +17,15 @@ class Lyapunov(
     Monitor, name="lyapunov", paper="step-size control of multistep ODE solvers (Hairer, Norsett, Wanner, Solving ODEs I, III.5)"
 ):
     """At every computed step the forecast is compared with the truth, which is free. The error found is carried over to
-    the coming step by the remainder of interpolation, and the step is forecast while that stays below
-    tau * (1.3 - .9 importance).
+    the coming step by the remainder of interpolation, and the step is forecast while that stays below the tolerance.
 
     The remainder of a polynomial through the last order + 1 computed sigmas grows as the product of the distances to
-    them: one tolerance then means the same on every grid and shift. The first ``warmup`` evaluations of a model and
-    the last one are always computed.
+    them. The tolerance is tau / sqrt(width) * (1.3 - .9 importance): ``width`` is the sampler's step from here relative
+    to its mean step, since an error counts in proportion to it; without a scorer the last factor is 1. One tau then
+    means the same on every grid and shift. The first ``warmup`` evaluations of a model and the last are computed.
     """
 
-    tau: float = param(0.07, "relative error a forecast may have", low=0.0, high=10.0)
+    tau: float = param(0.06, "relative error a forecast may have", low=0.0, high=10.0)
     warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)
     max_gap: int = param(6, "most evaluations forecast in a row", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
@@ -37,7 +37,7 @@ class Lyapunov(
         estimate = None
         if state.get("error") is not None:
             estimate = state["error"] * _remainder(step.sigma, nodes, order) / state["remainder"]
-        tolerance = self.tau * (1.0 if importance is None else 1.3 - 0.9 * importance)
+        tolerance = self.tau / max(step.width, 1e-6) ** 0.5 * (1.0 if importance is None else 1.3 - 0.9 * importance)
         why = forced(step, seen, self.warmup, self.min_steps)
         if why:
             return Decision(True, why, estimate)

@@ -1,0 +1,259 @@
+"""The axes along which vectors are coded: a random rotation for all, or calibrated ones a head, from a file.
+
+A KLT basis (the eigenvectors of the second moment) turns a head's correlations into unequal variances, and reverse
+water-filling gives each band of coordinates its bits (Cover and Thomas, Elements of Information Theory, 10.3.3).
+Calibration needs about 16 d vectors a head; with fewer than 2 d, or on another head, it is worse than none: every entry
+carries the verdict of a held-out check, and a head that did not win keeps the random rotation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import rotation
+from .packing import row_bytes
+
+FORMAT = 1
+BAND = 8  # coordinates that share a width
+# NMSE of a unit-variance coordinate by width: what a bit buys. Measured with the trellis (benchmarks/trellis_levels.py)
+NMSE = (1.0, 0.316, 0.0884, 0.0242, 0.00656, 0.0018, 0.000454, 0.000114, 0.000029)
+Run = tuple[int, int, int]  # first coordinate, last + 1, bits
+
+
+@dataclass(frozen=True)
+class Basis:
+    """One head's axes: rows of ``matrix [d, d]`` (or of a block of it), ``scale [d]`` their standard deviations or
+    None for alike ones, ``runs`` the bits of each stretch of coordinates. ``levels_for`` is the dimension whose
+    coordinate distribution the levels are made for, None for a Gaussian."""
+
+    matrix: Tensor
+    runs: tuple[Run, ...]
+    scale: Tensor | None = None
+    block: int | None = None
+    levels_for: int | None = None
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """``matrix.T``, contiguous: the product with rows of vectors is twice as fast."""
+        return self.matrix.T.contiguous()
+
+    @property
+    def whole(self) -> bool:
+        return len(self.runs) == 1
+
+    @property
+    def active(self) -> Tensor:
+        """Coordinates that get any bits."""
+        return torch.cat([torch.arange(a, b, device=self.matrix.device) for a, b, bits in self.runs if bits])
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(row_bytes(b - a, bits) for a, b, bits in self.runs if bits)
+
+    def forward(self, q: Tensor) -> Tensor:
+        """``q [n, d]`` on these axes, unscaled: what a decoded vector in this domain is multiplied with."""
+        return q @ self.columns if self.block is None else (q.reshape(-1, self.block) @ self.columns).view(q.shape)
+
+    def to(self, device: torch.device) -> Basis:
+        scale = None if self.scale is None else self.scale.to(device)
+        return Basis(self.matrix.to(device), self.runs, scale, self.block, self.levels_for)
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The bases of one stream: one for all heads, or one a head."""
+
+    heads: tuple[Basis, ...]
+    _moved: dict[torch.device, tuple[Basis, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, device: torch.device) -> tuple[Basis, ...]:
+        if device not in self._moved:
+            self._moved[device] = tuple(basis.to(device) for basis in self.heads)
+        return self._moved[device]
+
+
+@lru_cache(maxsize=64)
+def hadamard(d: int, bits: int, seed: int) -> Bases:
+    """The random rotation for vectors of ``d``."""
+    block = rotation.block_size(d)
+    return Bases((Basis(rotation.matrix(block, seed), ((0, d, bits),), None, None if block == d else block, d),))
+
+
+def klt(samples: Tensor, bits: int) -> Basis:
+    """The KLT basis of ``samples [n, d]`` (mean removed here) with runs of bits that average ``bits`` exactly."""
+    x = samples.float() - samples.float().mean(0)
+    moment = (x.T @ x / max(len(x), 1)).double()
+    variance, vectors = torch.linalg.eigh(moment)
+    variance, vectors = variance.flip(0).clamp_min(0), vectors.flip(1)
+    sign = torch.sign(vectors[vectors.abs().argmax(0), torch.arange(len(vectors))])  # eigenvectors have no sign of their own
+    d = len(variance)
+    scale = (variance + 1e-8 * variance.max() + 1e-30).sqrt().float()
+    return Basis((vectors * sign).T.float().contiguous(), water_fill(scale.square(), bits * d), scale)
+
+
+def water_fill(variance: Tensor, total: int) -> tuple[Run, ...]:
+    """Runs of bits whose sum over coordinates is ``total``, greedily by what the next bit saves (reverse water-filling)."""
+    d = len(variance)
+    edges = [*range(0, d, BAND), d]
+    sizes = [b - a for a, b in pairwise(edges)]
+    weight = [float(variance[a:b].sum()) for a, b in pairwise(edges)]
+    width, left = [0] * len(sizes), total
+    while True:
+        gains = [
+            ((weight[i] * (NMSE[width[i]] - NMSE[width[i] + 1])) / sizes[i], i)
+            for i in range(len(sizes))
+            if width[i] < 8 and sizes[i] <= left
+        ]
+        if not gains:
+            break
+        _, i = max(gains, key=lambda pair: (pair[0], -pair[1]))
+        width[i] += 1
+        left -= sizes[i]
+    runs: list[Run] = []
+    for (a, b), bits in zip(pairwise(edges), width, strict=True):
+        if runs and runs[-1][2] == bits:
+            runs[-1] = (runs[-1][0], b, bits)
+        else:
+            runs.append((a, b, bits))
+    return tuple(runs)
+
+
+def calibrate(
+    samples: Mapping[str, Tensor], bits: int, codec: Any = None, held_out: float = 0.25
+) -> tuple[BasesFile, dict[str, list[dict[str, Any]]]]:
+    """Bases for every stream of ``samples`` (name -> ``[heads, n, d]``) with a held-out verdict a head.
+
+    The last ``held_out`` share of the vectors judges: a head whose KLT does not beat the random rotation there, coded by
+    ``codec`` at the same bytes, keeps the rotation. Returns the file and, a stream, one verdict a head.
+    """
+    from ..registry import build
+
+    codec = codec or build("codec", {"name": "trellis", "bits": bits})
+    if codec.bits != bits:
+        raise ValueError(f"the codec has {codec.bits} bits, the bases are for {bits}: give both the same")
+    streams: dict[str, tuple[Basis | None, ...]] = {}
+    verdicts: dict[str, list[dict[str, Any]]] = {}
+    for name, x in samples.items():
+        if x.ndim != 3 or not x.is_floating_point():
+            raise ValueError(f"samples of {name!r} have shape {tuple(x.shape)}: give floats [heads, n, d]")
+        cut = int(x.shape[1] * (1 - held_out))
+        d = x.shape[-1]
+        chosen: list[Basis | None] = []
+        verdicts[name] = []
+        for head in x:
+            fit, test = head[:cut].float(), head[cut:].float()
+            verdict: dict[str, Any] = {"vectors": cut}
+            basis = None
+            if cut >= 2 * d and len(test):
+                basis = klt(fit, bits)
+                error = {
+                    kind: _error(codec, test, bases)
+                    for kind, bases in (("klt", Bases((basis,))), ("hadamard", hadamard(d, bits, codec.seed)))
+                }
+                verdict |= error
+                if error["klt"] >= error["hadamard"]:
+                    basis = None
+            else:
+                verdict["why"] = f"{cut} vectors are fewer than 2 d = {2 * d}"
+            verdict["kept"] = "hadamard" if basis is None else "klt"
+            verdicts[name].append(verdict)
+            chosen.append(basis)
+        streams[name] = tuple(chosen)
+    return BasesFile(streams, bits), verdicts
+
+
+def _error(codec: Any, x: Tensor, bases: Bases) -> float:
+    y = codec.decode(codec.encode(x, bases=bases), torch.float32, bases=bases)
+    return float(((x - y).square().sum(-1) / x.square().sum(-1).clamp_min(1e-30)).mean())
+
+
+@dataclass(frozen=True)
+class BasesFile:
+    """Calibrated bases by stream name; None stands for a head that keeps the random rotation."""
+
+    streams: Mapping[str, tuple[Basis | None, ...]]
+    bits: int
+    model: str = ""  # hash of the model it was calibrated on; empty for none
+
+    def of(self, stream: str | None, d: int, heads: int | None, bits: int, seed: int) -> Bases:
+        """The bases of a stream. Raises ValueError for an unknown stream, another width, size or number of heads."""
+        if stream is None or stream not in self.streams:
+            known = ", ".join(list(self.streams)[:4])
+            raise ValueError(f"the file of bases has no stream {stream!r}; it has {known}, ...: give encode(x, stream=...)")
+        if bits != self.bits:
+            raise ValueError(f"the file of bases is for {self.bits} bits, asked for {bits}: calibrate again or use bits={self.bits}")
+        found = self.streams[stream]
+        if heads is not None and heads % len(found):
+            raise ValueError(f"stream {stream!r} has {len(found)} heads in the file, the tensor has {heads}: give [..., heads, tokens, d]")
+        plain = hadamard(d, bits, seed).heads[0]
+        out = tuple(plain if basis is None else basis for basis in found)
+        if any(basis.matrix.shape[-1] != d for basis in out if basis is not plain):
+            raise ValueError(f"stream {stream!r} has vectors of another size in the file than {d}")
+        return Bases(out)
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with a JSON header."""
+        tensors: dict[str, Tensor] = {}
+        header: dict[str, Any] = {"format": FORMAT, "bits": self.bits, "model": self.model, "streams": {}}
+        for name, heads in self.streams.items():
+            header["streams"][name] = [None if basis is None else list(map(list, basis.runs)) for basis in heads]
+            for i, basis in enumerate(heads):
+                if basis is not None and basis.scale is not None:
+                    tensors[f"{name}/{i}/matrix"] = basis.matrix.half()
+                    tensors[f"{name}/{i}/scale"] = basis.scale
+        save_file(tensors, str(path), {"tqai-bases": json.dumps(header)})
+
+    @staticmethod
+    def load(path: str | Path) -> BasesFile:
+        """Read a file of :meth:`save`. ValueError names the field that is missing or wrong."""
+        try:
+            with safe_open(str(path), framework="pt") as f:
+                header = json.loads((f.metadata() or {}).get("tqai-bases", "null"))
+                if not isinstance(header, dict):
+                    raise ValueError(f"{path}: field 'tqai-bases' is missing: this is no file of tqai bases; run tqai calibrate")
+                if header.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{path}: field 'format' is {header.get('format')!r}, this tqai reads {FORMAT}: upgrade or calibrate again"
+                    )
+                streams: dict[str, tuple[Basis | None, ...]] = {}
+                for name, heads in header["streams"].items():
+                    streams[name] = tuple(
+                        None if runs is None else _basis(f.get_tensor(f"{name}/{i}/matrix"), f.get_tensor(f"{name}/{i}/scale"), runs)
+                        for i, runs in enumerate(heads)
+                    )
+                return BasesFile(streams, int(header["bits"]), str(header["model"]))
+        except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a readable file of bases ({error}): calibrate again") from None
+
+
+def _basis(matrix: Tensor, scale: Tensor, runs: Any) -> Basis:
+    d = len(scale)
+    runs = tuple((int(a), int(b), int(bits)) for a, b, bits in runs)
+    joined = all(left[1] == right[0] for left, right in pairwise(runs))
+    if matrix.shape != (d, d) or not runs or runs[0][0] != 0 or runs[-1][1] != d or not joined:
+        raise ValueError(f"field 'runs' does not cover the {d} coordinates of the basis: calibrate again")
+    if any(not 0 <= bits <= 8 for _, _, bits in runs):
+        raise ValueError("field 'runs' has bits outside 0 to 8: calibrate again")
+    return Basis(matrix.float(), runs, scale.float())
+
+
+@lru_cache(maxsize=8)
+def _load(path: str, stamp: float) -> BasesFile:
+    return BasesFile.load(path)
+
+
+def load(path: str) -> BasesFile:
+    """A file of bases, kept in memory until it changes on disk."""
+    file = Path(path)
+    return _load(str(file), file.stat().st_mtime if file.exists() else 0.0)

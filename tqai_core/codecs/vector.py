@@ -1,0 +1,210 @@
+"""The container that ``turbo`` and ``trellis`` share: vectors along the last dimension, tokens before it, heads before.
+
+Token mean removed (a head's mean, 256 vectors or more) -> basis (random rotation, or a calibrated KLT) -> unit RMS ->
+quantiser, a run of coordinates at a time -> bytes, and one log gain a vector, refitted by least squares.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..registry import Codec, param
+from ..types import Packed
+from . import gain
+from .bases import Bases, Basis, hadamard
+from .packing import row_bytes
+from .scalar import Scratch
+
+MEAN_FROM = 256  # vectors a head from which its mean costs less than a sixteenth of a bit a coordinate
+
+
+class Quantiser(Protocol):
+    chunk: int  # coordinates coded at a time: bounds the extra memory
+
+    def encode(self, y: Tensor, inverse: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def decode(self, packed: Tensor, d: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class VectorCodec(Codec, role="codec"):
+    """Base of the codecs of vectors; see the module for the way of a tensor."""
+
+    bits: int = param(4, "bits a coordinate", low=1, high=8)
+    mean: str = param("auto", "remove each head's token mean: auto = from 256 vectors a head", choices=("auto", "always", "never"))
+    basis: str = param("hadamard", "hadamard, or the file of calibrated bases (per-head KLT)")
+    seed: int = param(0, "seed of the rotation", low=0, high=2**31 - 1)
+
+    def quantiser(self, bits: int, d: int | None, device: torch.device, kind: str) -> Quantiser:
+        raise NotImplementedError
+
+    def kind(self, vectors: int) -> str:
+        """Which quantiser a call with so many vectors gets; written into the packed tensor."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor, stream: str | None = None, bases: Bases | None = None) -> Packed:
+        """Code the vectors of ``x [..., heads, tokens, d]`` (bf16, fp16 or fp32; any strides; may be empty).
+
+        ``stream`` names the tensor ("blocks.3/k") where the basis comes from a file; ``bases`` gives one directly.
+        Raises ValueError for scalars, integer tensors, NaN and inf, and a stream that the file does not know.
+        """
+        if x.ndim == 0 or not x.is_floating_point():
+            raise ValueError(
+                f"{self.name} codes vectors of floats [..., d]; got {x.dtype} of shape {tuple(x.shape)}: add a dimension or cast"
+            )
+        d, device = x.shape[-1], x.device
+        tokens = x.shape[-2] if x.ndim > 1 else 1
+        rows = x.reshape(-1, d)
+        n, heads = len(rows), max(len(rows) // max(tokens, 1), 1)
+        bases = bases or self._bases(stream, d, heads)
+        plan = bases.at(device)
+        kind = self.kind(n)
+        tensors: dict[str, Tensor] = {}
+        with_mean = n > 0 and (self.mean == "always" or (self.mean == "auto" and tokens >= MEAN_FROM))
+        if with_mean:
+            # rounded to what is stored before it is taken off, so that the rounding is coded, not lost
+            tensors["mean"] = rows.view(heads, tokens, d).mean(1, dtype=torch.float32).to(torch.bfloat16)
+        codes = torch.empty(n, plan[0].row_bytes, dtype=torch.uint8, device=device)
+        gains = torch.empty(n, dtype=torch.float32, device=device)
+        scratch = Scratch()
+        for head, i, j in _chunks(heads, tokens, self._step(kind, plan, device), whole=len(plan) == 1 and not with_mean):
+            mu = tensors["mean"][head].float() if with_mean else None
+            codes[i:j], gains[i:j] = self._encode(rows[i:j], mu, plan[head % len(plan)], kind, scratch)
+        wide = max(bits for _, _, bits in plan[0].runs) >= 7
+        tensors["codes"] = codes
+        tensors["gain"], tensors["span"] = gain.encode(gains, 16 if wide else 8)
+        meta: dict[str, Any] = {"dtype": str(x.dtype)[6:], "kind": kind}
+        if stream is not None:
+            meta["stream"] = stream
+        return Packed(self.spec, tuple(x.shape), tensors, meta)
+
+    def _encode(self, rows: Tensor, mu: Tensor | None, basis: Basis, kind: str, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        chunk = rows.float()
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            y, rms = _onto(basis, chunk, mu, 1.0, scratch)
+            low, high = torch.stack(torch.aminmax(rms)).tolist() if rms.numel() else (1.0, 1.0)
+            top: Tensor | float = 1.0
+            if not (low > 1e-12 and high < 1e15):  # squares left fp32, or a zero vector
+                top = max(float(chunk.abs().max()), 1e-37)
+                if not math.isfinite(top):
+                    raise ValueError(f"{self.name} cannot code NaN or inf, and the tensor has some: drop or repair them first")
+                y, rms = _onto(basis, chunk, mu, top, scratch)
+        else:  # a question to the device would wait for it: always scaled
+            chunk = chunk.nan_to_num(0.0, 0.0, 0.0)
+            top = chunk.abs().amax().clamp_min(1e-37) if chunk.numel() else 1.0
+            y, rms = _onto(basis, chunk, mu, top, scratch)
+        inverse = 1 / rms.clamp_min(1e-30)
+        parts, above, below = [], y.new_zeros(len(y)), y.new_zeros(len(y))
+        for a, b, bits in basis.runs:
+            if bits == 0:
+                continue
+            run = y if basis.whole else y[:, a:b].contiguous()
+            packed, q, run = self.quantiser(bits, basis.levels_for, y.device, kind).encode(run, inverse, scratch)
+            parts.append(packed)
+            w = None if basis.scale is None else basis.scale[a:b].square()
+            product = torch.mul(run, q, out=scratch.like(run))
+            above += product.sum(-1) if w is None else product @ w
+            below += torch.linalg.vector_norm(q, dim=-1).square() if w is None else q.square() @ w
+        fit = (above / below.clamp_min(1e-30)).clamp(0.25, 4)  # least squares: the gain that halves no error is 1
+        code = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return code, fit * rms[:, 0] * top
+
+    def decode(self, packed: Packed, dtype: torch.dtype | None = None, bases: Bases | None = None) -> Tensor:
+        """The tensor again, in ``dtype`` or its own."""
+        return self._decode(packed, dtype, bases, rotated=False)
+
+    def decode_rotated(self, packed: Packed, dtype: torch.dtype | None = None, bases: Bases | None = None) -> Tensor:
+        """The vectors in the basis' own domain, without the mean.
+
+        ``(rotate(q) * decode_rotated(p)).sum(-1) + (q * mean).sum(-1) == (q * decode(p)).sum(-1)``: the mean adds one
+        number to all scores of a query, which softmax ignores. 2 to 7 times faster than :meth:`decode`.
+        """
+        return self._decode(packed, dtype, bases, rotated=True)
+
+    def rotate(self, q: Tensor, packed: Packed | None = None, bases: Bases | None = None) -> Tensor:
+        """Bring ``q [..., heads, tokens, d]`` into the domain of :meth:`decode_rotated`; fp32, same shape."""
+        d = q.shape[-1]
+        bases = bases or self._bases(packed.meta.get("stream") if packed else None, d, None)
+        plan = bases.at(q.device)
+        if len(plan) == 1:
+            return plan[0].forward(q.reshape(-1, d).float()).view(q.shape)
+        if q.ndim < 3 or q.shape[-3] != len(plan):
+            raise ValueError(f"q has shape {tuple(q.shape)}; the basis has {len(plan)} heads: give [..., {len(plan)}, tokens, d]")
+        out = [plan[h].forward(q[..., h, :, :].reshape(-1, d).float()).view(q[..., h, :, :].shape) for h in range(len(plan))]
+        return torch.stack(out, dim=-3)
+
+    def _decode(self, packed: Packed, dtype: torch.dtype | None, bases: Bases | None, rotated: bool) -> Tensor:
+        if packed.codec != self.spec:
+            raise ValueError(f"packed by {packed.codec!r}, this codec is {self.spec!r}: decode with tqai.codec(packed.codec)")
+        d, kind, codes = packed.shape[-1], packed.meta["kind"], packed.tensors["codes"]
+        dtype = dtype or getattr(torch, packed.meta["dtype"])
+        tokens = packed.shape[-2] if len(packed.shape) > 1 else 1
+        n = len(codes)
+        heads = max(n // max(tokens, 1), 1)
+        plan = (bases or self._bases(packed.meta.get("stream"), d, heads)).at(codes.device)
+        gains = gain.decode(packed.tensors["gain"], packed.tensors["span"])[:, None]
+        mean = None if rotated else packed.tensors.get("mean")
+        out = torch.empty(n, d, dtype=dtype, device=codes.device)
+        for head, i, j in _chunks(heads, tokens, self._step(kind, plan, codes.device), whole=len(plan) == 1 and mean is None):
+            basis = plan[head % len(plan)]
+            u = self._levels(codes[i:j], basis, kind, d)
+            if not rotated:
+                u = u @ basis.matrix if basis.block is None else (u.reshape(-1, basis.block) @ basis.matrix).view(u.shape)
+            u = u.mul_(gains[i:j])
+            if mean is not None:
+                u.add_(mean[head].float())
+            out[i:j] = u.clamp_(-65504, 65504) if dtype == torch.float16 else u  # rounding must not make an inf
+        return out.view(packed.shape)
+
+    def _levels(self, codes: Tensor, basis: Basis, kind: str, d: int) -> Tensor:
+        if basis.whole:
+            u = self.quantiser(basis.runs[0][2], basis.levels_for, codes.device, kind).decode(codes, d)
+        else:
+            u = torch.zeros(len(codes), d, device=codes.device)
+            at = 0
+            for a, b, bits in basis.runs:
+                size = row_bytes(b - a, bits) if bits else 0
+                if bits:
+                    u[:, a:b] = self.quantiser(bits, basis.levels_for, codes.device, kind).decode(
+                        codes[:, at : at + size].contiguous(), b - a
+                    )
+                at += size
+        return u if basis.scale is None else u.mul_(basis.scale)
+
+    def _step(self, kind: str, plan: tuple[Basis, ...], device: torch.device) -> int:
+        """Vectors coded at a time."""
+        bits = max(bits for _, _, bits in plan[0].runs)
+        chunk = self.quantiser(bits, plan[0].levels_for, device, kind).chunk
+        return max(chunk // max(plan[0].runs[-1][1], 1), 1)
+
+    def _bases(self, stream: str | None, d: int, heads: int | None) -> Bases:
+        if self.basis == "hadamard":
+            return hadamard(d, self.bits, self.seed)
+        from .bases import load
+
+        return load(self.basis).of(stream, d, heads, self.bits, self.seed)
+
+
+def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """``x / top`` without its mean on the axes of ``basis``, and its RMS ``[n, 1]`` over the coordinates that get bits."""
+    down = basis.columns / top if top != 1.0 else basis.columns
+    y = scratch.like(x, "y")
+    torch.mm(x.reshape(-1, len(down)), down, out=y.view(-1, len(down)))
+    if mu is not None:
+        y.sub_((mu.view(-1, len(down)) @ down).flatten())
+    if basis.scale is not None:
+        y.div_(basis.scale)
+    live = y if basis.whole else y[:, basis.active]
+    return y, torch.linalg.vector_norm(live, dim=-1, keepdim=True) / max(live.shape[-1], 1) ** 0.5
+
+
+def _chunks(heads: int, tokens: int, step: int, whole: bool) -> list[tuple[int, int, int]]:
+    """(head, first row, last row + 1) in pieces of ``step`` rows; all heads as one where they are coded alike."""
+    if whole:
+        heads, tokens = 1, heads * tokens
+    return [(head, head * tokens + i, head * tokens + min(i + step, tokens)) for head in range(heads) for i in range(0, tokens, step)]
