@@ -15,10 +15,11 @@ from .config import Config, preset
 from .handle import Handle
 from .registry import Codec, build, discover, names
 from .report import Report
+from .stream import StreamCoder
 from .types import Packed
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "Config", "Handle", "Packed", "Report", "apply", "codec", "methods", "preset"]
+__all__ = ["Codec", "Config", "Handle", "Packed", "Report", "StreamCoder", "apply", "codec", "methods", "preset"]
 
 for _package in (scorers, strategies, monitors, codecs):
     discover(_package)

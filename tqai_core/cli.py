@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
     bench = command("bench", "measure, and print what is compared with", _bench)
-    bench.add_argument("what", choices=("dit",), help="dit: forecast-skipping on the minis")
+    bench.add_argument("what", choices=("dit", "codec", "stream"), help="dit: forecast-skipping; codec: vectors; stream: trajectories")
+    bench.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="codec, stream: beside other codecs")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="codec: NMSE against bits with the Shannon line, as SVG")
     bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
     bench.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="seeds, as in 0,1,2")
 
@@ -84,10 +86,18 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import dit
+    from .bench import codec, dit, stream
 
-    result = dit.bench(args.kinds, args.seeds, lambda text: print(f"... {text}", file=sys.stderr, flush=True))
-    _finish(args.json, result, dit.tables_of(result), dit.dumps)
+    tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
+    if args.what == "dit":
+        result, tables = dit.bench(args.kinds, args.seeds, tell), dit.tables_of
+    elif args.what == "codec":
+        result, tables = codec.bench(args.peers, tell), codec.tables_of
+        if args.plot:
+            _write(str(args.plot), codec.plot(result))
+    else:
+        result, tables = stream.bench(args.seeds, args.peers, tell), stream.tables_of
+    _finish(args.json, result, tables(result), dit.dumps)
     return 0 if all(v["ok"] for v in result["verdicts"]) else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,10 +99,39 @@ class Packed:
             raise ValueError("field 'codec' or 'meta' has the wrong type: save the tensor again")
         return Packed(codec, tuple(shape), dict(tensors), meta)
 
+    def write(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors, metadata = self.save()
+        save_file(tensors, str(path), metadata)
+
+    @staticmethod
+    def read(path: str | Path) -> Packed:
+        """Read a file of :meth:`write`; ValueError for a truncated, corrupted or foreign one."""
+        return Packed.from_bytes(Path(path).read_bytes())
+
+    @staticmethod
+    def from_bytes(blob: bytes) -> Packed:
+        """The content of a file of :meth:`write`."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            tensors = load(blob)
+            size = int.from_bytes(blob[:8], "little")
+            metadata = json.loads(blob[8 : 8 + size]).get("__metadata__")
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"not a readable safetensors file ({error}): save the tensor again") from None
+        return Packed.load(tensors, metadata)
+
 
 def tensors_in(thing: object) -> Iterator[Tensor]:
     """Every tensor that ``thing`` keeps alive: through mappings, sequences, packed tensors and plain objects."""
-    if isinstance(thing, Tensor):
+    if hasattr(thing, "__tensor_flatten__"):  # a wrapper around others (torchao, quanto) has no storage of its own
+        for name in thing.__tensor_flatten__()[0]:
+            yield from tensors_in(getattr(thing, name))
+    elif isinstance(thing, Tensor):
         yield thing
     elif isinstance(thing, Mapping):
         for value in thing.values():

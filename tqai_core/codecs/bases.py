@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import rotation
-from .packing import row_bytes
+from .scalar import run_bytes
 
 FORMAT = 1
 BAND = 8  # coordinates that share a width
@@ -59,7 +59,7 @@ class Basis:
 
     @property
     def row_bytes(self) -> int:
-        return sum(row_bytes(b - a, bits) for a, b, bits in self.runs if bits)
+        return sum(run_bytes(b - a, bits) for a, b, bits in self.runs if bits)
 
     def forward(self, q: Tensor) -> Tensor:
         """``q [n, d]`` on these axes, unscaled: what a decoded vector in this domain is multiplied with."""
@@ -90,9 +90,25 @@ def hadamard(d: int, bits: int, seed: int) -> Bases:
     return Bases((Basis(rotation.matrix(block, seed), ((0, d, bits),), None, None if block == d else block, d),))
 
 
-def klt(samples: Tensor, bits: int) -> Basis:
-    """The KLT basis of ``samples [n, d]`` (mean removed here) with runs of bits that average ``bits`` exactly."""
-    x = samples.float() - samples.float().mean(0)
+_AT: dict[tuple[int, int, int, str], tuple[Basis, ...]] = {}  # a plain dict: torch.compile reads it, but not a cache
+
+
+def hadamard_at(d: int, bits: int, seed: int, device: torch.device) -> tuple[Basis, ...]:
+    """:func:`hadamard` on a device."""
+    key = (d, bits, seed, str(device))
+    if key not in _AT:
+        _AT[key] = hadamard(d, bits, seed).at(device)
+    return _AT[key]
+
+
+def klt(samples: Tensor, bits: int, centred: bool = True) -> Basis:
+    """The KLT basis of ``samples [n, d]`` with runs of bits that average ``bits`` exactly.
+
+    ``centred``: about their mean, for a codec that takes the mean off; otherwise about zero.
+    """
+    x = samples.float()
+    if centred:
+        x = x - x.mean(0)
     moment = (x.T @ x / max(len(x), 1)).double()
     variance, vectors = torch.linalg.eigh(moment)
     variance, vectors = variance.flip(0).clamp_min(0), vectors.flip(1)

@@ -31,9 +31,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         codes = F.pad(codes, (0, -d % count))
     codes = codes.contiguous()
     if size == 1:  # the codes of a byte as one little-endian number, folded onto its low byte
-        folded = number = codes.to(torch.uint8).view(WORDS[count])
-        for i in range(1, count):
-            folded = folded | (number >> ((8 - bits) * i))
+        folded = codes.to(torch.uint8).view(WORDS[count])
+        step = 8 - bits
+        while step * 2 <= (8 - bits) * count:  # pairs, then pairs of pairs
+            folded = folded | (folded >> step)
+            step *= 2
         return folded.to(torch.uint8).view(n, codes.shape[1] // count)
     groups = codes.view(n, codes.shape[1] // count, count)
     out = (_join(groups, bits)[..., None] >> _shifts(size, 8, torch.int64 if bits * count > 24 else torch.int32, codes.device)).to(

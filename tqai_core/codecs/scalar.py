@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +11,11 @@ from .levels import lloyd_max
 
 # codes a lookup unit: the decoder reads a whole unit by one gather
 UNIT = {1: 8, 2: 4, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1, 8: 1}
+
+
+def run_bytes(d: int, bits: int) -> int:
+    """Bytes of a run of ``d`` codes: whole units."""
+    return packing.row_bytes(-(-d // UNIT[bits]), UNIT[bits] * bits)
 
 
 class Scratch:
@@ -32,7 +35,7 @@ class Scratch:
 class Scalar:
     """Tables of one width for coordinates of unit variance of a random rotation of R^d (d None: Gaussian)."""
 
-    chunk = 1 << 17  # coordinates at a time: half a MiB of fp32 stays in the cache between passes
+    chunk = 1 << 18  # coordinates at a time: a MiB of fp32 hides the calls and stays in the cache between passes
 
     def __init__(self, bits: int, d: int | None, device: torch.device) -> None:
         self.bits, self.per = bits, UNIT[bits]
@@ -47,15 +50,21 @@ class Scalar:
         # two fp32 levels read as one 8-byte number, four as one of 16: the gather is then 3 times faster
         self.wide = {2: torch.float64, 4: torch.complex128}.get(self.per)
 
-    def encode(self, y: Tensor, inverse: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """``y fp32 [n, d]`` (overwritten) and ``inverse [n, 1]`` that brings it to unit variance.
 
-        Returns bytes ``uint8 [n, bytes]``, the levels chosen ``fp32 [n, d]`` and y on their scale.
+        Returns bytes ``uint8 [n, bytes]`` and the weighted sums <y, q> and <q, q> with the levels chosen, ``fp32 [n]``.
         """
         y.mul_(inverse * self.scale)
         cell = torch.add(y, self.offset, out=scratch.like(y)).clamp_(0, self.last).to(torch.int32)
-        packed = packing.pack(self.code.index_select(0, cell.view(-1)).view(y.shape), self.bits)
-        return packed, self.decode(packed, y.shape[1]), y.mul_(1 / self.scale)
+        codes = self.code.index_select(0, cell.view(-1)).view(y.shape)
+        packed = packing.pack(F.pad(codes, (0, -y.shape[1] % self.per)), self.bits)
+        q = self.decode(packed, y.shape[1])
+        if weight is None:
+            above, below = y.mul_(q).sum(-1), torch.linalg.vector_norm(q, dim=-1).square()
+        else:
+            above, below = y.mul_(q) @ weight, q.square() @ weight
+        return packed, above.mul_(1 / self.scale), below
 
     def decode(self, packed: Tensor, d: int) -> Tensor:
         """``uint8 [n, bytes] -> fp32 [n, d]``: unpacks and dequantises at once."""
@@ -73,6 +82,12 @@ class Scalar:
         return out if out.shape[1] == d else out[:, :d]
 
 
-@lru_cache(maxsize=64)
+_MADE: dict[tuple[int, int | None, str], Scalar] = {}  # a plain dict: torch.compile reads it, but not a cache
+
+
 def scalar(bits: int, d: int | None, device: torch.device) -> Scalar:
-    return Scalar(bits, d, device)
+    """The tables of a width, made once."""
+    key = (bits, d, str(device))
+    if key not in _MADE:
+        _MADE[key] = Scalar(bits, d, device)
+    return _MADE[key]

@@ -16,17 +16,20 @@ from torch import Tensor
 from ..registry import Codec, param
 from ..types import Packed
 from . import gain
-from .bases import Bases, Basis, hadamard
-from .packing import row_bytes
-from .scalar import Scratch
+from .bases import Bases, Basis, hadamard_at, load
+from .scalar import Scratch, run_bytes
 
 MEAN_FROM = 256  # vectors a head from which its mean costs less than a sixteenth of a bit a coordinate
+
+
+KINDS = ("lm", "tcq")
+DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
 
 class Quantiser(Protocol):
     chunk: int  # coordinates coded at a time: bounds the extra memory
 
-    def encode(self, y: Tensor, inverse: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]: ...
+    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def decode(self, packed: Tensor, d: int) -> Tensor: ...
 
@@ -61,8 +64,7 @@ class VectorCodec(Codec, role="codec"):
         tokens = x.shape[-2] if x.ndim > 1 else 1
         rows = x.reshape(-1, d)
         n, heads = len(rows), max(len(rows) // max(tokens, 1), 1)
-        bases = bases or self._bases(stream, d, heads)
-        plan = bases.at(device)
+        plan = self._plan(bases, stream, d, heads, device)
         kind = self.kind(n)
         tensors: dict[str, Tensor] = {}
         with_mean = n > 0 and (self.mean == "always" or (self.mean == "auto" and tokens >= MEAN_FROM))
@@ -75,9 +77,8 @@ class VectorCodec(Codec, role="codec"):
         for head, i, j in _chunks(heads, tokens, self._step(kind, plan, device), whole=len(plan) == 1 and not with_mean):
             mu = tensors["mean"][head].float() if with_mean else None
             codes[i:j], gains[i:j] = self._encode(rows[i:j], mu, plan[head % len(plan)], kind, scratch)
-        wide = max(bits for _, _, bits in plan[0].runs) >= 7
         tensors["codes"] = codes
-        tensors["gain"], tensors["span"] = gain.encode(gains, 16 if wide else 8)
+        tensors["gain"], tensors["span"] = gain.encode(gains, 16 if self.bits >= 7 else 8)
         meta: dict[str, Any] = {"dtype": str(x.dtype)[6:], "kind": kind}
         if stream is not None:
             meta["stream"] = stream
@@ -86,9 +87,9 @@ class VectorCodec(Codec, role="codec"):
     def _encode(self, rows: Tensor, mu: Tensor | None, basis: Basis, kind: str, scratch: Scratch) -> tuple[Tensor, Tensor]:
         chunk = rows.float()
         if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            y, rms = _onto(basis, chunk, mu, 1.0, scratch)
+            y, rms = _onto(basis, chunk, mu, None, scratch)
             low, high = torch.stack(torch.aminmax(rms)).tolist() if rms.numel() else (1.0, 1.0)
-            top: Tensor | float = 1.0
+            top: Tensor | float | None = None
             if not (low > 1e-12 and high < 1e15):  # squares left fp32, or a zero vector
                 top = max(float(chunk.abs().max()), 1e-37)
                 if not math.isfinite(top):
@@ -96,7 +97,7 @@ class VectorCodec(Codec, role="codec"):
                 y, rms = _onto(basis, chunk, mu, top, scratch)
         else:  # a question to the device would wait for it: always scaled
             chunk = chunk.nan_to_num(0.0, 0.0, 0.0)
-            top = chunk.abs().amax().clamp_min(1e-37) if chunk.numel() else 1.0
+            top = chunk.abs().amax().clamp_min(1e-37) if chunk.numel() else None
             y, rms = _onto(basis, chunk, mu, top, scratch)
         inverse = 1 / rms.clamp_min(1e-30)
         parts, above, below = [], y.new_zeros(len(y)), y.new_zeros(len(y))
@@ -104,15 +105,14 @@ class VectorCodec(Codec, role="codec"):
             if bits == 0:
                 continue
             run = y if basis.whole else y[:, a:b].contiguous()
-            packed, q, run = self.quantiser(bits, basis.levels_for, y.device, kind).encode(run, inverse, scratch)
+            weight = None if basis.scale is None else basis.scale[a:b].square()
+            packed, over, under = self.quantiser(bits, basis.levels_for, y.device, kind).encode(run, inverse, weight, scratch)
             parts.append(packed)
-            w = None if basis.scale is None else basis.scale[a:b].square()
-            product = torch.mul(run, q, out=scratch.like(run))
-            above += product.sum(-1) if w is None else product @ w
-            below += torch.linalg.vector_norm(q, dim=-1).square() if w is None else q.square() @ w
+            above += over
+            below += under
         fit = (above / below.clamp_min(1e-30)).clamp(0.25, 4)  # least squares: the gain that halves no error is 1
         code = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return code, fit * rms[:, 0] * top
+        return code, fit * rms[:, 0] * (1.0 if top is None else top)
 
     def decode(self, packed: Packed, dtype: torch.dtype | None = None, bases: Bases | None = None) -> Tensor:
         """The tensor again, in ``dtype`` or its own."""
@@ -129,8 +129,7 @@ class VectorCodec(Codec, role="codec"):
     def rotate(self, q: Tensor, packed: Packed | None = None, bases: Bases | None = None) -> Tensor:
         """Bring ``q [..., heads, tokens, d]`` into the domain of :meth:`decode_rotated`; fp32, same shape."""
         d = q.shape[-1]
-        bases = bases or self._bases(packed.meta.get("stream") if packed else None, d, None)
-        plan = bases.at(q.device)
+        plan = self._plan(bases, packed.meta.get("stream") if packed else None, d, None, q.device)
         if len(plan) == 1:
             return plan[0].forward(q.reshape(-1, d).float()).view(q.shape)
         if q.ndim < 3 or q.shape[-3] != len(plan):
@@ -141,12 +140,14 @@ class VectorCodec(Codec, role="codec"):
     def _decode(self, packed: Packed, dtype: torch.dtype | None, bases: Bases | None, rotated: bool) -> Tensor:
         if packed.codec != self.spec:
             raise ValueError(f"packed by {packed.codec!r}, this codec is {self.spec!r}: decode with tqai.codec(packed.codec)")
-        d, kind, codes = packed.shape[-1], packed.meta["kind"], packed.tensors["codes"]
-        dtype = dtype or getattr(torch, packed.meta["dtype"])
-        tokens = packed.shape[-2] if len(packed.shape) > 1 else 1
-        n = len(codes)
+        n, tokens, d = _sizes(packed.shape)
         heads = max(n // max(tokens, 1), 1)
-        plan = (bases or self._bases(packed.meta.get("stream"), d, heads)).at(codes.device)
+        _check(packed, n, heads, d)
+        kind, codes = packed.meta["kind"], packed.tensors["codes"]
+        dtype = dtype or DTYPES[packed.meta["dtype"]]
+        plan = self._plan(bases, packed.meta.get("stream"), d, heads, codes.device)
+        if codes.shape[1] != plan[0].row_bytes:
+            raise ValueError(f"field 'codes' has rows of {codes.shape[1]} bytes, expected {plan[0].row_bytes}: save the tensor again")
         gains = gain.decode(packed.tensors["gain"], packed.tensors["span"])[:, None]
         mean = None if rotated else packed.tensors.get("mean")
         out = torch.empty(n, d, dtype=dtype, device=codes.device)
@@ -168,7 +169,7 @@ class VectorCodec(Codec, role="codec"):
             u = torch.zeros(len(codes), d, device=codes.device)
             at = 0
             for a, b, bits in basis.runs:
-                size = row_bytes(b - a, bits) if bits else 0
+                size = run_bytes(b - a, bits) if bits else 0
                 if bits:
                     u[:, a:b] = self.quantiser(bits, basis.levels_for, codes.device, kind).decode(
                         codes[:, at : at + size].contiguous(), b - a
@@ -182,25 +183,59 @@ class VectorCodec(Codec, role="codec"):
         chunk = self.quantiser(bits, plan[0].levels_for, device, kind).chunk
         return max(chunk // max(plan[0].runs[-1][1], 1), 1)
 
-    def _bases(self, stream: str | None, d: int, heads: int | None) -> Bases:
+    def _plan(self, bases: Bases | None, stream: str | None, d: int, heads: int | None, device: torch.device) -> tuple[Basis, ...]:
+        """The basis of every head, or one for all of them."""
+        if bases is not None:
+            return bases.at(device)
         if self.basis == "hadamard":
-            return hadamard(d, self.bits, self.seed)
-        from .bases import load
-
-        return load(self.basis).of(stream, d, heads, self.bits, self.seed)
+            return hadamard_at(d, self.bits, self.seed, device)
+        return load(self.basis).of(stream, d, heads, self.bits, self.seed).at(device)
 
 
-def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """``x / top`` without its mean on the axes of ``basis``, and its RMS ``[n, 1]`` over the coordinates that get bits."""
-    down = basis.columns / top if top != 1.0 else basis.columns
+def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """``x / top`` without its mean on the axes of ``basis``, and its RMS ``[n, 1]`` over the coordinates with bits."""
+    down = basis.columns if top is None else basis.columns / top
     y = scratch.like(x, "y")
-    torch.mm(x.reshape(-1, len(down)), down, out=y.view(-1, len(down)))
-    if mu is not None:
+    if mu is None:
+        torch.mm(x.reshape(-1, len(down)), down, out=y.view(-1, len(down)))
+    elif basis.block is None:
+        torch.addmm(mu @ down, x, down, beta=-1, out=y)
+    else:
+        torch.mm(x.reshape(-1, len(down)), down, out=y.view(-1, len(down)))
         y.sub_((mu.view(-1, len(down)) @ down).flatten())
     if basis.scale is not None:
         y.div_(basis.scale)
     live = y if basis.whole else y[:, basis.active]
     return y, torch.linalg.vector_norm(live, dim=-1, keepdim=True) / max(live.shape[-1], 1) ** 0.5
+
+
+def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(vectors, tokens a head, d) of a tensor of this shape."""
+    if not shape:
+        raise ValueError("field 'shape' is empty: vectors have at least one dimension")
+    return math.prod(shape[:-1]), shape[-2] if len(shape) > 1 else 1, shape[-1]
+
+
+def _check(packed: Packed, n: int, heads: int, d: int) -> None:
+    """What a damaged or foreign file may have wrong, by field."""
+    wanted: dict[str, Any] = {
+        "codes": ((n, ...), (torch.uint8,)),
+        "gain": ((n,), (torch.uint8, torch.uint16)),
+        "span": ((2,), (torch.float32,)),
+    }
+    if "mean" in packed.tensors:
+        wanted["mean"] = ((heads, d), (torch.bfloat16,))
+    for name, (shape, dtypes) in wanted.items():
+        tensor = packed.tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"field {name!r} is missing: save the tensor again")
+        sizes = tuple(b if a is ... else a for a, b in zip(shape, tensor.shape, strict=False))
+        if tuple(tensor.shape) != sizes or tensor.dtype not in dtypes:
+            raise ValueError(f"field {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtypes[0]} {shape}: save the tensor again")
+    if packed.meta.get("kind") not in KINDS or packed.meta.get("dtype") not in DTYPES:
+        raise ValueError(
+            f"field 'kind' or 'dtype' is unknown ({packed.meta.get('kind')!r}, {packed.meta.get('dtype')!r}): save the tensor again"
+        )
 
 
 def _chunks(heads: int, tokens: int, step: int, whole: bool) -> list[tuple[int, int, int]]:

@@ -65,14 +65,13 @@ class Trellis4:
             u.append(now)
         return torch.stack(columns, dim=1)
 
-    def encode(self, y: Tensor, inverse: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """``y fp32 [n, d]`` (overwritten) and ``inverse [n, 1]`` that brings it to unit variance.
 
-        Returns bytes ``uint8 [n, bytes]``, the levels chosen ``fp32 [n, d]`` and y on their scale.
+        Returns bytes ``uint8 [n, bytes]`` and the weighted sums <y, q> and <q, q> with the levels chosen, ``fp32 [n]``.
         """
         n, d = y.shape
-        unit = y.mul_(inverse)
-        y = F.pad(unit, (0, -d % self.per)).T.contiguous()  # [d, n]: a step of the trellis is a contiguous row
+        y = F.pad(y.mul_(inverse), (0, -d % self.per)).T.contiguous()  # [t, n]: a step of the trellis is a contiguous row
         t = len(y)
         cell = torch.add(torch.mul(y, self.scale), self.offset).clamp_(0, self.last).to(torch.int32)
         u = self._path(y, cell)
@@ -80,18 +79,25 @@ class Trellis4:
         label[2:] ^= u[:-2]
         label <<= 1
         label[1:] |= u[:-1]
-        index = self.index.view(-1).index_select(0, (cell * 4 + label).view(-1)).view(t, n)
-        q = self.level.index_select(0, index.to(torch.int32).view(-1)).view(t, n)[:d].T
-        return self._pack(u, (index >> 2).to(torch.uint8), d), q, unit
+        index = self.index.view(-1).index_select(0, cell.mul_(4).add_(label).view(-1)).to(torch.int32)
+        q = self.level.index_select(0, index).view(t, n)
+        y, q = y[:d], q[:d]
+        w = 1 if weight is None else weight[:, None]
+        above, below = y.mul_(q).mul_(w).sum(0), q.mul(q).mul_(w).sum(0)
+        return self._pack(u, (index >> 2).to(torch.uint8).view(t, n), d), above, below
 
     def _path(self, y: Tensor, cell: Tensor) -> Tensor:
         """The best sequence of u, ``uint8 [t, n]``, by Viterbi. State (u_{t-1}, u_{t-2}); cost ``[2, 2, n]``."""
         t, n = y.shape
         taken = torch.empty(t, 2, 2, n, dtype=torch.bool, device=y.device)  # the u_{t-2} that won, by (u_t, u_{t-1})
-        cost = torch.full((2, 2, n), 1e9, device=y.device)
-        cost[0, 0] = 0
-        other, a, b = torch.empty_like(cost), torch.empty_like(cost), torch.empty_like(cost)
+        costs = torch.full((2, 2, 2, n), 1e9, device=y.device)
+        costs[0, 0, 0] = 0
+        halves = [(c, c[:, 0], c[:, 1]) for c in costs]
+        a, b = torch.empty_like(costs[0]), torch.empty_like(costs[0])
         metric = torch.empty(BLOCK, 3, 2, n, device=y.device)  # squared distance to labels 0-1, 2-3 and 0-1 again
+        near = [(m[0:2], m[1:3]) for m in metric]
+        won = taken.unbind(0)
+        now = 0
         for start in range(0, t, BLOCK):
             block = y[start : start + BLOCK]
             k = len(block)
@@ -101,31 +107,40 @@ class Trellis4:
                 torch.mul(gap, gap, out=metric[:k, label >> 1, label & 1])
             metric[:k, 2] = metric[:k, 0]
             for i in range(k):
-                torch.add(cost[:, 0], metric[i, 0:2], out=a)
-                torch.add(cost[:, 1], metric[i, 1:3], out=b)
-                torch.lt(b, a, out=taken[start + i])
-                torch.minimum(a, b, out=other)
-                cost, other = other, cost
-        best = cost.view(4, n).argmin(0)
-        u = torch.empty(t, n, dtype=torch.bool, device=y.device)
-        u[t - 1] = best > 1
+                _, zero, one = halves[now]
+                now ^= 1
+                torch.add(zero, near[i][0], out=a)
+                torch.add(one, near[i][1], out=b)
+                torch.lt(b, a, out=won[start + i])
+                torch.minimum(a, b, out=halves[now][0])
+        best = halves[now][0].view(4, n).argmin(0)
+        u = torch.empty(t, n, dtype=torch.uint8, device=y.device)
+        rows = u.unbind(0)
+        rows[t - 1].copy_(best > 1)
         if t > 1:
-            u[t - 2] = (best & 1).bool()
+            rows[t - 2].copy_(best & 1)
+        # which of two, by xor: a where of booleans is ten times slower
+        bits = taken.view(torch.uint8)
+        first, differs = bits[:, :, 0].unbind(0), (bits[:, :, 0] ^ bits[:, :, 1]).unbind(0)
+        pair, other = torch.empty(2, n, dtype=torch.uint8, device=y.device), torch.empty(n, dtype=torch.uint8, device=y.device)
+        by_zero, by_one = pair.unbind(0)
         for i in range(t - 1, 1, -1):
-            now, before = u[i], u[i - 1]
-            by = taken[i]
-            u[i - 2] = torch.where(now, torch.where(before, by[1, 1], by[1, 0]), torch.where(before, by[0, 1], by[0, 0]))
-        return u.view(torch.uint8)
+            torch.bitwise_and(differs[i], rows[i - 1], out=pair)
+            pair.bitwise_xor_(first[i])
+            torch.bitwise_xor(by_zero, by_one, out=other)
+            other.bitwise_and_(rows[i])
+            torch.bitwise_xor(other, by_zero, out=rows[i - 2])
+        return u
 
     def _pack(self, u: Tensor, m: Tensor, d: int) -> Tensor:
         per, m_bits, n = self.per, self.bits - 1, u.shape[1]
         u, m = u.view(-1, per, n), m.view(-1, per, n)
         unit = u[:, 0] << (m_bits * per)
         for c in range(1, per):
-            unit = unit | (u[:, c] << (m_bits * per + c))
+            unit |= u[:, c] << (m_bits * per + c)
         if m_bits:
             for c in range(per):
-                unit = unit | (m[:, c] << (m_bits * c))
+                unit |= m[:, c] << (m_bits * c)
         return packing.pack(unit.T.contiguous(), self.bits * per)
 
     def decode(self, packed: Tensor, d: int) -> Tensor:
@@ -146,4 +161,5 @@ class Trellis4:
 
 @lru_cache(maxsize=32)
 def trellis4(bits: int, device: torch.device) -> Trellis4:
+    """The tables of a width, made once."""
     return Trellis4(bits, trellis_levels(bits), device)
