@@ -110,7 +110,7 @@ class VectorCodec(Codec, role="codec"):
             parts.append(packed)
             above += over
             below += under
-        fit = (above / below.clamp_min(1e-30)).clamp(0.25, 4)  # least squares: the gain that halves no error is 1
+        fit = (above / below.clamp_min(1e-30)).clamp(0.25, 4)  # least squares; the bounds keep a degenerate vector sane
         code = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return code, fit * rms[:, 0] * (1.0 if top is None else top)
 

@@ -1,0 +1,123 @@
+"""Write the measured tables of README.md from benchmarks/results/*.json: no figure is typed by hand.
+
+    python benchmarks/readme.py [--check]
+
+Text between ``<!-- name -->`` and ``<!-- /name -->`` is replaced. ``--check`` only says whether it is up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+KINDS = ("flux", "sd3", "wan")
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n".join(lines)
+
+
+def e4(value: float) -> str:
+    return f"{value * 1e4:.2f}"
+
+
+def headline(dit: dict[str, Any]) -> str:
+    rows = {kind: next(r for r in dit["tables"][kind]["euler"] if r["method"] == "tqai balanced") for kind in KINDS}
+    skipped = min(r["skipped"] for r in rows.values())
+    psnr = ", ".join(f"{r['psnr']:.1f} dB ({kind})" for kind, r in rows.items())
+    low, high = min(r["cpu"] for r in rows.values()), max(r["cpu"] for r in rows.values())
+    return (
+        f"**{skipped:.0%} or more of the model calls of a 24-step sampler are forecast instead of computed: {low:.2f}x to "
+        f"{high:.2f}x faster, PSNR to the exact run {psnr}, nothing retrained.**"
+    )
+
+
+def euler(dit: dict[str, Any]) -> str:
+    rows = []
+    for kind in KINDS:
+        for r in dit["tables"][kind]["euler"]:
+            psnr = "exact" if r["psnr"] is None else f"{r['psnr']:.1f}"
+            held = f"{r['held']:,.0f} / {r['fp16']:,.0f}" if r["held"] else ""
+            cells = [kind, r["method"], f"{r['calls']:g}", f"{r['skipped']:.0%}" if r["skipped"] else "", f"{r['cpu']:.2f}", psnr]
+            rows.append([*cells, e4(r["nmse"]), f"{r['agreement']:.3f}", held])
+    return table(["mini", "method", "calls", "skipped", "CPU ratio", "PSNR dB", "NMSE e-4", "same label", "bytes held / as fp16"], rows)
+
+
+def multistep(dit: dict[str, Any]) -> str:
+    rows = [[kind, r["method"], f"{r['calls']:g}", e4(r["nmse"]), e4(r["ode"])] for kind in KINDS for r in dit["tables"][kind]["multistep"]]
+    return table(["mini", "method", "calls", "own", "true ODE"], rows)
+
+
+def solvers(dit: dict[str, Any]) -> str:
+    rows = [[kind, r["method"], f"{r['calls']:g}", e4(r["ode"])] for kind in KINDS for r in dit["tables"][kind]["solvers"]]
+    return table(["mini", "method", "calls", "true ODE, NMSE e-4"], rows)
+
+
+def place(dit: dict[str, Any]) -> str:
+    m = dit["machine"]
+    return f"Measured on {m['cpu']}, one thread, torch {m['torch']}, diffusers {m['diffusers']}; medians over seeds {dit['seeds']}."
+
+
+def codec(result: dict[str, Any]) -> str:
+    rows = []
+    for r in result["speed"]:
+        rows.append([r["codec"], str(r["bits"]), f"{r['held_bits']:.3f}", f"{r['nmse']:.5f}", f"{r['encode']:.0f}", f"{r['decode']:.0f}"])
+    return table(["codec", "bits", "bits held a number", "NMSE", "encode MB/s", "decode MB/s"], rows)
+
+
+def bases(result: dict[str, Any]) -> str:
+    rows = [[r["mini"], r["codec"], f"{r['bits']:.3f}", f"{r['nmse']:.6f}"] for r in result["klt"]]
+    return table(["mini", "codec", "bits", "NMSE of keys and values, held-out"], rows)
+
+
+def streams(result: dict[str, Any]) -> str:
+    rows = [["synthetic", r["method"], f"{r['bits']:.3f}", f"{r['nmse']:.2e}", f"{r['held']:,.0f}"] for r in result["synthetic"]]
+    rows += [[r["mini"], r["method"], f"{r['bits']:.3f}", f"{r['nmse']:.2e}", f"{r['held']:,.0f}"] for r in result["minis"]]
+    return table(["stream", "method", "bits a number a step", "mean NMSE", "bytes held"], rows)
+
+
+def pictures(demo: dict[str, Any]) -> str:
+    """The picture row: same seed, calls and time under each."""
+    methods = ["exact", "tqai balanced", "tqai fast", "fewer steps"]
+    rows = []
+    for kind in KINDS:
+        cells = []
+        for method in methods:
+            r = next(r for r in demo["rows"] if r["mini"] == kind and r["method"] == method)
+            name = f"docs/img/{kind}-{method.replace(' ', '-')}.{'gif' if kind == 'wan' else 'png'}"
+            told = f"{r['calls']} calls, {r['cpu_ratio']:.2f}x" + ("" if r["psnr"] is None else f", {r['psnr']:.1f} dB")
+            cells.append(f"![{kind} {method}]({name})<br>{told}")
+        rows.append(cells)
+    return table(methods, rows)
+
+
+def main() -> int:
+    dit, vectors, trajectories = load("dit"), load("codec"), load("stream")
+    parts = {
+        "headline": headline(dit), "euler": euler(dit), "multistep": multistep(dit), "solvers": solvers(dit), "place": place(dit),
+        "pictures": pictures(load("demo")), "codec": codec(vectors), "bases": bases(vectors), "streams": streams(trajectories),
+    }  # fmt: skip
+    readme = ROOT / "README.md"
+    before = text = readme.read_text()
+    for name, part in parts.items():
+        text, count = re.subn(rf"(<!-- {name} -->).*?(<!-- /{name} -->)", lambda m, p=part: f"{m[1]}\n{p}\n{m[2]}", text, flags=re.S)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for {name!r}, expected one")
+    if "--check" in sys.argv:
+        return int(text != before)
+    readme.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
