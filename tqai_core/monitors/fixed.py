@@ -12,7 +12,8 @@ from . import forced
 
 @dataclass(frozen=True)
 class Fixed(Monitor, name="fixed"):
-    """Computes one evaluation in ``interval``, whatever the error. Equal to lyapunov at gaps of 2, behind it beyond.
+    """Computes one evaluation in ``interval``, whatever the error. Against lyapunov at equal calls (order 1, uncoded, 24
+    Euler steps), NMSE e-4: Flux .54 to .70, SD3 1.70 to .78, WAN 9.52 to 3.71.
 
     ``interval`` may be a fraction: 2.5 computes two evaluations in five.
     """

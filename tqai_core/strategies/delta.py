@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Delta(Strategy, name="delta"):
-    """Forecast = the last value (plain reuse). Loses to delta2 3 to 9 times in error at equal calls.
-
-    Holds one tensor a stream.
+    """Forecast = the last value (plain reuse). Seven to nine times the error of ``delta2`` at equal calls (minis, 24 Euler
+    steps, half of them computed). Holds one tensor a stream.
     """
 
     order = 0

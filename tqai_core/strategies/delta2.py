@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Delta2(Strategy, name="delta2", paper="linear multistep prediction, as in Adams-Bashforth and TaylorSeer 2503.06923"):
     """Forecast = last value + slope x (change of sigma), the line through the last two computed values.
 
-    Held as value and slope: the slope is taken from the exact new value against the decoded old one, so that it
-    stands a few bits (value 6 + slope 3 bits: 1.25x the error of two fp16 copies at 1/3.6 of the bytes).
+    Held as value and slope: the slope is taken from the exact new value against the decoded old one, so that it stands a
+    few bits. At 8 + 3 bits the final error is .96 to 1.1 times that of uncoded copies, at .35 of the bytes of fp16 ones.
     """
 
     slope_bits: int = param(3, "bits a coordinate of the slope", low=1, high=8)
