@@ -28,6 +28,18 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def fisher_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A table of 3 layers, 2 heads and 4 sigma bands; layer 1, head 1 is the sensitive one, low sigma the sensitive time."""
+    from safetensors.torch import save_file
+
+    table = torch.ones(3, 2, 2, 4) * torch.tensor([0.1, 0.2, 0.4, 1.0])
+    table[1, 1] *= 10
+    path = tmp_path_factory.mktemp("fisher") / "table.safetensors"
+    save_file({"fisher": table, "sigmas": torch.tensor([1.0, 0.7, 0.4, 0.1])}, str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def _pipes() -> dict[str, Any]:
     from tqai_core import minis
 
@@ -59,3 +71,70 @@ def generate() -> Callable[..., torch.Tensor]:
         return pipe(**kw, num_inference_steps=steps, generator=generator, output_type="latent", return_dict=False)[0]
 
     return go
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Any]:
+    """A small random transformer of any supported class and a function of (sigma, branch) that calls it."""
+
+    def make(kind: str, layers: int = 2, seed: int = 0) -> tuple[Any, Callable[..., torch.Tensor]]:
+        import diffusers
+
+        torch.manual_seed(seed)
+        g = torch.Generator().manual_seed(1)
+        rnd = lambda *size: torch.randn(*size, generator=g)
+        if kind in ("sd3", "sd35"):
+            model = diffusers.SD3Transformer2DModel(
+                sample_size=16, patch_size=2, in_channels=4, num_layers=layers, attention_head_dim=16, num_attention_heads=2,
+                caption_projection_dim=32, joint_attention_dim=24, pooled_projection_dim=16, out_channels=4, pos_embed_max_size=16,
+                qk_norm="rms_norm" if kind == "sd35" else None, dual_attention_layers=(0,) if kind == "sd35" else (),
+            )  # fmt: skip
+            x, scale = rnd(2, 4, 16, 16), 1000
+            text = [dict(encoder_hidden_states=rnd(2, 5, 24), pooled_projections=rnd(2, 16)) for _ in range(2)]
+        elif kind == "flux":
+            model = diffusers.FluxTransformer2DModel(
+                patch_size=1, in_channels=8, num_layers=layers, num_single_layers=layers, attention_head_dim=16, num_attention_heads=2,
+                joint_attention_dim=24, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+            )  # fmt: skip
+            ids = torch.zeros(64, 3)
+            ids[:, 1], ids[:, 2] = torch.arange(64) // 8, torch.arange(64) % 8
+            same = dict(img_ids=ids, txt_ids=torch.zeros(5, 3))
+            x, scale = rnd(2, 64, 8), 1
+            text = [dict(encoder_hidden_states=rnd(2, 5, 24), pooled_projections=rnd(2, 16), **same) for _ in range(2)]
+        elif kind == "flux2":
+            model = diffusers.Flux2Transformer2DModel(
+                patch_size=1, in_channels=8, num_layers=layers, num_single_layers=layers, attention_head_dim=16, num_attention_heads=2,
+                joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+            )  # fmt: skip
+            ids = torch.zeros(64, 4)
+            ids[:, 1], ids[:, 2] = torch.arange(64) // 8, torch.arange(64) % 8
+            x, scale = rnd(2, 64, 8), 1
+            same = dict(img_ids=ids, txt_ids=torch.zeros(5, 4), guidance=torch.ones(2))
+            text = [dict(encoder_hidden_states=rnd(2, 5, 24), **same) for _ in range(2)]
+        else:
+            image = dict(image_dim=20, added_kv_proj_dim=32) if kind == "wan_i2v" else {}
+            model = diffusers.WanTransformer3DModel(
+                patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24,
+                freq_dim=16, ffn_dim=64, num_layers=layers, cross_attn_norm=True, rope_max_seq_len=32, **image,
+            )  # fmt: skip
+            x, scale = rnd(2, 4, 3, 8, 8), 1000
+            words = 512 if kind == "wan_i2v" else 5
+            text = [dict(encoder_hidden_states=rnd(2, words, 24)) for _ in range(2)]
+            if kind == "wan_i2v":
+                for t in text:
+                    t["encoder_hidden_states_image"] = rnd(2, 7, 20)
+        model = model.eval().requires_grad_(False)
+        for p in model.parameters():  # zero-initialised outputs would hide everything
+            if p.abs().max() == 0:
+                p.normal_(0, 0.05, generator=g)
+        noise = rnd(*x.shape)
+
+        def call(sigma: float, branch: int = 0) -> torch.Tensor:
+            now = (1 - sigma) * x + sigma * noise
+            t = torch.full((2,), sigma * scale)
+            with torch.no_grad():
+                return model(hidden_states=now, timestep=t, return_dict=False, **text[branch])[0]
+
+        return model, call
+
+    return make

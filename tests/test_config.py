@@ -60,7 +60,7 @@ def test_presets_differ_and_name_the_known():
         (lambda: tqai.codec({"name": "turbo", "bits": 2.5}), ["bits", "2.5"]),
         (lambda: tqai.codec({"bits": 2}), ["name"]),
         (lambda: tqai.Config(level="kernel"), ["kernel", "model"]),
-        (lambda: tqai.Config(skip_layers=("a",)), ["skip_layers"]),
+        (lambda: tqai.Config(skip_layers=("a b",)), ["skip_layers"]),
         (lambda: tqai.Config(version=99), ["99", "upgrade"]),
         (lambda: tqai.Config.from_dict({"version": 2, "future": 1}), ["version 2", "upgrade"]),
         (lambda: tqai.Config.from_dict({"scorrer": "snr"}), ["scorrer", "scorer"]),
@@ -84,10 +84,10 @@ def test_frozen():
 
 
 @pytest.mark.parametrize("role", list(REGISTRY))
-def test_every_method_round_trips_and_explains_itself(role):
+def test_every_method_round_trips_and_explains_itself(role, fisher_file):
     for name, cls in REGISTRY[role].items():
-        method = build(role, name)
-        assert method.spec == name
+        spec = f"fisher:file={fisher_file}" if name == "fisher" else name
+        assert build(role, spec).spec == spec
         assert len(cls.summary()) > 40, f"{name} has no help"
         for key, option in cls.options().items():
             assert option["help"], f"{name}: {key} has no help"

@@ -39,7 +39,8 @@ def drive(config, truth=curve, steps=24, where=WHERE, bypass=None):
     flow.begin(bypass)
     out = []
     for i in range(steps):
-        flow.enter(Step(i, GRID[i], steps, i == steps - 1))
+        if flow.enter(Step(i, GRID[i], steps, i == steps - 1)).compute:
+            flow.signal("entropy", torch.tensor([0.5 + GRID[i] / 100, 0.7]))
         out.append([flow.through(w, lambda i=i: truth(GRID[i])) for w in where])
     return out, flow, recorder
 
@@ -103,7 +104,7 @@ def test_scorer_snr_changes_decisions():
     weighted = drive(tqai.Config(scorer="snr", **base))[2].report
     assert [d["action"] for d in flat.decisions] != [d["action"] for d in weighted.decisions]
     scorer = build("scorer", "snr")
-    scores = [scorer.score(None, Step(0, s / 10), {}) for s in range(11)]
+    scores = [scorer.score(None, Step(0, s / 10), Stream(build("codec", "exact"))) for s in range(11)]
     assert scores == sorted(scores, reverse=True), "monotone in sigma"
     assert scores[0] == 1
     assert scores[-1] == 0
@@ -254,14 +255,18 @@ def test_too_few_steps_are_left_alone_with_the_reason():
         recorder.end()
 
 
-MATRIX = list(itertools.product([None, *names("scorer")], names("strategy"), names("monitor"), names("codec")))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# every scorer x strategy x monitor in two types, and every codec x strategy x type
+MATRIX = [(*m, "turbo", d) for m in itertools.product([None, *names("scorer")], names("strategy"), names("monitor")) for d in DTYPES[:2]]
+MATRIX += [("change", s, "lyapunov", c, d) for s, c, d in itertools.product(names("strategy"), names("codec"), DTYPES)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("scorer, strategy, monitor, codec", MATRIX)
-def test_matrix_of_everything_registered(scorer, strategy, monitor, codec, dtype):
+@pytest.mark.parametrize("scorer, strategy, monitor, codec, dtype", MATRIX)
+def test_matrix_of_everything_registered(scorer, strategy, monitor, codec, dtype, fisher_file):
     codec = {"name": codec, "bits": 8} if "bits" in REGISTRY["codec"][codec].options() else codec
-    config = tqai.Config(scorer=scorer, strategy=strategy, monitor=monitor, codec=codec)
+    scorer = {"name": scorer, "file": fisher_file} if scorer == "fisher" else scorer
+    level = REGISTRY["strategy"][strategy].levels[0]
+    config = tqai.Config(scorer=scorer, strategy=strategy, monitor=monitor, codec=codec, level=level)
     assert tqai.Config.from_json(config.to_json()) == config
     out, flow, recorder = drive(config, lambda s: curve(s / 8).to(dtype))
     report = recorder.report
@@ -303,7 +308,7 @@ def test_the_ranks_agree_on_the_summed_error():
     skipped = []
     for other in (0.0, 1e3):
         recorder = Recorder(lambda: 0)
-        flow = Flow(config, recorder, agree=lambda sums, other=other: sums + torch.tensor([other, 0.0]))
+        flow = Flow(config, recorder, agree=lambda sums, other=other: sums + torch.tensor([other, 0.0, 0.0]))
         recorder.begin()
         for i in range(24):
             flow.enter(Step(i, GRID[i], 24, i == 23))

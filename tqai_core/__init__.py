@@ -19,7 +19,7 @@ from .stream import StreamCoder
 from .types import Packed
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "Config", "Handle", "Packed", "Report", "StreamCoder", "apply", "codec", "methods", "preset"]
+__all__ = ["Codec", "Config", "Handle", "Packed", "Report", "StreamCoder", "apply", "attn_processors", "codec", "methods", "preset"]
 
 for _package in (scorers, strategies, monitors, codecs):
     discover(_package)
@@ -36,6 +36,17 @@ def apply(target: Any, config: Config | None = None, *, steps: int | None = None
     if config is not None and not isinstance(config, Config):
         raise ValueError(f"config must be a tqai.Config, got {type(config).__name__}: use Config.from_dict or tqai.preset")
     return adapters.apply(target, config or Config(), steps)
+
+
+def attn_processors(transformer: Any, config: Config, *, steps: int | None = None) -> Any:
+    """``transformer.set_attn_processor(tqai.attn_processors(transformer, config))``: the plain diffusers way.
+
+    A dict of processors, with the report and the undo as its ``handle``. ``config.level`` must be ``attention``. The
+    schedule is read from the pipeline that calls; in a loop of your own give ``steps``.
+    """
+    from .adapters.diffusers import attn_processors
+
+    return attn_processors(transformer, config, steps)
 
 
 def codec(spec: Any) -> Codec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from .registry import Codec, Method, Monitor, Scorer, Strategy, build, parse
 
 VERSION = 1
-LEVELS = ("model",)
+LEVELS = ("model", "block", "attention")
 Spec = str | Mapping[str, Any] | Method | None
 
 
@@ -18,8 +19,10 @@ Spec = str | Mapping[str, Any] | Method | None
 class Config:
     """A pipeline. Each stage is ``"name"``, ``"name:key=value,..."``, ``{"name": ..., key: value}`` or None (absent).
 
-    ``level`` is where it acts (``model``: the whole denoiser's output). ``skip_layers`` are blocks that must stay
-    exact. Stages are stored in their shortest spec form, so that equal pipelines are equal and hash alike.
+    ``level`` is where it acts: ``model`` (the whole output), ``block`` (what each block adds), ``attention``
+    (each attention's output). ``skip_layers`` are blocks that must stay exact: numbers (-1 is the last), ranges ``"0-2"``,
+    names of modules (``"blocks.3.attn2"``). Stages are stored in their shortest spec
+    form, so that equal pipelines are equal and hash alike.
     """
 
     scorer: Any = None
@@ -27,7 +30,7 @@ class Config:
     monitor: Any = "lyapunov"
     codec: Any = "turbo:bits=8"
     level: str = "model"
-    skip_layers: tuple[int, ...] = ()
+    skip_layers: tuple[int | str, ...] = ()
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -40,18 +43,14 @@ class Config:
             absent = spec is None or (isinstance(spec, str) and spec.strip().lower() in ("", "none"))
             method = None if absent else build(role, spec)
             if method is not None and self.level not in method.levels:
-                raise ValueError(f"{role} {method.name!r} works at level {', '.join(method.levels)}, asked at {self.level!r}")
+                raise ValueError(
+                    f"{role} {method.name!r} works at level {', '.join(method.levels)}, asked at {self.level!r}: "
+                    f"give level={method.levels[0]!r} or another {role}"
+                )
             object.__setattr__(self, role, method.spec if method else None)
         if self.codec is None:
             object.__setattr__(self, "codec", "exact")
-        layers = (self.skip_layers,) if isinstance(self.skip_layers, int) else self.skip_layers
-        try:
-            if isinstance(layers, str):
-                layers = [int(part) for part in layers.split(",") if part.strip()]
-            layers = tuple(sorted({int(layer) for layer in layers}))
-        except (TypeError, ValueError):
-            raise ValueError(f"skip_layers={self.skip_layers!r}: give block numbers, as in skip_layers=(0, 1)") from None
-        object.__setattr__(self, "skip_layers", layers)
+        object.__setattr__(self, "skip_layers", _layers(self.skip_layers))
 
     def build(self) -> tuple[Scorer | None, Strategy | None, Monitor | None, Codec]:
         """The four methods."""
@@ -91,6 +90,26 @@ class Config:
         except ValueError as error:
             raise ValueError(f"this is no JSON ({error}); write the file with config.to_json()") from None
         return cls.from_dict(data)
+
+
+def _layers(given: Any) -> tuple[int | str, ...]:
+    """Numbers, ranges and module names, in one order however they were given."""
+    layers: set[int | str] = set()
+    pieces = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
+    try:
+        for piece in pieces:
+            text = str(piece).strip()
+            if span := re.fullmatch(r"(\d+)\s*-\s*(\d+)", text):
+                layers.update(range(int(span[1]), int(span[2]) + 1))
+            elif re.fullmatch(r"-?\d+", text):
+                layers.add(int(text))
+            elif isinstance(piece, str) and re.fullmatch(r"[A-Za-z_][\w.]*", text):
+                layers.add(text)
+            elif text:
+                raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f'skip_layers={given!r}: give numbers, ranges or module names, as in (0, "2-4", -1, "blocks.3")') from None
+    return tuple(sorted(layers, key=lambda layer: (isinstance(layer, str), layer)))
 
 
 PRESETS = ("quality", "balanced", "fast")

@@ -11,6 +11,9 @@
      |                                                                             |
    Monitor.observe(forecast against x)   (free: the truth is here)                 v
      +--------------------------------- x goes on exact                     x^ goes on
+
+A door calls ``begin`` for a generation, ``enter`` for a step, then for each site ``through``; or, where computing and
+asking lie apart (compiled blocks), ``skips``, ``recall`` and ``observe``; and ``end``.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .memory import Memory
+from .guidance import Difference
+from .layout import tokens
+from .memory import Memory, Stream
 from .metrics import relative, squares
 from .registry import Monitor, Strategy
 from .report import Recorder
@@ -41,24 +46,32 @@ class Flow:
         self.off = "no strategy is set" if strategy is None else "no monitor is set" if monitor is None else None
         self.recorder, self.model, self.agree = recorder, model, agree or (lambda sums: sums)
         self.memory = Memory(self.codec)
+        self.guidance = Difference(self.memory, strategy.cfg == "difference" if strategy else False)
         self.begin()
 
     def begin(self, bypass: str | None = None) -> None:
         """A new generation. ``bypass`` is the reason why everything is computed exactly, if there is one."""
         self.memory.clear()
+        self.guidance.begin()
         self.bypass = self.off or bypass
-        self.gate: dict[str, Any] = {}
-        self.scores: dict[str, Any] = {}
+        self.gate = Stream(self.codec)  # the state of the monitor, and of the scorer's word on steps
         self.decision = Decision(True, "start")
         self.step: Step | None = None
         self.exact: set[Where] = set()
+        self.importance: float | None = None  # mean score of the last computed step
         self._first: set[Where] | None = None  # streams of the first evaluation; None before it
         self._pending: list[tuple[Where, bool, Tensor]] = []
+        self._signals: dict[str, list[Tensor]] = {}
         self._entry: dict[str, Any] = {}
 
     @property
     def nbytes(self) -> int:
-        return self.memory.nbytes + nbytes([self.gate, self.scores])
+        return self.memory.nbytes + nbytes(self.gate.state)
+
+    @property
+    def counted(self) -> int:
+        """``nbytes``, walked stream by stream as they change instead of all at once."""
+        return self.memory.counted + nbytes(self.gate.state)
 
     def enter(self, step: Step) -> Decision:
         """The gate: one decision a step, for all sites and branches."""
@@ -69,31 +82,82 @@ class Flow:
             self.decision = Decision(True, self.bypass)
             self.recorder.fallback(self.model, self.bypass)
         else:
-            score = self.scorer.score(None, step, self.scores) if self.scorer else None
-            importance = None if score is None else float(score)
-            self.decision = self.monitor.decide(step, importance, self.strategy.order, self.gate)
+            score = self.scorer.score(None, step, self.gate) if self.scorer else None
+            importance = self.importance if score is None else float(score)
+            self.decision = self.monitor.decide(step, importance, self.strategy.order, self.gate.state)
+        self.guidance.enter(step, self.decision)
         self._entry = self.recorder.decision(self.model, step, self.decision)
         return self.decision
 
-    def through(self, where: Where, compute: Callable[[], Tensor]) -> Tensor:
-        """One site's tensor at this step: its own exact output, or the forecast."""
-        step, strategy = self.step, self.strategy
-        if step is None or self._first is None:
+    def through(self, where: Where, compute: Callable[[], Tensor], beside: Where | None = None) -> Tensor:
+        """One site's tensor at this step: its own exact output, or the forecast. ``beside`` is the same site of the
+        guidance branch that has run already, if there is one."""
+        if self.skips(where):
+            return self.recall(where)
+        if beside is not None and self.spares(where, beside):
+            return self.spare(where, beside)
+        x = compute()
+        self.observe(where, x, beside)
+        return x
+
+    def skips(self, where: Where) -> bool:
+        """Whether this site is forecast at this step."""
+        if self.step is None:
+            raise RuntimeError("enter(step) comes first")
+        if self.decision.compute or where in self.exact:
+            return False
+        stream = self.memory.streams.get(where)
+        return stream is not None and stream.kind is not None
+
+    def recall(self, where: Where, called: bool = True) -> Tensor:
+        """The forecast of a site that ``skips``. ``called=False`` for the second tensor of one call."""
+        stream = self.memory[where]
+        guess = self.strategy.forecast(stream, cast(Step, self.step))
+        stream.decoded.clear()
+        if called:
+            self.recorder.call(self.model, where, skipped=True)
+        return guess.to(stream.kind[1], copy=True)  # type: ignore[index,union-attr]  # the host may write into what it gets
+
+    def spares(self, where: Where, beside: Where) -> bool:
+        """Whether a computed step takes this branch from ``beside`` and the forecast difference of the two."""
+        return self.bypass is None and where not in self.exact and self.guidance.due(where, beside, cast(Step, self.step))
+
+    def spare(self, where: Where, beside: Where, called: bool = True) -> Tensor:
+        """The tensor of a branch that is spared: held from now on as if computed, but judged by nobody."""
+        x = self.guidance.other(where, beside, self.strategy, cast(Step, self.step))
+        if called:
+            self.recorder.call(self.model, where, skipped=True)
+        self._hold(where, x, cast(Step, self.step))
+        return x
+
+    def observe(self, where: Where, x: Tensor, beside: Where | None = None, called: bool = True, against: Tensor | None = None) -> None:
+        """A site computed ``x``: judge the forecast it would have had, and hold what the strategy wants of it. Its error
+        counts relative to ``x``, or to ``against`` where ``x`` is only a part of the output."""
+        if self.step is None or self._first is None:
             raise RuntimeError("enter(step) comes before through()")
         if self.opening:
             self._first.add(where)
-        if not self.decision.compute and where in self.memory.streams and where not in self.exact:
+        if called:
+            self.recorder.call(self.model, where, skipped=False)
+        if self.bypass is not None or not self._may_hold(where, x):
+            return
+        stream = self.memory[where]
+        if stream.kind is not None and stream.kind != signature(x):
+            self.recorder.fallback(f"{self.model}/{where}", "shape, dtype or device changed: its history starts anew")
+            self.memory.drop(where)
             stream = self.memory[where]
-            guess = strategy.forecast(stream, step)
-            stream.decoded.clear()
-            if guess is not None and stream.kind is not None:
-                self.recorder.call(self.model, where, skipped=True)
-                return guess.to(stream.kind[1], copy=True)  # the host may write into what it gets
-        x = compute()
-        self.recorder.call(self.model, where, skipped=False)
-        if self.bypass is None and self._may_hold(where, x):
-            self._observe(where, x, step)
-        return x
+        guess = self.strategy.forecast(stream, self.step)
+        errors = squares(guess, x)
+        if against is not None:
+            errors = torch.stack([errors[0], squares(None, against)[1]])
+        self._pending.append((where, guess is not None, errors))
+        self._hold(where, x, self.step)
+        if beside is not None:
+            self.guidance.observe(where, beside, x, self.strategy, self.step)
+
+    def signal(self, name: str, values: Tensor) -> None:
+        """Numbers on the device that the monitor wants beside the errors, as ``state[name]``; read once a step."""
+        self._signals.setdefault(name, []).append(values.detach().flatten().float())
 
     def end(self) -> None:
         """The generation is over: nothing stays held."""
@@ -115,26 +179,21 @@ class Flow:
         self._give_up(where, why)
         return False
 
-    def _observe(self, where: Where, x: Tensor, step: Step) -> None:
+    def _hold(self, where: Where, x: Tensor, step: Step) -> None:
         stream = self.memory[where]
-        if stream.kind is not None and stream.kind != signature(x):
-            self.recorder.fallback(f"{self.model}/{where}", "shape, dtype or device changed: its history starts anew")
-            self.memory.streams.pop(where)
-            stream = self.memory[where]
-        guess = self.strategy.forecast(stream, step)
-        self._pending.append((where, guess is not None, squares(guess, x)))
-        score = self.scorer.score(x, step, stream.state) if self.scorer else None
+        score = self.scorer.score(tokens(x), step, stream) if self.scorer else None
+        if isinstance(score, Tensor) and score.numel():
+            self.signal("importance", score.float().mean())
         if x.numel():
             stream.hold({name: _finite(part) for name, part in self.strategy.plan(x, score, stream, step).items()}, x, step)
-        copies = self.strategy.order + 1
-        exact = sum(s.kind[0].numel() * 2 * copies for s in self.memory.streams.values() if s.kind)
-        self.recorder.held(self.model, where, stream.nbytes, exact)
+        held = self.memory.count(where, self.strategy.order + 1)
+        self.recorder.held(self.model, where, held, self.memory.exact)
 
     def _settle(self) -> None:
         """Read the errors of the last computed step: one host sync a step, and only after computed ones."""
         if not self._pending or self.step is None:
             return
-        sums = self.agree(torch.stack([s.to(self._pending[0][2].device) for _, _, s in self._pending])).tolist()
+        sums, signals = self._read()
         gap = truth = 0.0
         judged = False
         for (where, guessed, _), (g, t) in zip(self._pending, sums, strict=True):
@@ -146,12 +205,30 @@ class Flow:
                 self.recorder.error(self.model, where, relative(g, t))
         error = relative(gap, truth) if judged else None
         self._entry["error"] = error
-        self.monitor.observe(self.step, error, self.strategy.order, self.gate)
+        scores = [v for v in signals.pop("importance", []) if v == v]
+        self.importance = min(max(sum(scores) / len(scores), 0.0), 1.0) if scores else None
+        self.gate.state.update(signals)
+        self.monitor.observe(self.step, error, self.strategy.order, self.gate.state)
         self._pending.clear()
+        self._signals.clear()
+
+    def _read(self) -> tuple[list[tuple[float, float]], dict[str, list[float]]]:
+        """The squares of all streams and the signals, in one transfer, the same on every rank: squares summed, signals averaged."""
+        device = self._pending[0][2].device
+        names = list(self._signals)
+        parts = [torch.stack([s.to(device) for _, _, s in self._pending]).flatten().float()]
+        parts += [torch.cat(self._signals[name]).to(device) for name in names]
+        *flat, ranks = self.agree(torch.cat([*parts, torch.ones(1, device=device)])).tolist()
+        at = 2 * len(self._pending)
+        pairs, signals = list(zip(flat[:at:2], flat[1:at:2], strict=True)), {}
+        for name, part in zip(names, parts[1:], strict=True):
+            signals[name] = [v / ranks for v in flat[at : at + len(part)]]
+            at += len(part)
+        return pairs, signals
 
     def _give_up(self, where: Where, why: str) -> None:
         self.exact.add(where)
-        self.memory.streams.pop(where, None)
+        self.memory.drop(where)
         self.recorder.fallback(f"{self.model}/{where}", why)
 
 

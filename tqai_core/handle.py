@@ -14,7 +14,7 @@ class Handle:
 
     def __init__(self) -> None:
         self.flows: list[Flow] = []
-        self.recorder = Recorder(lambda: self.nbytes)
+        self.recorder = Recorder(lambda: sum(flow.counted for flow in self.flows))
         self._undo: list[Callable[[], None]] = []
 
     @property

@@ -22,26 +22,30 @@ class Stream:
     """The history of one tensor over evaluations. ``value("slope")`` decodes a held part, fp32, in the tensor's shape."""
 
     codec: Codec
+    where: Where | None = None
+    grid: tuple[int, ...] = ()  # of the tokens, where the adapter knows it: (length,), (height, width) or (frames, height, width)
     step: Step | None = None
     parts: dict[str, Packed] = field(default_factory=dict)
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     kind: tuple[torch.Size, torch.dtype, torch.device] | None = None
     decoded: dict[str, Tensor] = field(default_factory=dict)  # within one visit only: emptied before it ends
 
     def hold(self, parts: dict[str, Part], x: Tensor, step: Step) -> None:
-        """Replace what is held. ``x`` gives the shape and dtype that every part must have."""
+        """Replace what is held by the parts of ``x``, the exact value at ``step``."""
         self.parts = {name: self._pack(part) for name, part in parts.items()}
+        self.shapes = {name: part.tensor.shape for name, part in parts.items()}
         self.step, self.kind = step, signature(x)
         self.decoded.clear()
 
     def value(self, name: str) -> Tensor | None:
         """The decoded part, or None if it is not held. Read it, do not write it: it may be asked for again."""
         packed = self.parts.get(name)
-        if packed is None or self.kind is None:
+        if packed is None:
             return None
         if name in self.decoded:
             return self.decoded[name]
-        shape = self.kind[0]
+        shape = self.shapes[name]
         flat = build("codec", packed.codec).decode(packed, torch.float32)
         self.decoded[name] = flat if flat.shape == shape else flat.flatten()[: shape.numel()].view(shape)
         return self.decoded[name]
@@ -66,18 +70,37 @@ class Memory:
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
-        self.streams: dict[Where, Stream] = {}
+        self.grid: tuple[int, ...] = ()
+        self.clear()
 
     def __getitem__(self, where: Where) -> Stream:
         if where not in self.streams:
-            self.streams[where] = Stream(self.codec)
+            self.streams[where] = Stream(self.codec, where, self.grid)
         return self.streams[where]
+
+    def count(self, where: Where, copies: int) -> int:
+        """Walk one stream after it changed; ``counted`` and ``exact`` then hold the sums over all of them."""
+        stream = self.streams[where]
+        held, exact = stream.nbytes, (stream.kind[0].numel() * 2 * copies if stream.kind else 0)
+        before = self._bytes.get(where, (0, 0))
+        self._bytes[where] = held, exact
+        self.counted += held - before[0]
+        self.exact += exact - before[1]
+        return held
+
+    def drop(self, where: Where) -> None:
+        self.streams.pop(where, None)
+        held, exact = self._bytes.pop(where, (0, 0))
+        self.counted -= held
+        self.exact -= exact
 
     def __iter__(self) -> Iterator[Where]:
         return iter(self.streams)
 
     def clear(self) -> None:
-        self.streams.clear()
+        self.streams: dict[Where, Stream] = {}
+        self._bytes: dict[Where, tuple[int, int]] = {}
+        self.counted = self.exact = 0  # bytes held, and what fp16 copies would take
 
     @property
     def nbytes(self) -> int:

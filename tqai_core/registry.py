@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -27,9 +27,11 @@ REGISTRY: dict[str, dict[str, type[Method]]] = {role: {} for role in ROLES}
 M = TypeVar("M", bound="Method")
 
 
-def param(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+def param(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = (), kw_only: bool = False
+) -> Any:
     """A dataclass field that spec strings, the command, the docs and the node widgets all read."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices}, kw_only=kw_only)
 
 
 class Method:
@@ -38,7 +40,7 @@ class Method:
     role: ClassVar[str]
     name: ClassVar[str]
     paper: ClassVar[str]
-    levels: ClassVar[tuple[str, ...]] = ("model",)
+    levels: ClassVar[tuple[str, ...]] = ("model", "block", "attention")
 
     def __init_subclass__(cls, *, name: str | None = None, role: str | None = None, paper: str = "", **kw: Any) -> None:
         super().__init_subclass__(**kw)
@@ -85,19 +87,26 @@ class Method:
 class Scorer(Method, role="scorer"):
     """Says what matters."""
 
-    def score(self, x: Tensor | None, step: Step, state: dict[str, Any]) -> Tensor | float | None:
-        """Importance in [0, 1]: a tensor that broadcasts over ``x[..., 0]`` (tokens or heads), or one number a step.
+    def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | float | None:
+        """Importance in [0, 1] of the tokens ``x [b, n, d]``: ``[b, n]``, or one number.
 
-        At the gate ``x`` is None, since nothing is computed yet: a number for the coming step, or None for no opinion.
-        ``state`` belongs to one stream of one generation; tensors kept in it are counted.
+        At the gate ``x`` is None, since nothing is computed yet: a number for the coming step, or None, and the mean
+        score of the last computed step stands. ``stream.state`` is the scorer's own; tensors kept in it are counted.
+        No host synchronisation: what is needed stays on the device.
         """
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
 class Strategy(Method, role="strategy"):
     """Predicts a stream from its history and says what to keep of it. ``order`` is the order of the prediction."""
 
+    cfg: str = param(
+        "none", "difference = forecast cond - uncond on half of the computed steps", choices=("none", "difference"), kw_only=True
+    )
+
     order: ClassVar[int] = 0
+    kernel: ClassVar[bool] = False  # acts inside attention, on queries, keys and values
 
     def forecast(self, stream: Stream, step: Step) -> Tensor | None:
         """The stream's value at ``step`` from what is held, fp32, or None when the history is too short."""
@@ -111,12 +120,15 @@ class Strategy(Method, role="strategy"):
 class Monitor(Method, role="monitor"):
     """Closes the loop: sees forecasts beside the truth and decides each step once, for all sites and branches."""
 
+    probes: ClassVar[tuple[str, ...]] = ()  # signals that the door must measure for it: entropy
+
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         """Compute or forecast ``step``. ``importance`` is the scorer's word on the step, ``order`` the strategy's."""
         raise NotImplementedError
 
     def observe(self, step: Step, error: float | None, order: int, state: dict[str, Any]) -> None:
-        """``error`` is |forecast - truth| / |truth| over all streams of a computed step, None without a forecast."""
+        """``error`` is |forecast - truth| / |truth| over all streams of a computed step, None without a forecast. What the
+        door signalled is in ``state`` by its name, as ``state["entropy"]``: a list of floats."""
         raise NotImplementedError
 
 

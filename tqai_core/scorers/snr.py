@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..registry import Scorer, param
 from ..types import Step
+
+if TYPE_CHECKING:
+    from ..memory import Stream
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,6 @@ class Snr(Scorer, name="snr"):
 
     schedule: str = param("linear", "shape over sigma", choices=("linear", "cosine"))
 
-    def score(self, x: Tensor | None, step: Step, state: dict[str, Any]) -> float:
+    def score(self, x: Tensor | None, step: Step, stream: Stream) -> float:
         sigma = min(max(step.sigma, 0.0), 1.0)
         return 1 - sigma if self.schedule == "linear" else math.cos(sigma * math.pi / 2)

@@ -36,7 +36,7 @@ class Delta2(Strategy, name="delta2", paper="linear multistep prediction, as in 
     def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
         parts = {"value": Part(x)}
         before = stream.value("value")
-        if before is not None and stream.step is not None and step.sigma != stream.step.sigma:
+        if self.order and before is not None and stream.step is not None and step.sigma != stream.step.sigma:
             slope = (x.float() - before) / (step.sigma - stream.step.sigma)
             parts["slope"] = Part(slope.to(x.dtype), self.slope_bits)
         return parts

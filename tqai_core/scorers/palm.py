@@ -1,0 +1,44 @@
+"""Surprise: how far a token is from what it has been."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..registry import Scorer, param
+from ..sketch import sketch
+from ..types import Step
+
+if TYPE_CHECKING:
+    from ..memory import Stream
+
+
+@dataclass(frozen=True)
+class Palm(Scorer, name="palm"):
+    """Novelty of a token: its distance from a running mean in units of a running spread, squashed to [0, 1]. Kept on a
+    small sketch of each token. Predicts the next reuse error less well than ``change`` on the minis (rank correlation .39
+    to .54 by token, .55 to .73 by step).
+    """
+
+    alpha: float = param(0.5, "weight of the newest value in the running mean and spread", low=0.01, high=1.0)
+    width: int = param(16, "coordinates of the sketch kept of a token", low=1, high=256)
+
+    def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | None:
+        if x is None:
+            return None
+        now = sketch(x, self.width)
+        mean, spread = stream.state.get("mean"), stream.state.get("spread")
+        if mean is None or spread is None or mean.shape != now.shape:
+            stream.state["mean"] = now.bfloat16()
+            stream.state["spread"] = now.new_zeros(now.shape[:-1])
+            return now.new_ones(now.shape[:-1])
+        gap = now - mean.float()
+        squared = gap.square().mean(-1)
+        # the spread of all tokens stands in while a token has no history of its own
+        scale = spread + 0.1 * squared.mean(-1, keepdim=True) + 1e-12
+        stream.state["mean"] = (mean.float() + self.alpha * gap).bfloat16()
+        stream.state["spread"] = spread + self.alpha * (squared - spread)
+        novelty = (squared / scale).sqrt()
+        return novelty / (novelty + 1)

@@ -1,0 +1,42 @@
+"""How much a token disagrees with its neighbours on the grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..layout import grid_of
+from ..registry import Scorer
+from ..types import Step
+
+if TYPE_CHECKING:
+    from ..memory import Stream
+
+
+@dataclass(frozen=True)
+class Sheaf(Scorer, name="sheaf", paper="sheaf Laplacian, Hansen and Ghrist 1808.01513; restriction maps are the identity here"):
+    """Laplacian energy of a token on its grid (1-D text, 2-D image, 3-D video): the sum of |x - neighbour|^2 over its edges
+    divided by the largest value it can take; a constant field scores 0, a checkerboard 1. Says little on the minis: rank
+    correlation with the next reuse error .04 to .16 by token, .25 to .53 by step.
+    """
+
+    def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | None:
+        if x is None:
+            return None
+        b, n, d = x.shape
+        grid = grid_of(x, stream.grid)
+        field = x.float().reshape(b, *grid, d)
+        size = field.square().sum(-1)
+        energy, bound = size.new_zeros(size.shape), size.new_zeros(size.shape)
+        for axis in range(1, 1 + len(grid)):
+            length = field.shape[axis]
+            if length < 2:
+                continue
+            gap = field.diff(dim=axis).square().sum(-1)
+            most = 2 * (size.narrow(axis, 0, length - 1) + size.narrow(axis, 1, length - 1))  # |x - y|^2 <= 2 |x|^2 + 2 |y|^2
+            for total, edge in ((energy, gap), (bound, most)):
+                total.narrow(axis, 0, length - 1).add_(edge)
+                total.narrow(axis, 1, length - 1).add_(edge)
+        return (energy / bound.clamp_min(1e-20)).reshape(b, n).clamp_(0, 1)

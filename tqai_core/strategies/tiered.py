@@ -1,0 +1,75 @@
+"""Bits by score: the tokens that matter are held finer than the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..codecs import packing
+from ..layout import tokens, untokens
+from ..registry import Strategy, param
+from ..types import Part, Step
+
+if TYPE_CHECKING:
+    from ..memory import Stream
+
+
+@dataclass(frozen=True)
+class Tiered(Strategy, name="tiered"):
+    """The best scored tokens are held with more bits, the others with fewer; forecast as ``delta2`` does. Without a scorer
+    the tokens that changed most are the best. See docs/methods.md for where that beats uniform bits.
+
+    Costs one bit a token for the tier beside the codes.
+    """
+
+    share: float = param(0.25, "part of the tokens in the fine tier", low=0.0, high=1.0)
+    high: int = param(8, "bits a coordinate in the fine tier", low=1, high=8)
+    low: int = param(6, "bits a coordinate in the coarse tier", low=1, high=8)
+    slope_bits: int = param(3, "bits a coordinate of the slope; 0 = forecast by the last value", low=0, high=8)
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        return 1 if self.slope_bits else 0
+
+    def forecast(self, stream: Stream, step: Step) -> Tensor | None:
+        value, slope = self._value(stream), stream.value("slope")
+        if value is None or slope is None or stream.step is None:
+            return value
+        return torch.add(value, slope, alpha=step.sigma - stream.step.sigma)
+
+    def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
+        before = self._value(stream)
+        parts: dict[str, Part] = {}
+        if self.slope_bits and before is not None and stream.step is not None and step.sigma != stream.step.sigma:
+            parts["slope"] = Part(((x.float() - before) / (step.sigma - stream.step.sigma)).to(x.dtype), self.slope_bits)
+        t = tokens(x)
+        b, n, _ = t.shape
+        if not isinstance(score, Tensor) or score.ndim < 2:
+            score = (t.float() if before is None else t.float() - tokens(before)).square().sum(-1)
+        count = round(self.share * n)
+        fine = torch.zeros(b, n, dtype=torch.bool, device=x.device)
+        fine.scatter_(1, score.expand(b, n).topk(count, dim=1).indices, True)
+        stream.state["fine"] = packing.pack(fine.to(torch.uint8), 1)
+        order = _order(fine)
+        ranked = t.gather(1, order[..., None].expand_as(t))
+        if count:
+            parts["high"] = Part(ranked[:, :count], self.high)
+        if count < n:
+            parts["low"] = Part(ranked[:, count:], self.low)
+        return parts
+
+    def _value(self, stream: Stream) -> Tensor | None:
+        pieces = [piece for name in ("high", "low") if (piece := stream.value(name)) is not None]
+        if not pieces or stream.kind is None:
+            return None
+        ranked = torch.cat(pieces, dim=1)
+        order = _order(packing.unpack(stream.state["fine"], ranked.shape[1], 1).bool())
+        return untokens(torch.empty_like(ranked).scatter_(1, order[..., None].expand_as(ranked), ranked), stream.kind[0])
+
+
+def _order(fine: Tensor) -> Tensor:
+    """Token numbers, the fine ones first, each tier in its own order; no host synchronisation."""
+    return (~fine).to(torch.uint8).argsort(dim=1, stable=True)

@@ -1,0 +1,57 @@
+"""Attention on part of the keys, and the rest from the last full one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from ..attention.sparse import block_attention, local_index
+from ..registry import Scorer, param
+from .delta2 import Delta2
+
+if TYPE_CHECKING:
+    from ..memory import Stream
+
+
+@dataclass(frozen=True)
+class Window(Delta2, name="window", paper="residual sharing of DiTFastAttn 2406.08552; frozen support and order 1 are ours"):
+    """Between full computations attention sees the nearest blocks of keys, or those that scorer ``bsa`` chooses, and the
+    residual full - sparse is carried on over sigma. The support stays as it was first chosen, since a residual can only be
+    extrapolated over one support: order 1 with a frozen support has 2.6 to 3.5 times less error than order 0 with a support
+    chosen anew (WAN mini). Saves a part of the attention alone: skipping whole steps is better where the model allows it.
+    """
+
+    density: float = param(0.25, "part of the key blocks that a query block sees", low=0.0, high=1.0)
+    block: int = param(16, "tokens a block", low=4, high=1024)
+    residual: int = param(1, "order of the residual's forecast: 1 = linear over sigma, 0 = the last one", choices=(0, 1))
+    frozen: bool = param(True, "keep the support of the first computation; false = choose anew at every step")
+
+    levels: ClassVar[tuple[str, ...]] = ("attention",)
+    kernel: ClassVar[bool] = True
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        return self.residual
+
+    def support(self, q: Tensor, k: Tensor, scorer: Scorer | None, stream: Stream, text: tuple[int, int]) -> Tensor:
+        """Key blocks of every query block, ``int64 [b or 1, h or 1, nq, kept]``; ``text = (before, after)`` tokens that lie
+        outside the grid."""
+        held = stream.state.get("support")
+        if held is not None and self.frozen:
+            return held.long()
+        n = k.shape[-2]
+        blocks = -(-n // self.block)
+        keep = max(round(self.density * blocks), 1)
+        if scorer is not None and hasattr(scorer, "mass"):
+            index = scorer.mass(q, k, self.block, self.block).topk(keep, dim=-1).indices.sort(-1).values
+        else:
+            index = local_index(n, self.block, keep, stream.grid, text, q.device)
+        if self.frozen:
+            stream.state["support"] = index.short() if blocks < 2**15 else index.int()
+        return index
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+        """Attention of ``q, k, v [b, h, n, d]`` on the supported blocks."""
+        return block_attention(q, k, v, index, self.block, self.block)
