@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md from benchmarks/results/*.json: no figure is typed by hand.
+"""Write the measured tables of README.md and docs/methods.md from benchmarks/results/*.json: no figure is typed by hand.
 
     python benchmarks/readme.py [--check]
 
@@ -101,22 +101,54 @@ def pictures(demo: dict[str, Any]) -> str:
     return table(methods, rows)
 
 
+def sections(bench: Any, result: dict[str, Any]) -> str:
+    """All tables of a bench as the command prints them."""
+    parts = []
+    for title, head, rows in bench.tables_of(result):
+        parts.append(f"### {title}\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def levels_of(result: dict[str, Any]) -> str:
+    """One table for the README: each mini's attention level and the guidance difference."""
+    rows = []
+    for kind in KINDS:
+        for r in result["tables"][kind]["attention"]:
+            held = f"{r['held']:,.0f} / {r['fp16']:,.0f}"
+            rows.append([kind, r["method"], f"{r['calls_skipped']:.0%}", f"{r['psnr']:.1f}", e4(r["nmse"]), held])
+    return table(["mini", "every 2nd evaluation", "sites skipped", "PSNR dB", "NMSE e-4", "bytes held / as fp16"], rows)
+
+
+def guidance_of(result: dict[str, Any]) -> str:
+    rows = [[kind, r["method"], f"{r['branch_calls']:g}", e4(r["ode"])] for kind in KINDS for r in result["tables"][kind]["guidance"]]
+    return table(["mini", "UniPC, shift 3", "branch calls", "true ODE, NMSE e-4"], rows)
+
+
 def main() -> int:
+    from tqai_core.bench import levels, methods
+
     dit, vectors, trajectories = load("dit"), load("codec"), load("stream")
     parts = {
         "headline": headline(dit), "euler": euler(dit), "multistep": multistep(dit), "solvers": solvers(dit), "place": place(dit),
         "pictures": pictures(load("demo")), "codec": codec(vectors), "bases": bases(vectors), "streams": streams(trajectories),
     }  # fmt: skip
-    readme = ROOT / "README.md"
-    before = text = readme.read_text()
+    lower = load("levels")
+    parts |= {"levels": levels_of(lower), "guidance": guidance_of(lower)}
+    details = {"methods": sections(methods, load("methods")), "levels": sections(levels, lower)}
+    stale = [fill(ROOT / "README.md", parts), fill(ROOT / "docs" / "methods.md", details)]
+    return int(any(stale)) if "--check" in sys.argv else 0
+
+
+def fill(file: Path, parts: dict[str, str]) -> bool:
+    """Replace what lies between the marks; True where that changes the file."""
+    before = text = file.read_text()
     for name, part in parts.items():
         text, count = re.subn(rf"(<!-- {name} -->).*?(<!-- /{name} -->)", lambda m, p=part: f"{m[1]}\n{p}\n{m[2]}", text, flags=re.S)
         if count != 1:
-            raise SystemExit(f"README.md has {count} places for {name!r}, expected one")
-    if "--check" in sys.argv:
-        return int(text != before)
-    readme.write_text(text)
-    return 0
+            raise SystemExit(f"{file.name} has {count} places for {name!r}, expected one")
+    if "--check" not in sys.argv:
+        file.write_text(text)
+    return text != before
 
 
 if __name__ == "__main__":

@@ -9,6 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+WHAT = (
+    "dit: forecast-skipping; levels: block, attention, guidance, overhead; methods: every scorer x strategy x monitor; "
+    "codec: vectors; stream: trajectories"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Bad input is one line on stderr and exit status 2."""
@@ -27,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
     bench = command("bench", "measure, and print what is compared with", _bench)
-    bench.add_argument("what", choices=("dit", "codec", "stream"), help="dit: forecast-skipping; codec: vectors; stream: trajectories")
+    bench.add_argument("what", choices=("dit", "levels", "methods", "codec", "stream"), help=WHAT)
     bench.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="codec, stream: beside other codecs")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="codec: NMSE against bits with the Shannon line, as SVG")
     bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
@@ -86,11 +91,14 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import codec, dit, stream
+    from .bench import codec, dit, levels, methods, stream
 
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
     if args.what == "dit":
         result, tables = dit.bench(args.kinds, args.seeds, tell), dit.tables_of
+    elif args.what in ("levels", "methods"):
+        module: Any = levels if args.what == "levels" else methods
+        result, tables = module.bench(args.kinds, args.seeds, tell), module.tables_of
     elif args.what == "codec":
         result, tables = codec.bench(args.peers, tell), codec.tables_of
         if args.plot:
@@ -98,7 +106,7 @@ def _bench(args: argparse.Namespace) -> int:
     else:
         result, tables = stream.bench(args.seeds, args.peers, tell), stream.tables_of
     _finish(args.json, result, tables(result), dit.dumps)
-    return 0 if all(v["ok"] for v in result["verdicts"]) else 1
+    return 0 if all(v["ok"] for v in result.get("verdicts", [])) else 1
 
 
 def _finish(target: str | None, result: Any, tables: Iterable[tuple[str, list[str], list[list[str]]]], dumps: Any = json.dumps) -> None:

@@ -78,6 +78,8 @@ class Flow:
         self._settle()
         self._first = set() if self.step is None else (self._first or set())
         self.opening, self.step = self.step is None, step
+        if self.opening and self.bypass is None:
+            self.bypass = self.monitor.idle(step)
         if self.bypass is not None:
             self.decision = Decision(True, self.bypass)
             self.recorder.fallback(self.model, self.bypass)

@@ -14,7 +14,7 @@ from .memory import Memory
 from .registry import Strategy, build
 from .types import Decision, Step, Where
 
-FIRST = 3  # computed steps that run both branches before one is spared
+FIRST = 2  # computed steps that run both branches before one is spared: the difference then has a slope
 
 
 class Difference:

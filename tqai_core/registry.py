@@ -122,6 +122,13 @@ class Monitor(Method, role="monitor"):
 
     probes: ClassVar[tuple[str, ...]] = ()  # signals that the door must measure for it: entropy
 
+    def idle(self, step: Step) -> str | None:
+        """Why nothing of the generation that begins will be forecast, or None: nothing is watched or held then."""
+        least = getattr(self, "min_steps", 0)
+        if step.total is not None and step.total < least:
+            return f"{step.total} steps are too few to forecast (min_steps={least})"
+        return None
+
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         """Compute or forecast ``step``. ``importance`` is the scorer's word on the step, ``order`` the strategy's."""
         raise NotImplementedError

@@ -24,7 +24,7 @@ class Fixed(Monitor, name="fixed"):
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         seen = state["seen"] = state.get("seen", 0) + 1
-        if why := forced(step, seen, self.warmup, self.min_steps):
+        if why := forced(step, seen, self.warmup):
             return Decision(True, why)
         since = seen - self.warmup
         due = int(since / self.interval) > int((since - 1) / self.interval)

@@ -38,7 +38,7 @@ class Lyapunov(
         if state.get("error") is not None:
             estimate = state["error"] * _remainder(step.sigma, nodes, order) / state["remainder"]
         tolerance = self.tau / max(step.width, 1e-6) ** 0.5 * (1.0 if importance is None else 1.3 - 0.9 * importance)
-        why = forced(step, seen, self.warmup, self.min_steps)
+        why = forced(step, seen, self.warmup)
         if why:
             return Decision(True, why, estimate)
         if estimate is None:

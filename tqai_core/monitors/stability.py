@@ -18,7 +18,7 @@ class Stability(Monitor, name="stability", paper="attention entropy as a sign of
     minis (docs/methods.md): prefer ``lyapunov``.
     """
 
-    tau: float = param(0.02, "root mean square move of the heads' entropy that a forecast may miss", low=0.0, high=1.0)
+    tau: float = param(0.01, "root mean square move of the heads' entropy that a forecast may miss", low=0.0, high=1.0)
     collapse: float = param(0.25, "drop of one head's entropy that forces a refresh", low=0.0, high=1.0)
     alpha: float = param(0.3, "weight of the newest entropy in the running mean", low=0.01, high=1.0)
     warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)
@@ -33,7 +33,7 @@ class Stability(Monitor, name="stability", paper="attention entropy as a sign of
         pace, at = state.get("pace"), state.get("at")
         move = None if pace is None or at is None else pace * abs(step.sigma - at)
         tolerance = self.tau * (1.0 if importance is None else 1.3 - 0.9 * importance)
-        if why := forced(step, seen, self.warmup, self.min_steps):
+        if why := forced(step, seen, self.warmup):
             return Decision(True, why, move)
         if state.get("refresh", 0) > 0:
             state["refresh"] -= 1
