@@ -29,10 +29,10 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def fisher_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A table of 3 layers, 2 heads and 4 sigma bands; layer 1, head 1 is the sensitive one, low sigma the sensitive time."""
+    """A table of 6 layers, 2 heads and 4 sigma bands; layer 1, head 1 is the sensitive one, low sigma the sensitive time."""
     from safetensors.torch import save_file
 
-    table = torch.ones(3, 2, 2, 4) * torch.tensor([0.1, 0.2, 0.4, 1.0])
+    table = torch.ones(6, 2, 2, 4) * torch.tensor([0.1, 0.2, 0.4, 1.0])
     table[1, 1] *= 10
     path = tmp_path_factory.mktemp("fisher") / "table.safetensors"
     save_file({"fisher": table, "sigmas": torch.tensor([1.0, 0.7, 0.4, 0.1])}, str(path))
@@ -77,7 +77,7 @@ def generate() -> Callable[..., torch.Tensor]:
 def tiny() -> Callable[..., Any]:
     """A small random transformer of any supported class and a function of (sigma, branch) that calls it."""
 
-    def make(kind: str, layers: int = 2, seed: int = 0) -> tuple[Any, Callable[..., torch.Tensor]]:
+    def make(kind: str, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Any, Callable[..., torch.Tensor]]:
         import diffusers
 
         torch.manual_seed(seed)
@@ -128,9 +128,12 @@ def tiny() -> Callable[..., Any]:
             if p.abs().max() == 0:
                 p.normal_(0, 0.05, generator=g)
         noise = rnd(*x.shape)
+        model = model.to(dtype)
+        same_type = lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        text = [{k: v if k.endswith("_ids") else same_type(v) for k, v in t.items()} for t in text]
 
         def call(sigma: float, branch: int = 0) -> torch.Tensor:
-            now = (1 - sigma) * x + sigma * noise
+            now = ((1 - sigma) * x + sigma * noise).to(dtype)
             t = torch.full((2,), sigma * scale)
             with torch.no_grad():
                 return model(hidden_states=now, timestep=t, return_dict=False, **text[branch])[0]

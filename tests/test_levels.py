@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ import tqai_core as tqai
 from tqai_core import minis
 from tqai_core.adapters import sites
 from tqai_core.metrics import nmse
+from tqai_core.registry import REGISTRY, names
 
 ALL = ("sd3", "sd35", "flux", "flux2", "wan", "wan_i2v")
 STEPS = 8
@@ -426,3 +428,26 @@ def test_half_precision(kind, level, dtype, pipe_of, generate):
     assert handle.report().calls_skipped > 0
     assert bool(torch.isfinite(out).all())
     assert nmse(out, exact) < 0.02
+
+
+TRIPLES = list(itertools.product([None, *names("scorer")], names("strategy"), names("monitor")))
+# family, level and type take turns, so that each pair of methods meets all of them
+MATRIX = [(*triple, ("sd3", "flux", "wan")[(i + i // 3) % 3], i // 2) for i, triple in enumerate(TRIPLES)]
+
+
+@pytest.mark.parametrize("scorer, strategy, monitor, kind, turn", MATRIX)
+def test_every_triple_runs_in_a_real_transformer(scorer, strategy, monitor, kind, turn, tiny, fisher_file):
+    levels = REGISTRY["strategy"][strategy].levels
+    level, dtype = levels[turn % len(levels)], (torch.float32, torch.bfloat16)[turn // len(levels) % 2]
+    model, call = tiny(kind, dtype=dtype)
+    scorer = {"name": scorer, "file": fisher_file} if scorer == "fisher" else scorer
+    loose = {"lyapunov": {"tau": 4.0, "max_gap": 1}, "stability": {"tau": 1.0, "max_gap": 1}, "fixed": {}}[monitor]
+    config = tqai.Config(scorer=scorer, strategy=strategy, monitor={"name": monitor, "min_steps": 1, **loose}, level=level)
+    exact = loop(call)
+    with tqai.apply(model, config, steps=STEPS) as handle:
+        out = loop(call)
+    assert all(x.dtype == dtype and bool(torch.isfinite(x).all()) for x in out)
+    assert handle.report().calls_skipped > 0, handle.report().decisions
+    assert handle.report().bytes_held_peak > 0
+    assert nmse(torch.stack(out), torch.stack(exact)) < 0.1, "eight coarse steps of a random model"
+    assert same(loop(call), exact)
