@@ -35,13 +35,21 @@ Run = tuple[int, int, int]  # first coordinate, last + 1, bits
 class Basis:
     """One head's axes: rows of ``matrix [d, d]`` (or of a block of it), ``scale [d]`` their standard deviations or
     None for alike ones, ``runs`` the bits of each stretch of coordinates. ``levels_for`` is the dimension whose
-    coordinate distribution the levels are made for, None for a Gaussian."""
+    coordinate distribution the levels are made for, None for a Gaussian. ``signs [d]`` where ``matrix`` is Sylvester's
+    Hadamard matrix times them, over sqrt(d)."""
 
     matrix: Tensor
     runs: tuple[Run, ...]
     scale: Tensor | None = None
     block: int | None = None
     levels_for: int | None = None
+    signs: Tensor | None = None
+
+    @cached_property
+    def small(self) -> Tensor:
+        """The inner factor of a Hadamard matrix for :func:`rotation.hadamard`."""
+        assert self.signs is not None
+        return (self.matrix[: rotation.SMALL, : rotation.SMALL] * self.signs[: rotation.SMALL]).contiguous()
 
     @cached_property
     def columns(self) -> Tensor:
@@ -67,7 +75,8 @@ class Basis:
 
     def to(self, device: torch.device) -> Basis:
         scale = None if self.scale is None else self.scale.to(device)
-        return Basis(self.matrix.to(device), self.runs, scale, self.block, self.levels_for)
+        signs = None if self.signs is None else self.signs.to(device)
+        return Basis(self.matrix.to(device), self.runs, scale, self.block, self.levels_for, signs)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,10 @@ class Bases:
 def hadamard(d: int, bits: int, seed: int) -> Bases:
     """The random rotation for vectors of ``d``."""
     block = rotation.block_size(d)
-    return Bases((Basis(rotation.matrix(block, seed), ((0, d, bits),), None, None if block == d else block, d),))
+    matrix = rotation.matrix(block, seed)
+    fast = block == d and d & (d - 1) == 0 and d >= 4 * rotation.SMALL
+    signs = matrix[0].sign() if fast else None  # the first row of Sylvester's matrix is all ones
+    return Bases((Basis(matrix, ((0, d, bits),), None, None if block == d else block, d, signs),))
 
 
 _AT: dict[tuple[int, int, int, str], tuple[Basis, ...]] = {}  # a plain dict: torch.compile reads it, but not a cache
