@@ -56,6 +56,10 @@ class Basis:
         """``matrix.T``, contiguous: the product with rows of vectors is twice as fast."""
         return self.matrix.T.contiguous()
 
+    def butterfly(self, x: Tensor) -> bool:
+        """Whether ``x [n, d]`` is rotated faster by :func:`rotation.hadamard`: on a CPU, enough vectors to hide its calls."""
+        return self.signs is not None and x.device.type == "cpu" and len(x) >= 256
+
     @property
     def whole(self) -> bool:
         return len(self.runs) == 1

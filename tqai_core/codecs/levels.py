@@ -8,7 +8,6 @@ the midpoints of the levels; iterated here until nothing moves.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -26,13 +25,16 @@ class Room:
         self.device = device
         self._kept: dict[str, Tensor] = {}
 
-    def of(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    def of(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """A contiguous tensor, its content undefined; it lasts until the name is asked for again."""
-        size = math.prod(shape)
         kept = self._kept.get(name)
+        if kept is not None and kept.shape == shape:
+            return kept
+        size = math.prod(shape)
         if kept is None or kept.numel() < size:
-            kept = self._kept[name] = torch.empty(size, dtype=dtype, device=self.device)
-        return kept[:size].view(shape)
+            kept = self._kept[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            return kept
+        return kept.view(-1)[:size].view(shape)
 
 
 class Grid:

@@ -110,7 +110,7 @@ class VectorCodec(Codec, role="codec"):
                 y, rms = _onto(basis, chunk, mu, None, columns, room)
         if top is not None:
             y, rms = _onto(basis, chunk, mu, top, columns, room)
-        inverse = 1 / rms.clamp_min(1e-30)
+        inverse = rms.clamp_min(1e-30).reciprocal_()
         coded = []
         for a, b, bits in basis.runs:
             if bits:
@@ -163,23 +163,33 @@ class VectorCodec(Codec, role="codec"):
             raise ValueError(f"field 'codes' has rows of {codes.shape[1]} bytes, expected {plan[0].row_bytes}: save the tensor again")
         gains = gain.decode(packed.tensors["gain"], packed.tensors["span"])[:, None]
         mean = None if rotated else packed.tensors.get("mean")
-        out, room = torch.empty(n, d, dtype=dtype, device=codes.device), Room(codes.device)
-        for head, i, j in _chunks(heads, tokens, self._step(kind, plan, codes.device), whole=len(plan) == 1 and mean is None):
-            basis = plan[head % len(plan)]
-            u = self._levels(codes[i:j], basis, kind, d, room)
-            signs = None
-            if not rotated and basis.signs is not None and u.device.type == "cpu":
-                u, signs = rotation.hadamard(u, basis.small, room.of("y", u.shape)), basis.signs
-            elif not rotated:
-                k = len(basis.matrix)
-                u = torch.mm(u.reshape(-1, k), basis.matrix, out=room.of("y", (u.numel() // k, k))).view(u.shape)
-            u = u.mul_(gains[i:j])
-            if signs is not None:
-                u = u.mul_(signs)
-            if mean is not None:
-                u.add_(mean[head].float())
-            out[i:j] = u.clamp_(-65504, 65504) if dtype == torch.float16 else u  # rounding must not make an inf
+        room = Room(codes.device)
+        chunks = _chunks(heads, tokens, self._step(kind, plan, codes.device), whole=len(plan) == 1 and mean is None)
+        if len(chunks) == 1:
+            return self._decode_chunk(codes, gains, mean, plan[0], kind, dtype, rotated, room).to(dtype).view(packed.shape)
+        out = torch.empty(n, d, dtype=dtype, device=codes.device)
+        for head, i, j in chunks:
+            mu = None if mean is None else mean[head]
+            out[i:j] = self._decode_chunk(codes[i:j], gains[i:j], mu, plan[head % len(plan)], kind, dtype, rotated, room)
         return out.view(packed.shape)
+
+    def _decode_chunk(
+        self, codes: Tensor, gains: Tensor, mean: Tensor | None, basis: Basis, kind: str, dtype: torch.dtype, rotated: bool, room: Room
+    ) -> Tensor:
+        """Vectors ``fp32 [n, d]`` with one basis and one mean, in ``room``; within the range of ``dtype``."""
+        u = self._levels(codes, basis, kind, basis.runs[-1][1], room)
+        back = not rotated and basis.butterfly(u)
+        if back:
+            u = rotation.hadamard(u, basis.small, room.of("y", tuple(u.shape)))
+        elif not rotated:
+            k = len(basis.matrix)
+            u = torch.mm(u.reshape(-1, k), basis.matrix, out=room.of("y", (u.numel() // k, k))).view(u.shape)
+        u = u.mul_(gains)
+        if back:
+            u = u.mul_(basis.signs)  # type: ignore[arg-type]
+        if mean is not None:
+            u.add_(mean.float())
+        return u.clamp_(-65504, 65504) if dtype == torch.float16 else u  # rounding must not make an inf
 
     def _levels(self, codes: Tensor, basis: Basis, kind: str, d: int, room: Room) -> Tensor:
         if basis.whole:
@@ -217,7 +227,8 @@ def _onto(
     """``x / top`` without its mean on the axes of ``basis``, in ``room``, and its RMS ``[n, 1]`` over the coordinates with
     bits. ``columns``: stored coordinate by coordinate."""
     n, d = x.shape
-    if basis.signs is not None and not columns and x.device.type == "cpu":
+    if not columns and basis.butterfly(x):
+        assert basis.signs is not None
         signs = basis.signs if top is None else basis.signs / top
         flipped = room.of("flipped", (n, d))
         if mu is None:
