@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def test_packing_round_trip_every_width_and_odd_lengths(bits, d, n, seed):
     assert packed.shape == (n, math.ceil(d * bits / 8)), "really bit-packed"
     assert torch.equal(packing.unpack(packed, d, bits).long(), codes)
     table = scalar(bits, None, torch.device("cpu"))
-    assert torch.equal(table.decode(packed, d, levels.Room(packed.device)), levels.lloyd_max(bits)[codes]), "unpacks and dequantises at once"
+    assert torch.equal(table.decode(packed, d, levels.Room(packed.device)), levels.lloyd_max(bits)[codes]), (
+        "unpacks and dequantises at once"
+    )
 
 
 @pytest.mark.parametrize("bits, mse", [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497), (5, 0.002499)])
@@ -361,6 +364,6 @@ def test_runs_of_every_width_share_memory_without_mixing():
         codec = tqai.codec(f"{name}:mean=never")
         y = codec.decode(codec.encode(x, bases=made), bases=made)
         errors = [nmse(y[:, a:b], x[:, a:b]) for a, b, _ in runs]
-        assert all(left < right for left, right in zip(errors, errors[1:], strict=False)), "fewer bits, more error"
+        assert all(left < right for left, right in pairwise(errors)), "fewer bits, more error"
         assert errors[0] < 2e-3
         assert errors[-1] == 1

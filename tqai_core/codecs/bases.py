@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..modelhash import model_hash
 from . import rotation
 from .scalar import run_bytes
 
@@ -162,12 +163,13 @@ def water_fill(variance: Tensor, total: int) -> tuple[Run, ...]:
 
 
 def calibrate(
-    samples: Mapping[str, Tensor], bits: int, codec: Any = None, held_out: float = 0.25
+    samples: Mapping[str, Tensor], bits: int, codec: Any = None, held_out: float = 0.25, model: nn.Module | None = None
 ) -> tuple[BasesFile, dict[str, list[dict[str, Any]]]]:
     """Bases for every stream of ``samples`` (name -> ``[heads, n, d]``) with a held-out verdict a head.
 
     The last ``held_out`` share of the vectors judges: a head whose KLT does not beat the random rotation there, coded by
-    ``codec`` at the same bytes, keeps the rotation. Returns the file and, a stream, one verdict a head.
+    ``codec`` at the same bytes, keeps the rotation. ``model`` is whose samples they are: its hash goes into the file.
+    Returns the file and, a stream, one verdict a head.
     """
     from ..registry import build
 
@@ -202,7 +204,7 @@ def calibrate(
             verdicts[name].append(verdict)
             chosen.append(basis)
         streams[name] = tuple(chosen)
-    return BasesFile(streams, bits), verdicts
+    return BasesFile(streams, bits, "" if model is None else model_hash(model)), verdicts
 
 
 def _error(codec: Any, x: Tensor, bases: Bases) -> float:
@@ -233,6 +235,15 @@ class BasesFile:
         if any(basis.matrix.shape[-1] != d for basis in out if basis is not plain):
             raise ValueError(f"stream {stream!r} has vectors of another size in the file than {d}")
         return Bases(out)
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError if these bases were calibrated on another model, or nobody knows on which."""
+        given = model_hash(model)
+        if self.model != given:
+            raise ValueError(
+                f"these bases belong to model {self.model or '(none written)'}, {type(model).__name__} here is {given}: "
+                "on another model they are worse than none; calibrate on this one"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with a JSON header."""
@@ -285,7 +296,10 @@ def _load(path: str, stamp: float) -> BasesFile:
     return BasesFile.load(path)
 
 
-def load(path: str) -> BasesFile:
-    """A file of bases, kept in memory until it changes on disk."""
+def load(path: str, model: nn.Module | None = None) -> BasesFile:
+    """A file of bases, kept in memory until it changes on disk. ValueError if ``model`` is given and they are not its."""
     file = Path(path)
-    return _load(str(file), file.stat().st_mtime if file.exists() else 0.0)
+    found = _load(str(file), file.stat().st_mtime if file.exists() else 0.0)
+    if model is not None:
+        found.check(model)
+    return found

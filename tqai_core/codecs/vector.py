@@ -121,7 +121,8 @@ class VectorCodec(Codec, role="codec"):
             code, above, below = coded[0]
         else:
             code = torch.cat([c for c, _, _ in coded], dim=1)
-            above, below = sum(a for _, a, _ in coded), sum(b for _, _, b in coded)
+            above = torch.stack([a for _, a, _ in coded]).sum(0)
+            below = torch.stack([b for _, _, b in coded]).sum(0)
         rms = rms[:, 0]
         # least squares; the bounds keep a degenerate vector sane
         fit = torch.clamp(above / below.clamp_min(1e-30), rms * 0.25, rms * 4)
@@ -221,9 +222,7 @@ class VectorCodec(Codec, role="codec"):
         return load(self.basis).of(stream, d, heads, self.bits, self.seed).at(device)
 
 
-def _onto(
-    basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None, columns: bool, room: Room
-) -> tuple[Tensor, Tensor]:
+def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None, columns: bool, room: Room) -> tuple[Tensor, Tensor]:
     """``x / top`` without its mean on the axes of ``basis``, in ``room``, and its RMS ``[n, 1]`` over the coordinates with
     bits. ``columns``: stored coordinate by coordinate."""
     n, d = x.shape
