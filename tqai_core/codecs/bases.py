@@ -53,6 +53,12 @@ class Basis:
         return (self.matrix[: rotation.SMALL, : rotation.SMALL] * self.signs[: rotation.SMALL]).contiguous()
 
     @cached_property
+    def signed(self) -> Tensor:
+        """``small`` with the signs of each block, for :func:`rotation.hadamard_columns`."""
+        assert self.signs is not None
+        return self.small * self.signs.view(-1, 1, rotation.SMALL)
+
+    @cached_property
     def columns(self) -> Tensor:
         """``matrix.T``, contiguous: the product with rows of vectors is twice as fast."""
         return self.matrix.T.contiguous()

@@ -50,9 +50,11 @@ class Grid:
         return Grid(cells, max(float(level[-1]) * 1.05 + 0.1, least))
 
     def cells(self, y: Tensor, inverse: Tensor, room: Room) -> Tensor:
-        """Cells ``int32`` of ``y * inverse``, in ``room``; what lies outside takes the first or the last."""
+        """Cells ``int32`` of ``y * inverse``, in ``room`` under "scaled"; what lies outside takes the first or the last."""
         scaled = torch.mul(y, inverse * self.scale, out=room.of("scaled", y.shape)).add_(self.middle).clamp_(0, self.last)
-        return room.of("cells", y.shape, torch.int32).copy_(scaled)
+        if torch.compiler.is_compiling():
+            return scaled.to(torch.int32)
+        return scaled.view(torch.int32).copy_(scaled)  # each number over itself: fresh memory would cost more
 
 
 @lru_cache(maxsize=128)

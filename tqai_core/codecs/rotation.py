@@ -41,16 +41,34 @@ def matrix(d: int, seed: int) -> Tensor:
 
 def hadamard(x: Tensor, small: Tensor, spare: Tensor) -> Tensor:
     """``x @ (H kron small)`` for ``x [n, d]``, ``small [b, b]`` and the Sylvester-Hadamard ``H`` of d / b, in the memory of
-    ``x`` and ``spare``: returns the one that has the result."""
-    (n, d), width = x.shape, len(small)
+    ``x`` and ``spare``: returns the one that has the result, ``spare`` for an even :func:`stages`."""
+    n, width = len(x), len(small)
     torch.mm(x.view(-1, width), small, out=spare.view(-1, width))
-    now, free = spare, x
-    while width < d:
-        left, right = now.view(n, -1, 2, width).unbind(2)
-        to = free.view(n, -1, 2, width)
+    return _butterflies(spare, x, n, width, 1)
+
+
+def hadamard_columns(x: Tensor, small: Tensor, out: Tensor, spare: Tensor) -> Tensor:
+    """The same, stored coordinate by coordinate: ``small [d / b, b, b]``, a matrix for each block of ``x [n, d]``; into
+    ``out`` or ``spare [d, n]``, ``out`` for an even :func:`stages`."""
+    n, (blocks, width, _) = len(x), small.shape
+    torch.bmm(small, x.view(n, blocks, width).permute(1, 2, 0), out=out.view(blocks, width, n))
+    return _butterflies(out, spare, 1, width, n)
+
+
+def stages(d: int) -> int:
+    """Butterflies around the small product."""
+    return (d // SMALL).bit_length() - 1
+
+
+def _butterflies(now: Tensor, free: Tensor, outer: int, width: int, inner: int) -> Tensor:
+    end = now.numel() // outer
+    span = width * inner
+    while span < end:
+        left, right = now.view(outer, -1, 2, span).unbind(2)
+        to = free.view(outer, -1, 2, span)
         torch.add(left, right, out=to[:, :, 0])
         torch.sub(left, right, out=to[:, :, 1])
-        now, free, width = free, now, width * 2
+        now, free, span = free, now, span * 2
     return now
 
 

@@ -40,21 +40,24 @@ class Scalar:
 
         Returns bytes ``uint8 [n, bytes]`` and the weighted sums <y, q> and <q, q> with the levels chosen, ``fp32 [n]``.
         """
-        codes = self.grid.cells(y, inverse, room)
-        if not self.even:
-            codes = torch.index_select(self.code, 0, codes.view(-1), out=room.of("codes", (y.numel(),), torch.uint8)).view(y.shape)
+        cells = self.grid.cells(y, inverse, room)
+        codes = room.of("codes", y.shape, torch.uint8)
+        if self.even:
+            codes.copy_(cells)
+        else:
+            torch.index_select(self.code, 0, cells.view(-1), out=codes.view(-1))
         if y.shape[1] % self.per:
             codes = F.pad(codes, (0, -y.shape[1] % self.per))
         packed = packing.pack(codes, self.bits)
         q = self.decode(packed, y.shape[1], room)
         if weight is None:
-            return packed, y.mul_(q).sum(-1), q.mul_(q).sum(-1)
+            return packed, y.mul_(q).sum(-1), torch.linalg.vector_norm(q, dim=-1).square_()
         return packed, y.mul_(q) @ weight, q.mul_(q) @ weight
 
     def decode(self, packed: Tensor, d: int, room: Room) -> Tensor:
         """``uint8 [n, bytes] -> fp32 [n, d]``: unpacks and dequantises at once; lives in ``room``."""
         if 8 % self.bits == 0:
-            units = room.of("cells", packed.shape, torch.int32).copy_(packed)
+            units = room.of("units", packed.shape, torch.int32).copy_(packed)
         else:
             units = packing.unpack(packed, -(-d // self.per), self.bits * self.per)
         out = packing.lookup(self.table, units, room)

@@ -84,7 +84,7 @@ class Trellis4:
         label = torch.bitwise_xor(u[2:], u[:-2], out=room.of("label", cell.shape, torch.uint8)).mul_(2).add_(u[1:-1])
         u = u[2:]
         index = cell.mul_(4).add_(label).view(-1)
-        q = torch.index_select(self.near, 0, index, out=room.of("scaled", (index.numel(),))).view(cell.shape)[:d]
+        q = torch.index_select(self.near, 0, index, out=room.of("q", (index.numel(),))).view(cell.shape)[:d]
         place = torch.index_select(self.place, 0, index, out=label.view(-1)).view(cell.shape)
         above, below = y.mul_(q), q.mul_(q)
         if weight is None:
@@ -149,7 +149,7 @@ class Trellis4:
         """``uint8 [n, bytes] -> fp32 [n, d]``; parallel over coordinates, random access over vectors."""
         width = self.bits * self.per
         codes = packing.unpack(packed, -(-d // self.per), width)
-        index = room.of("cells", codes.shape, torch.int32).copy_(codes)
+        index = room.of("units", codes.shape, torch.int32).copy_(codes)
         top = index >> (width - min(self.per, 2))
         if self.per == 1:
             index[:, 1:].add_(top[:, :-1], alpha=2 << width)
