@@ -36,7 +36,7 @@ def nmse(x: Tensor, y: Tensor) -> float:
     return float(((x - y).square().sum(-1) / x.square().sum(-1).clamp_min(1e-30)).mean())
 
 
-def clock(*calls: Callable[[], Any], rounds: int = 15) -> list[list[float]]:
+def clock(*calls: Callable[[], Any], rounds: int = 21) -> list[list[float]]:
     """CPU seconds of each call in each round, interleaved so that the machine's mood hits all alike."""
     for call in calls:
         call()
@@ -131,7 +131,7 @@ def _speed(found: dict[str, Any]) -> list[Row]:
             calls[name] = (lambda c=codec: c.encode(x), lambda c=codec, p=packed: c.decode(p, torch.bfloat16))
             held[name] = (packed.nbytes, codec.decode(packed))
         encode_s = dict(zip(calls, clock(*(e for e, _ in calls.values())), strict=True))
-        decode_s = dict(zip(calls, clock(*(d for _, d in calls.values())), strict=True))
+        decode_s = dict(zip(calls, clock(*(d for _, d in calls.values()), rounds=45), strict=True))
         for name, (size_held, y) in held.items():
             row = {"codec": name, "bits": bits, "held_bits": size_held * 8 / x.numel(), "nmse": nmse(x, y.float())}
             for what, spent in (("encode", encode_s), ("decode", decode_s)):

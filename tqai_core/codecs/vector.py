@@ -186,10 +186,13 @@ class VectorCodec(Codec, role="codec"):
             k = len(basis.matrix)
             u = torch.mm(u.reshape(-1, k), basis.matrix, out=room.of("y", (u.numel() // k, k))).view(u.shape)
         u = u.mul_(gains)
-        if back:
-            u = u.mul_(basis.signs)  # type: ignore[arg-type]
-        if mean is not None:
-            u.add_(mean.float())
+        if not back:
+            if mean is not None:
+                u.add_(mean.float())
+        elif mean is None:
+            u.mul_(basis.signs)  # type: ignore[arg-type]
+        else:
+            torch.addcmul(mean.float(), u, basis.signs, out=u)  # type: ignore[arg-type]
         return u.clamp_(-65504, 65504) if dtype == torch.float16 else u  # rounding must not make an inf
 
     def _levels(self, codes: Tensor, basis: Basis, kind: str, d: int, room: Room) -> Tensor:
