@@ -74,17 +74,16 @@ class VectorCodec(Codec, role="codec"):
             # rounded to what is stored before it is taken off, so that the rounding is coded, not lost
             tensors["mean"] = rows.view(heads, tokens, d).mean(1, dtype=torch.float32).to(torch.bfloat16)
         chunks = _chunks(heads, tokens, self._step(kind, plan, device), whole=len(plan) == 1 and not with_mean)
-        gains, room = [], Room(device)
+        room = Room(device)
         if len(chunks) == 1:
-            tensors["codes"], gained = self._encode(rows, tensors.get("mean"), plan[0], kind, room)
-        else:
+            tensors["codes"], gains = self._encode(rows, tensors.get("mean"), plan[0], kind, room)
+        else:  # results go into memory taken before: kept one by one they would split the memory the next chunk reuses
             tensors["codes"] = torch.empty(n, plan[0].row_bytes, dtype=torch.uint8, device=device)
+            gains = torch.empty(n, dtype=torch.float32, device=device)
             for head, i, j in chunks:
                 mu = tensors["mean"][head] if with_mean else None
-                tensors["codes"][i:j], gain_of = self._encode(rows[i:j], mu, plan[head % len(plan)], kind, room)
-                gains.append(gain_of)
-            gained = torch.cat(gains) if gains else rows.new_zeros(0, dtype=torch.float32)
-        tensors["gain"], tensors["span"] = gain.encode(gained, 16 if self.bits >= 7 else 8)
+                tensors["codes"][i:j], gains[i:j] = self._encode(rows[i:j], mu, plan[head % len(plan)], kind, room)
+        tensors["gain"], tensors["span"] = gain.encode(gains, 16 if self.bits >= 7 else 8)
         meta: dict[str, Any] = {"dtype": str(x.dtype)[6:], "kind": kind}
         if stream is not None:
             meta["stream"] = stream
