@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def test_packing_round_trip_every_width_and_odd_lengths(bits, d, n, seed):
     assert packed.shape == (n, math.ceil(d * bits / 8)), "really bit-packed"
     assert torch.equal(packing.unpack(packed, d, bits).long(), codes)
     table = scalar(bits, None, torch.device("cpu"))
-    assert torch.equal(table.decode(packed, d), levels.lloyd_max(bits)[codes]), "unpacks and dequantises at once"
+    assert torch.equal(table.decode(packed, d, levels.Room(packed.device)), levels.lloyd_max(bits)[codes]), (
+        "unpacks and dequantises at once"
+    )
 
 
 @pytest.mark.parametrize("bits, mse", [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497), (5, 0.002499)])
@@ -187,13 +190,13 @@ def exhaustive(y: torch.Tensor, level: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_the_search_finds_the_best_path(bits):
-    from tqai_core.codecs.scalar import Scratch
+    from tqai_core.codecs.levels import Room
     from tqai_core.codecs.viterbi import trellis4, trellis_levels
 
     tables = trellis4(bits, torch.device("cpu"))
     y = torch.randn(6, 8, generator=torch.Generator().manual_seed(bits))
-    packed, _, _ = tables.encode(y.clone(), torch.ones(6, 1), None, Scratch())
-    q = tables.decode(packed, 8)
+    packed, _, _ = tables.encode(y.clone(), torch.ones(6, 1), None, Room(y.device))
+    q = tables.decode(packed, 8, Room(y.device))
     for row, chosen in zip(y, q, strict=True):
         assert float((row - chosen).square().sum()) == pytest.approx(exhaustive(row, trellis_levels(bits)), rel=0.02, abs=1e-3)
 
@@ -337,3 +340,37 @@ def test_turbo_compiles_without_graph_breaks():
     )
     assert torch.allclose(decode(tensors), codec.decode(packed), atol=1e-5)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("d", [128, 256, 512, 1024])
+def test_the_fast_hadamard_is_the_dense_one(d):
+    from tqai_core.codecs.bases import hadamard
+
+    basis = hadamard(d, 4, 5).heads[0]
+    x = torch.randn(7, d)
+    fast = rotation.hadamard(x * basis.signs, basis.small, torch.empty(7, d))
+    assert torch.allclose(fast, x @ basis.matrix.T, atol=1e-4)
+    turned = rotation.hadamard_columns(x, basis.signed, torch.empty(d, 7), torch.empty(d, 7))
+    assert torch.allclose(turned.T, fast, atol=1e-4)
+    big = torch.randn(1500, d) + 3 * torch.randn(d)
+    for name in ("turbo", "trellis"):
+        codec = tqai.codec(f"{name}:bits=6")
+        packed = codec.encode(big)
+        assert nmse(codec.decode(packed), big) < 8e-5, "the mean is most of it"
+        big[3] = 0  # takes the way with a scale
+        assert nmse(codec.decode(codec.encode(big)), big) < 8e-5
+
+
+def test_runs_of_every_width_share_memory_without_mixing():
+    from tqai_core.codecs.bases import Bases, Basis
+
+    runs = tuple((8 * i, 8 * i + 8, 8 - i) for i in range(9))
+    made = Bases((Basis(torch.eye(72), runs, torch.ones(72)),))
+    x = torch.randn(2000, 72, generator=torch.Generator().manual_seed(0))
+    for name in ("turbo", "trellis"):
+        codec = tqai.codec(f"{name}:mean=never")
+        y = codec.decode(codec.encode(x, bases=made), bases=made)
+        errors = [nmse(y[:, a:b], x[:, a:b]) for a, b, _ in runs]
+        assert all(left < right for left, right in pairwise(errors)), "fewer bits, more error"
+        assert errors[0] < 2e-3
+        assert errors[-1] == 1

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..modelhash import model_hash
 from . import rotation
 from .scalar import run_bytes
 
@@ -35,18 +36,36 @@ Run = tuple[int, int, int]  # first coordinate, last + 1, bits
 class Basis:
     """One head's axes: rows of ``matrix [d, d]`` (or of a block of it), ``scale [d]`` their standard deviations or
     None for alike ones, ``runs`` the bits of each stretch of coordinates. ``levels_for`` is the dimension whose
-    coordinate distribution the levels are made for, None for a Gaussian."""
+    coordinate distribution the levels are made for, None for a Gaussian. ``signs [d]`` where ``matrix`` is Sylvester's
+    Hadamard matrix times them, over sqrt(d)."""
 
     matrix: Tensor
     runs: tuple[Run, ...]
     scale: Tensor | None = None
     block: int | None = None
     levels_for: int | None = None
+    signs: Tensor | None = None
+
+    @cached_property
+    def small(self) -> Tensor:
+        """The inner factor of a Hadamard matrix for :func:`rotation.hadamard`."""
+        assert self.signs is not None
+        return (self.matrix[: rotation.SMALL, : rotation.SMALL] * self.signs[: rotation.SMALL]).contiguous()
+
+    @cached_property
+    def signed(self) -> Tensor:
+        """``small`` with the signs of each block, for :func:`rotation.hadamard_columns`."""
+        assert self.signs is not None
+        return self.small * self.signs.view(-1, 1, rotation.SMALL)
 
     @cached_property
     def columns(self) -> Tensor:
         """``matrix.T``, contiguous: the product with rows of vectors is twice as fast."""
         return self.matrix.T.contiguous()
+
+    def butterfly(self, x: Tensor) -> bool:
+        """Whether ``x [n, d]`` is rotated faster by :func:`rotation.hadamard`: on a CPU, enough vectors to hide its calls."""
+        return self.signs is not None and x.device.type == "cpu" and len(x) >= 256
 
     @property
     def whole(self) -> bool:
@@ -67,7 +86,8 @@ class Basis:
 
     def to(self, device: torch.device) -> Basis:
         scale = None if self.scale is None else self.scale.to(device)
-        return Basis(self.matrix.to(device), self.runs, scale, self.block, self.levels_for)
+        signs = None if self.signs is None else self.signs.to(device)
+        return Basis(self.matrix.to(device), self.runs, scale, self.block, self.levels_for, signs)
 
 
 @dataclass(frozen=True)
@@ -87,7 +107,10 @@ class Bases:
 def hadamard(d: int, bits: int, seed: int) -> Bases:
     """The random rotation for vectors of ``d``."""
     block = rotation.block_size(d)
-    return Bases((Basis(rotation.matrix(block, seed), ((0, d, bits),), None, None if block == d else block, d),))
+    matrix = rotation.matrix(block, seed)
+    fast = block == d and d & (d - 1) == 0 and d >= 4 * rotation.SMALL
+    signs = matrix[0].sign() if fast else None  # the first row of Sylvester's matrix is all ones
+    return Bases((Basis(matrix, ((0, d, bits),), None, None if block == d else block, d, signs),))
 
 
 _AT: dict[tuple[int, int, int, str], tuple[Basis, ...]] = {}  # a plain dict: torch.compile reads it, but not a cache
@@ -146,12 +169,13 @@ def water_fill(variance: Tensor, total: int) -> tuple[Run, ...]:
 
 
 def calibrate(
-    samples: Mapping[str, Tensor], bits: int, codec: Any = None, held_out: float = 0.25
+    samples: Mapping[str, Tensor], bits: int, codec: Any = None, held_out: float = 0.25, model: nn.Module | None = None
 ) -> tuple[BasesFile, dict[str, list[dict[str, Any]]]]:
     """Bases for every stream of ``samples`` (name -> ``[heads, n, d]``) with a held-out verdict a head.
 
     The last ``held_out`` share of the vectors judges: a head whose KLT does not beat the random rotation there, coded by
-    ``codec`` at the same bytes, keeps the rotation. Returns the file and, a stream, one verdict a head.
+    ``codec`` at the same bytes, keeps the rotation. ``model`` is whose samples they are: its hash goes into the file.
+    Returns the file and, a stream, one verdict a head.
     """
     from ..registry import build
 
@@ -186,7 +210,7 @@ def calibrate(
             verdicts[name].append(verdict)
             chosen.append(basis)
         streams[name] = tuple(chosen)
-    return BasesFile(streams, bits), verdicts
+    return BasesFile(streams, bits, "" if model is None else model_hash(model)), verdicts
 
 
 def _error(codec: Any, x: Tensor, bases: Bases) -> float:
@@ -217,6 +241,15 @@ class BasesFile:
         if any(basis.matrix.shape[-1] != d for basis in out if basis is not plain):
             raise ValueError(f"stream {stream!r} has vectors of another size in the file than {d}")
         return Bases(out)
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError if these bases were calibrated on another model, or nobody knows on which."""
+        given = model_hash(model)
+        if self.model != given:
+            raise ValueError(
+                f"these bases belong to model {self.model or '(none written)'}, {type(model).__name__} here is {given}: "
+                "on another model they are worse than none; calibrate on this one"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with a JSON header."""
@@ -269,7 +302,10 @@ def _load(path: str, stamp: float) -> BasesFile:
     return BasesFile.load(path)
 
 
-def load(path: str) -> BasesFile:
-    """A file of bases, kept in memory until it changes on disk."""
+def load(path: str, model: nn.Module | None = None) -> BasesFile:
+    """A file of bases, kept in memory until it changes on disk. ValueError if ``model`` is given and they are not its."""
     file = Path(path)
-    return _load(str(file), file.stat().st_mtime if file.exists() else 0.0)
+    found = _load(str(file), file.stat().st_mtime if file.exists() else 0.0)
+    if model is not None:
+        found.check(model)
+    return found

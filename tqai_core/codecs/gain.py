@@ -18,16 +18,18 @@ def encode(g: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     dtype = torch.uint8 if bits == 8 else torch.uint16
     if g.numel() == 0:
         return torch.zeros(0, dtype=dtype, device=g.device), torch.zeros(2, device=g.device)
-    log = g.clamp_min(1e-38).log2()
+    log = g.log2()
     high = log.amax()
-    low = torch.where(g > 0, log, high).amin()
-    low = torch.maximum(low, high - octaves)  # one tiny vector must not coarsen all others
+    # the lowest of those that are not zero, but one tiny vector must not coarsen all others
+    low = torch.maximum(log.nan_to_num(neginf=128.0).amin(), high - octaves)
     step = ((high - low) / (top_code - 1)).clamp_min(1e-9)
-    code = ((log - low) / step).round_().add_(1).clamp_(0, top_code)  # zero and what lies below the range: 0
-    return (code * (g > 0)).to(torch.int32).to(dtype), torch.stack([low, step])
+    code = log.sub_(low).div_(step).add_(1.5).clamp_(0, top_code)  # zero and what lies below the range: 0
+    code = code.to(torch.uint8) if bits == 8 else code.to(torch.int32).to(dtype)
+    return code, torch.stack([low, step])
 
 
 def decode(code: Tensor, span: Tensor) -> Tensor:
     """Gains ``fp32 [n]`` from :func:`encode`'s codes and span."""
-    c = code.to(torch.int32).float()
-    return torch.where(c > 0, torch.exp2(span[0] + (c - 1) * span[1]), torch.zeros_like(c))
+    low, step = span.unbind()
+    c = code.float() if code.dtype == torch.uint8 else code.to(torch.int32).float()
+    return torch.addcmul(low - step, c, step).exp2_().masked_fill_(c == 0, 0.0)

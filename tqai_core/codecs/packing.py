@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .levels import Room
+
 # bits -> (codes a group, bytes a group): the smallest group that ends on a byte
 GROUPS = {1: (8, 1), 2: (4, 1), 3: (8, 3), 4: (2, 1), 5: (8, 5), 6: (4, 3), 7: (8, 7), 8: (1, 1)}
 
@@ -24,19 +26,16 @@ def row_bytes(d: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """``codes [n, d]`` of any integer type, each below ``2 ** bits`` -> ``uint8 [n, row_bytes(d, bits)]``."""
     if bits == 8:
-        return codes.to(torch.uint8)
+        return codes.to(torch.uint8, copy=True)
     count, size = GROUPS[bits]
     n, d = codes.shape
     if d % count:
         codes = F.pad(codes, (0, -d % count))
     codes = codes.contiguous()
-    if size == 1:  # the codes of a byte as one little-endian number, folded onto its low byte
-        folded = codes.to(torch.uint8).view(WORDS[count])
-        step = 8 - bits
-        while step * 2 <= (8 - bits) * count:  # pairs, then pairs of pairs
-            folded = folded | (folded >> step)
-            step *= 2
-        return folded.to(torch.uint8).view(n, codes.shape[1] // count)
+    if size == 1:  # the codes of a byte as one little-endian word; a product without carries gathers them in its top byte
+        top = 8 * (count - 1)
+        words = codes.to(torch.uint8).view(WORDS[count]) * sum(1 << (top - (8 - bits) * i) for i in range(count))
+        return words.bitwise_right_shift_(top).to(torch.uint8).view(n, codes.shape[1] // count)
     groups = codes.view(n, codes.shape[1] // count, count)
     out = (_join(groups, bits)[..., None] >> _shifts(size, 8, torch.int64 if bits * count > 24 else torch.int32, codes.device)).to(
         torch.uint8
@@ -57,6 +56,19 @@ def unpack(packed: Tensor, d: int, bits: int) -> Tensor:
         words = _join(packed.reshape(len(packed), packed.shape[1] // size, size), 8)
     codes = (words[..., None] >> _shifts(count, bits, words.dtype, words.device)) & (2**bits - 1)
     return codes.flatten(1)[:, :d].to(torch.int32)
+
+
+def lookup(table: Tensor, index: Tensor, room: Room) -> Tensor:
+    """Rows ``table[index]`` (fp32 ``[rows, k]``, ``int32 [n, units]``) side by side: ``[n, units * k]``, in ``room``."""
+    n, units = index.shape
+    k = table.shape[1]
+    # two fp32 numbers read as one of 8 bytes, four as one of 16: the gather is then 3 times faster
+    wide = None if torch.compiler.is_compiling() else {1: torch.float32, 2: torch.float64, 4: torch.complex128}.get(k)
+    if wide is None:
+        return F.embedding(index, table).flatten(1)
+    out = room.of("scaled", (n, units * k))
+    torch.index_select(table.view(wide).view(-1), 0, index.reshape(-1), out=out.view(-1).view(wide))
+    return out
 
 
 def _shifts(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

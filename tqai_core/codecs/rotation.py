@@ -2,7 +2,8 @@
 
 A power of two: randomised Hadamard transform, H diag(signs) / sqrt(d) (Ailon and Chazelle 2006; for quantisation QuIP#
 2402.04396, TurboQuant 2504.19874). Other sizes up to 1024: a Haar-random orthogonal matrix by QR. Larger sizes: blocks
-of the largest power of two that divides them. As one dense product: on CPUs faster than a butterfly in eager mode.
+of the largest power of two that divides them. As one dense product; on CPUs :func:`hadamard` with a few butterflies around
+a small one, which takes two thirds of the time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 DENSE = 1024
+SMALL = 32  # side of the product inside ``hadamard``: below, the products no longer fill the machine
 
 
 def block_size(d: int) -> int:
@@ -35,6 +37,39 @@ def matrix(d: int, seed: int) -> Tensor:
         return (h * signs / d**0.5).contiguous()
     q, r = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))
     return (q * r.diagonal().sign()).T.float().contiguous()
+
+
+def hadamard(x: Tensor, small: Tensor, spare: Tensor) -> Tensor:
+    """``x @ (H kron small)`` for ``x [n, d]``, ``small [b, b]`` and the Sylvester-Hadamard ``H`` of d / b, in the memory of
+    ``x`` and ``spare``: returns the one that has the result, ``spare`` for an even :func:`stages`."""
+    n, width = len(x), len(small)
+    torch.mm(x.view(-1, width), small, out=spare.view(-1, width))
+    return _butterflies(spare, x, n, width, 1)
+
+
+def hadamard_columns(x: Tensor, small: Tensor, out: Tensor, spare: Tensor) -> Tensor:
+    """The same, stored coordinate by coordinate: ``small [d / b, b, b]``, a matrix for each block of ``x [n, d]``; into
+    ``out`` or ``spare [d, n]``, ``out`` for an even :func:`stages`."""
+    n, (blocks, width, _) = len(x), small.shape
+    torch.bmm(small, x.view(n, blocks, width).permute(1, 2, 0), out=out.view(blocks, width, n))
+    return _butterflies(out, spare, 1, width, n)
+
+
+def stages(d: int) -> int:
+    """Butterflies around the small product."""
+    return (d // SMALL).bit_length() - 1
+
+
+def _butterflies(now: Tensor, free: Tensor, outer: int, width: int, inner: int) -> Tensor:
+    end = now.numel() // outer
+    span = width * inner
+    while span < end:
+        left, right = now.view(outer, -1, 2, span).unbind(2)
+        to = free.view(outer, -1, 2, span)
+        torch.add(left, right, out=to[:, :, 0])
+        torch.sub(left, right, out=to[:, :, 1])
+        now, free, span = free, now, span * 2
+    return now
 
 
 def rotate(x: Tensor, m: Tensor) -> Tensor:

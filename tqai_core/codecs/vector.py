@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..registry import Codec, param
 from ..types import Packed
-from . import gain
+from . import gain, rotation
 from .bases import Bases, Basis, hadamard_at, load
-from .scalar import Scratch, run_bytes
+from .levels import Room
+from .scalar import run_bytes
 
 MEAN_FROM = 256  # vectors a head from which its mean costs less than a sixteenth of a bit a coordinate
 
@@ -28,10 +29,11 @@ DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float16, torc
 
 class Quantiser(Protocol):
     chunk: int  # coordinates coded at a time: bounds the extra memory
+    columns: bool  # whether it reads a vector's coordinates one after the other, for all vectors at once
 
-    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]: ...
+    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, room: Room) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def decode(self, packed: Tensor, d: int) -> Tensor: ...
+    def decode(self, packed: Tensor, d: int, room: Room) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -71,48 +73,59 @@ class VectorCodec(Codec, role="codec"):
         if with_mean:
             # rounded to what is stored before it is taken off, so that the rounding is coded, not lost
             tensors["mean"] = rows.view(heads, tokens, d).mean(1, dtype=torch.float32).to(torch.bfloat16)
-        codes = torch.empty(n, plan[0].row_bytes, dtype=torch.uint8, device=device)
-        gains = torch.empty(n, dtype=torch.float32, device=device)
-        scratch = Scratch()
-        for head, i, j in _chunks(heads, tokens, self._step(kind, plan, device), whole=len(plan) == 1 and not with_mean):
-            mu = tensors["mean"][head].float() if with_mean else None
-            codes[i:j], gains[i:j] = self._encode(rows[i:j], mu, plan[head % len(plan)], kind, scratch)
-        tensors["codes"] = codes
+        chunks = _chunks(heads, tokens, self._step(kind, plan, device), whole=len(plan) == 1 and not with_mean)
+        room = Room(device)
+        if len(chunks) == 1:
+            tensors["codes"], gains = self._encode(rows, tensors.get("mean"), plan[0], kind, room)
+        else:  # results go into memory taken before: kept one by one they would split the memory the next chunk reuses
+            tensors["codes"] = torch.empty(n, plan[0].row_bytes, dtype=torch.uint8, device=device)
+            gains = torch.empty(n, dtype=torch.float32, device=device)
+            for head, i, j in chunks:
+                mu = tensors["mean"][head] if with_mean else None
+                tensors["codes"][i:j], gains[i:j] = self._encode(rows[i:j], mu, plan[head % len(plan)], kind, room)
         tensors["gain"], tensors["span"] = gain.encode(gains, 16 if self.bits >= 7 else 8)
         meta: dict[str, Any] = {"dtype": str(x.dtype)[6:], "kind": kind}
         if stream is not None:
             meta["stream"] = stream
         return Packed(self.spec, tuple(x.shape), tensors, meta)
 
-    def _encode(self, rows: Tensor, mu: Tensor | None, basis: Basis, kind: str, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    def _encode(self, rows: Tensor, mu: Tensor | None, basis: Basis, kind: str, room: Room) -> tuple[Tensor, Tensor]:
+        """Bytes and gains of ``rows [n, d]``, which have one basis and one mean ``[d]``."""
         chunk = rows.float()
+        mu = None if mu is None else mu.float().flatten()
+        columns = self.quantiser(basis.runs[0][2] or 1, basis.levels_for, rows.device, kind).columns
+        top: Tensor | float | None = None
         if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            y, rms = _onto(basis, chunk, mu, None, scratch)
-            low, high = torch.stack(torch.aminmax(rms)).tolist() if rms.numel() else (1.0, 1.0)
-            top: Tensor | float | None = None
+            y, rms = _onto(basis, chunk, mu, None, columns, room)
+            low, high = map(float, rms.aminmax()) if rms.numel() else (1.0, 1.0)
             if not (low > 1e-12 and high < 1e15):  # squares left fp32, or a zero vector
                 top = max(float(chunk.abs().max()), 1e-37)
                 if not math.isfinite(top):
                     raise ValueError(f"{self.name} cannot code NaN or inf, and the tensor has some: drop or repair them first")
-                y, rms = _onto(basis, chunk, mu, top, scratch)
         else:  # a question to the device would wait for it: always scaled
             chunk = chunk.nan_to_num(0.0, 0.0, 0.0)
             top = chunk.abs().amax().clamp_min(1e-37) if chunk.numel() else None
-            y, rms = _onto(basis, chunk, mu, top, scratch)
-        inverse = 1 / rms.clamp_min(1e-30)
-        parts, above, below = [], y.new_zeros(len(y)), y.new_zeros(len(y))
+            if top is None:
+                y, rms = _onto(basis, chunk, mu, None, columns, room)
+        if top is not None:
+            y, rms = _onto(basis, chunk, mu, top, columns, room)
+        inverse = rms.clamp_min(1e-30).reciprocal_()
+        coded = []
         for a, b, bits in basis.runs:
-            if bits == 0:
-                continue
-            run = y if basis.whole else y[:, a:b].contiguous()
-            weight = None if basis.scale is None else basis.scale[a:b].square()
-            packed, over, under = self.quantiser(bits, basis.levels_for, y.device, kind).encode(run, inverse, weight, scratch)
-            parts.append(packed)
-            above += over
-            below += under
-        fit = (above / below.clamp_min(1e-30)).clamp(0.25, 4)  # least squares; the bounds keep a degenerate vector sane
-        code = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return code, fit * rms[:, 0] * (1.0 if top is None else top)
+            if bits:
+                run = y if basis.whole else y[:, a:b]
+                weight = None if basis.scale is None else basis.scale[a:b].square()
+                coded.append(self.quantiser(bits, basis.levels_for, y.device, kind).encode(run, inverse, weight, room))
+        if len(coded) == 1:
+            code, above, below = coded[0]
+        else:
+            code = torch.cat([c for c, _, _ in coded], dim=1)
+            above = torch.stack([a for _, a, _ in coded]).sum(0)
+            below = torch.stack([b for _, _, b in coded]).sum(0)
+        rms = rms[:, 0]
+        # least squares; the bounds keep a degenerate vector sane
+        fit = torch.clamp(above / below.clamp_min(1e-30), rms * 0.25, rms * 4)
+        return code, fit if top is None else fit * top
 
     def decode(self, packed: Packed, dtype: torch.dtype | None = None, bases: Bases | None = None) -> Tensor:
         """The tensor again, in ``dtype`` or its own."""
@@ -150,21 +163,40 @@ class VectorCodec(Codec, role="codec"):
             raise ValueError(f"field 'codes' has rows of {codes.shape[1]} bytes, expected {plan[0].row_bytes}: save the tensor again")
         gains = gain.decode(packed.tensors["gain"], packed.tensors["span"])[:, None]
         mean = None if rotated else packed.tensors.get("mean")
+        room = Room(codes.device)
+        chunks = _chunks(heads, tokens, self._step(kind, plan, codes.device), whole=len(plan) == 1 and mean is None)
+        if len(chunks) == 1:
+            return self._decode_chunk(codes, gains, mean, plan[0], kind, dtype, rotated, room).to(dtype).view(packed.shape)
         out = torch.empty(n, d, dtype=dtype, device=codes.device)
-        for head, i, j in _chunks(heads, tokens, self._step(kind, plan, codes.device), whole=len(plan) == 1 and mean is None):
-            basis = plan[head % len(plan)]
-            u = self._levels(codes[i:j], basis, kind, d)
-            if not rotated:
-                u = u @ basis.matrix if basis.block is None else (u.reshape(-1, basis.block) @ basis.matrix).view(u.shape)
-            u = u.mul_(gains[i:j])
-            if mean is not None:
-                u.add_(mean[head].float())
-            out[i:j] = u.clamp_(-65504, 65504) if dtype == torch.float16 else u  # rounding must not make an inf
+        for head, i, j in chunks:
+            mu = None if mean is None else mean[head]
+            out[i:j] = self._decode_chunk(codes[i:j], gains[i:j], mu, plan[head % len(plan)], kind, dtype, rotated, room)
         return out.view(packed.shape)
 
-    def _levels(self, codes: Tensor, basis: Basis, kind: str, d: int) -> Tensor:
+    def _decode_chunk(
+        self, codes: Tensor, gains: Tensor, mean: Tensor | None, basis: Basis, kind: str, dtype: torch.dtype, rotated: bool, room: Room
+    ) -> Tensor:
+        """Vectors ``fp32 [n, d]`` with one basis and one mean, in ``room``; within the range of ``dtype``."""
+        u = self._levels(codes, basis, kind, basis.runs[-1][1], room)
+        back = not rotated and basis.butterfly(u)
+        if back:
+            u = rotation.hadamard(u, basis.small, room.of("y", tuple(u.shape)))
+        elif not rotated:
+            k = len(basis.matrix)
+            u = torch.mm(u.reshape(-1, k), basis.matrix, out=room.of("y", (u.numel() // k, k))).view(u.shape)
+        u = u.mul_(gains)
+        if not back:
+            if mean is not None:
+                u.add_(mean.float())
+        elif mean is None:
+            u.mul_(basis.signs)  # type: ignore[arg-type]
+        else:
+            torch.addcmul(mean.float(), u, basis.signs, out=u)  # type: ignore[arg-type]
+        return u.clamp_(-65504, 65504) if dtype == torch.float16 else u  # rounding must not make an inf
+
+    def _levels(self, codes: Tensor, basis: Basis, kind: str, d: int, room: Room) -> Tensor:
         if basis.whole:
-            u = self.quantiser(basis.runs[0][2], basis.levels_for, codes.device, kind).decode(codes, d)
+            u = self.quantiser(basis.runs[0][2], basis.levels_for, codes.device, kind).decode(codes, d, room)
         else:
             u = torch.zeros(len(codes), d, device=codes.device)
             at = 0
@@ -172,7 +204,7 @@ class VectorCodec(Codec, role="codec"):
                 size = run_bytes(b - a, bits) if bits else 0
                 if bits:
                     u[:, a:b] = self.quantiser(bits, basis.levels_for, codes.device, kind).decode(
-                        codes[:, at : at + size].contiguous(), b - a
+                        codes[:, at : at + size].contiguous(), b - a, room
                     )
                 at += size
         return u if basis.scale is None else u.mul_(basis.scale)
@@ -192,21 +224,47 @@ class VectorCodec(Codec, role="codec"):
         return load(self.basis).of(stream, d, heads, self.bits, self.seed).at(device)
 
 
-def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """``x / top`` without its mean on the axes of ``basis``, and its RMS ``[n, 1]`` over the coordinates with bits."""
-    down = basis.columns if top is None else basis.columns / top
-    y = scratch.like(x, "y")
-    if mu is None:
-        torch.mm(x.reshape(-1, len(down)), down, out=y.view(-1, len(down)))
-    elif basis.block is None:
-        torch.addmm(mu @ down, x, down, beta=-1, out=y)
+def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None, columns: bool, room: Room) -> tuple[Tensor, Tensor]:
+    """``x / top`` without its mean on the axes of ``basis``, in ``room``, and its RMS ``[n, 1]`` over the coordinates with
+    bits. ``columns``: stored coordinate by coordinate."""
+    n, d = x.shape
+    if basis.butterfly(x):
+        assert basis.signs is not None
+        # an even number of butterflies ends where the small product was written: that one is to be "y"
+        before, after = ("scaled", "y") if rotation.stages(d) % 2 == 0 else ("y", "scaled")
+        if columns:
+            small = basis.signed if top is None else basis.signed / top
+            y = rotation.hadamard_columns(x, small, room.of(after, (d, n)), room.of(before, (d, n)))
+            if mu is not None:
+                y.sub_(((mu if top is None else mu / top) @ basis.columns)[:, None])
+            y = y.T
+        else:
+            signs = basis.signs if top is None else basis.signs / top
+            flipped = room.of(before, (n, d))
+            if mu is None:
+                torch.mul(x, signs, out=flipped)
+            else:
+                torch.addcmul(mu * -signs, x, signs, out=flipped)
+            y = rotation.hadamard(flipped, basis.small, room.of(after, (n, d)))
     else:
-        torch.mm(x.reshape(-1, len(down)), down, out=y.view(-1, len(down)))
-        y.sub_((mu.view(-1, len(down)) @ down).flatten())
+        down = basis.columns if top is None else basis.columns / top
+        k = len(down)
+        if columns and basis.block is None:  # the product writes either layout alike
+            y = room.of("y", (d, n)).T
+            torch.mm(x, down, out=y)
+        else:
+            y = room.of("y", (n, d))
+            torch.mm(x.reshape(-1, k), down, out=y.view(-1, k))
+        if mu is not None:
+            y.sub_((mu.view(-1, k) @ down).flatten())
     if basis.scale is not None:
         y.div_(basis.scale)
     live = y if basis.whole else y[:, basis.active]
-    return y, torch.linalg.vector_norm(live, dim=-1, keepdim=True) / max(live.shape[-1], 1) ** 0.5
+    root = max(live.shape[-1], 1) ** 0.5
+    if not columns:
+        return y, torch.linalg.vector_norm(live, dim=-1, keepdim=True) / root
+    # along columns a norm is ten times slower than its parts
+    return y, torch.mul(live, live, out=room.of("scaled", live.T.shape).T).sum(-1, keepdim=True).sqrt_() / root
 
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:

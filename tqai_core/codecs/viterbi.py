@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import packing
-from .scalar import UNIT, Scratch
+from .levels import Grid, Room
+from .scalar import UNIT
 
-BLOCK = 16  # coordinates whose branch metrics are in memory at a time
+BLOCK = 8  # coordinates whose branch metrics are in memory at a time, and between two renormalisations
+CENTRAL, MOST, FAR = 400, 2500, 9000  # int16 cost of the worst label amid the levels, of any label, of a state that cannot be
 LEVELS = Path(__file__).with_name("trellis_levels.json")  # positive halves, by benchmarks/trellis_levels.py
 
 
@@ -35,21 +37,24 @@ def trellis_levels(bits: int) -> Tensor:
 class Trellis4:
     """Tables of one width."""
 
-    chunk = 1 << 19  # coordinates at a time: enough vectors a step of the trellis to hide its many small operations
+    chunk = 1 << 18  # coordinates at a time: enough vectors a step of the trellis to hide its many small operations
+    columns = True  # a step of the trellis is a column of the vectors
 
     def __init__(self, bits: int, level: Tensor, device: torch.device) -> None:
         self.bits, self.per, self.device = bits, UNIT[bits], device
-        cells = 2 ** max(11, bits + 7)
-        reach = float(level[-1]) * 1.05 + 0.1
-        self.scale, self.offset, self.last = cells / (2 * reach), cells / 2, cells - 1
-        centre = (torch.arange(cells) + 0.5) / cells * 2 * reach - reach
+        self.grid = Grid.over(level, 2 ** max(11, bits + 8), least=5.0)
         # four consecutive levels hold the nearest one of every label; the window starts at ``first``
-        first = torch.bucketize(centre, (level[:-4] + level[4:]) / 2)
+        first = torch.bucketize(self.grid.centre, (level[:-4] + level[4:]) / 2)
         label = torch.arange(4)
         index = first[:, None] + ((label - first[:, None]) & 3)
-        self.index = index.to(torch.int16).to(device)  # [cells, 4]
-        self.nearest = level[index].T.contiguous().to(device)  # [4, cells]
-        self.level = level.to(device)
+        near = level[index]  # [cells, 4]
+        # what a label costs beyond the cheapest; only differences decide. int16 halves the traffic of the search
+        cost = (near - self.grid.centre[:, None]).square()
+        cost = cost - cost.amin(1, keepdim=True)
+        unit = float(cost[len(cost) // 2].max()) / CENTRAL if bits > 2 else float(cost.max()) / MOST
+        self.cost = (cost / unit).round().clamp_(max=MOST).to(torch.int16).T.contiguous().to(device)  # [4, cells]
+        self.place = (index >> 2).to(torch.uint8).view(-1).to(device)  # [cells * 4]
+        self.near = near.reshape(-1).to(device)  # [cells * 4]
         self.table = self._table(level).to(device)
 
     def _table(self, level: Tensor) -> Tensor:
@@ -65,97 +70,93 @@ class Trellis4:
             u.append(now)
         return torch.stack(columns, dim=1)
 
-    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-        """``y fp32 [n, d]`` (overwritten) and ``inverse [n, 1]`` that brings it to unit variance.
+    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, room: Room) -> tuple[Tensor, Tensor, Tensor]:
+        """``y fp32 [n, d]`` (overwritten; columns contiguous) and ``inverse [n, 1]`` that brings it to unit variance.
 
         Returns bytes ``uint8 [n, bytes]`` and the weighted sums <y, q> and <q, q> with the levels chosen, ``fp32 [n]``.
         """
-        n, d = y.shape
-        y = F.pad(y.mul_(inverse), (0, -d % self.per)).T.contiguous()  # [t, n]: a step of the trellis is a contiguous row
-        t = len(y)
-        cell = torch.add(torch.mul(y, self.scale), self.offset).clamp_(0, self.last).to(torch.int32)
-        u = self._path(y, cell)
-        label = u.clone()
-        label[2:] ^= u[:-2]
-        label <<= 1
-        label[1:] |= u[:-1]
-        index = self.index.view(-1).index_select(0, cell.mul_(4).add_(label).view(-1)).to(torch.int32)
-        q = self.level.index_select(0, index).view(t, n)
-        y, q = y[:d], q[:d]
-        w = 1 if weight is None else weight[:, None]
-        above, below = y.mul_(q).mul_(w).sum(0), q.mul(q).mul_(w).sum(0)
-        return self._pack(u, (index >> 2).to(torch.uint8).view(t, n), d), above, below
+        d = y.shape[1]
+        y = y.T.contiguous()  # [t, n]
+        cell = self.grid.cells(y, inverse.T, room)
+        if d % self.per:
+            cell = F.pad(cell, (0, 0, 0, -d % self.per), value=(self.grid.last + 1) // 2)
+        u = self._path(cell, room)
+        label = torch.bitwise_xor(u[2:], u[:-2], out=room.of("label", cell.shape, torch.uint8)).mul_(2).add_(u[1:-1])
+        u = u[2:]
+        index = cell.mul_(4).add_(label).view(-1)
+        q = torch.index_select(self.near, 0, index, out=room.of("q", (index.numel(),))).view(cell.shape)[:d]
+        place = torch.index_select(self.place, 0, index, out=label.view(-1)).view(cell.shape)
+        above, below = y.mul_(q), q.mul_(q)
+        if weight is None:
+            return self._pack(u, place), above.sum(0), below.sum(0)
+        return self._pack(u, place), weight @ above, weight @ below
 
-    def _path(self, y: Tensor, cell: Tensor) -> Tensor:
-        """The best sequence of u, ``uint8 [t, n]``, by Viterbi. State (u_{t-1}, u_{t-2}); cost ``[2, 2, n]``."""
-        t, n = y.shape
-        taken = torch.empty(t, 2, 2, n, dtype=torch.bool, device=y.device)  # the u_{t-2} that won, by (u_t, u_{t-1})
-        costs = torch.full((2, 2, 2, n), 1e9, device=y.device)
+    def _path(self, cell: Tensor, room: Room) -> Tensor:
+        """The best sequence of u for ``cell int32 [t, n]``, by Viterbi: ``uint8 [t + 2, n]``, from u_{-2} on."""
+        t, n = cell.shape
+
+        def new(name: str, *shape: int) -> Tensor:
+            return room.of(name, shape, torch.int16)
+
+        taken = new("taken", t, 2, 2, n)  # the u_{t-2} that won, by (u_t, u_{t-1})
+        costs = new("costs", 2, 2, 2, n).fill_(FAR)  # of the states (u_t, u_{t-1}), now and next
         costs[0, 0, 0] = 0
-        halves = [(c, c[:, 0], c[:, 1]) for c in costs]
-        a, b = torch.empty_like(costs[0]), torch.empty_like(costs[0])
-        metric = torch.empty(BLOCK, 3, 2, n, device=y.device)  # squared distance to labels 0-1, 2-3 and 0-1 again
-        near = [(m[0:2], m[1:3]) for m in metric]
-        won = taken.unbind(0)
-        now = 0
+        both, metric = new("both", 2, 2, 2, n), new("metric", 3, 2, BLOCK, n)  # metric: labels 0-1, 2-3 and 0-1 again
+        # by (u_{t-2}, u_t, u_{t-1}): the state's cost does not depend on u_t, and u_t xor u_{t-2} chooses the pair of labels
+        before = [c.as_strided((2, 2, 2, n), (n, 0, 2 * n, 1), c.storage_offset()) for c in costs]
+        pair = 2 * BLOCK * n
+        step = [metric.as_strided((2, 2, 2, n), (pair, pair, BLOCK * n, 1), metric.storage_offset() + i * n) for i in range(BLOCK)]
+        (zero, one), cost, won, now = both, costs.unbind(0), taken.unbind(0), 0
         for start in range(0, t, BLOCK):
-            block = y[start : start + BLOCK]
-            k = len(block)
-            flat = cell[start : start + BLOCK].view(-1)
+            block = cell[start : start + BLOCK].view(-1)
             for label in range(4):
-                gap = self.nearest[label].index_select(0, flat).view(k, n).sub_(block)
-                torch.mul(gap, gap, out=metric[:k, label >> 1, label & 1])
-            metric[:k, 2] = metric[:k, 0]
-            for i in range(k):
-                _, zero, one = halves[now]
+                into = metric[label >> 1, label & 1].view(-1)[: len(block)]
+                torch.index_select(self.cost[label], 0, block, out=into)
+            metric[2] = metric[0]
+            cost[now].sub_(cost[now].amin((0, 1)))  # only differences matter, and the sum must not overflow
+            for i in range(len(block) // n if n else 0):
+                torch.add(before[now], step[i], out=both)
                 now ^= 1
-                torch.add(zero, near[i][0], out=a)
-                torch.add(one, near[i][1], out=b)
-                torch.lt(b, a, out=won[start + i])
-                torch.minimum(a, b, out=halves[now][0])
-        best = halves[now][0].view(4, n).argmin(0)
-        u = torch.empty(t, n, dtype=torch.uint8, device=y.device)
-        rows = u.unbind(0)
-        rows[t - 1].copy_(best > 1)
-        if t > 1:
-            rows[t - 2].copy_(best & 1)
-        # which of two, by xor: a where of booleans is ten times slower
-        bits = taken.view(torch.uint8)
-        first, differs = bits[:, :, 0].unbind(0), (bits[:, :, 0] ^ bits[:, :, 1]).unbind(0)
-        pair, other = torch.empty(2, n, dtype=torch.uint8, device=y.device), torch.empty(n, dtype=torch.uint8, device=y.device)
-        by_zero, by_one = pair.unbind(0)
-        for i in range(t - 1, 1, -1):
-            torch.bitwise_and(differs[i], rows[i - 1], out=pair)
-            pair.bitwise_xor_(first[i])
-            torch.bitwise_xor(by_zero, by_one, out=other)
-            other.bitwise_and_(rows[i])
-            torch.bitwise_xor(other, by_zero, out=rows[i - 2])
+                torch.lt(one, zero, out=won[start + i])  # as int16: to write booleans is slower
+                torch.minimum(zero, one, out=cost[now])
+        # The way back. A state is the number s = 8 u_t + 4 u_{t-1}; ``link`` holds at bit s the state before
+        link = torch.add(taken[:, 0, 0], taken[:, 0, 1], alpha=16, out=new("link", t, n)).mul_(4).sub_(0x8000 - 0x80)
+        link.add_(taken[:, 1, 0], alpha=1 << 10).add_(taken[:, 1, 1], alpha=1 << 14)
+        state = new("state", t + 1, n)
+        last = cost[now].view(4, n).to(torch.int32).mul_(4)
+        state[t] = last.add_(torch.arange(4, dtype=torch.int32, device=cell.device)[:, None]).amin(0).bitwise_and_(3).mul_(4)
+        rows, links, mask = state.unbind(0), link.unbind(0), new("mask", n).fill_(12)
+        for i in range(t - 1, -1, -1):
+            torch.bitwise_right_shift(links[i], rows[i + 1], out=rows[i])
+            torch.bitwise_and(rows[i], mask, out=rows[i])
+        u = room.of("u", (t + 2, n), torch.uint8)
+        u[0] = 0
+        u[1:] = state.bitwise_right_shift_(3)
         return u
 
-    def _pack(self, u: Tensor, m: Tensor, d: int) -> Tensor:
+    def _pack(self, u: Tensor, m: Tensor) -> Tensor:
         per, m_bits, n = self.per, self.bits - 1, u.shape[1]
         u, m = u.view(-1, per, n), m.view(-1, per, n)
-        unit = u[:, 0] << (m_bits * per)
-        for c in range(1, per):
-            unit |= u[:, c] << (m_bits * per + c)
+        unit = u[:, per - 1]
+        for c in range(per - 2, -1, -1):
+            unit = torch.add(u[:, c], unit, alpha=2)
         if m_bits:
-            for c in range(per):
-                unit |= m[:, c] << (m_bits * c)
+            for c in range(per - 1, -1, -1):
+                unit = torch.add(m[:, c], unit, alpha=2**m_bits)
         return packing.pack(unit.T.contiguous(), self.bits * per)
 
-    def decode(self, packed: Tensor, d: int) -> Tensor:
+    def decode(self, packed: Tensor, d: int, room: Room) -> Tensor:
         """``uint8 [n, bytes] -> fp32 [n, d]``; parallel over coordinates, random access over vectors."""
-        units = -(-d // self.per)
         width = self.bits * self.per
-        x = packing.unpack(packed, units, width).to(torch.int32)
-        i = x.clone()
+        codes = packing.unpack(packed, -(-d // self.per), width)
+        index = room.of("units", codes.shape, torch.int32).copy_(codes)
+        top = index >> (width - min(self.per, 2))
         if self.per == 1:
-            top = x >> (width - 1)
-            i[:, 1:] += top[:, :-1] << (width + 1)
-            i[:, 2:] += top[:, :-2] << width
+            index[:, 1:].add_(top[:, :-1], alpha=2 << width)
+            index[:, 2:].add_(top[:, :-2], alpha=1 << width)
         else:
-            i[:, 1:] += (x[:, :-1] >> (width - 2)) << width
-        out = F.embedding(i, self.table).flatten(1)
+            index[:, 1:].add_(top[:, :-1], alpha=1 << width)
+        out = packing.lookup(self.table, index, room)
         return out if out.shape[1] == d else out[:, :d]
 
 
