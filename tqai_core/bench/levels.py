@@ -104,10 +104,10 @@ def _spent(run: Run) -> float:
     return run.report.calls - run.report.calls_skipped
 
 
-def _overhead(mini: Mini, rounds: int = 7) -> list[Row]:
+def _overhead(mini: Mini, rounds: int = 5) -> list[Row]:
     """CPU time with a pipeline applied that computes every step, over without; medians of interleaved runs."""
     mini.schedule("euler", 1.0)
-    labels = labels_of(mini.kind, 0)
+    labels = labels_of(mini.kind, 0, 2)
     rows = []
     watching = {"idle": "lyapunov:min_steps=1000", "watching": "lyapunov:tau=0,min_steps=1"}  # the schedule is too short; never sure enough
     for level, (what, monitor) in itertools.product(("model", "block", "attention"), watching.items()):
