@@ -23,7 +23,7 @@ from .levels import Grid, Room
 from .scalar import UNIT
 
 BLOCK = 8  # coordinates whose branch metrics are in memory at a time, and between two renormalisations
-CENTRAL, MOST, FAR = 400, 2500, 9000  # int16 cost of the worst label amid the levels, of any label, of a state that cannot be
+CENTRAL, MOST, FAR = 100, 2500, 9000  # int16 cost of the worst label amid the levels, of any label, of a state that cannot be
 LEVELS = Path(__file__).with_name("trellis_levels.json")  # positive halves, by benchmarks/trellis_levels.py
 
 
