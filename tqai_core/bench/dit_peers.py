@@ -318,7 +318,7 @@ def mixing(track: Track, seeds: Sequence[int]) -> Row:
                     return peers.pab(mini.pipe, 2, -1, 1001, per_branch=per_branch), lambda: peers.held(mini.pipe)
 
                 at.update({"call": -1, 0: 0, 1: 0})
-                run = track.run(Rival("PAB", "skip 2, all t", on), seed)
+                run = track.run(Rival("PAB", "skip 2, all t", on, steps=track.steps), seed)
                 row |= {f"{name}_nmse": nmse(run.latents, exact.latents), f"{name}_attention": run.attention}
                 row |= {f"{name}_cond": at[0], f"{name}_uncond": at[1], f"{name}_held": run.held}
             rows.append(row | {"ratio": row["shared_nmse"] / row["per_branch_nmse"]})
