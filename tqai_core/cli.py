@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
     bench = command("bench", "measure, and print what is compared with", _bench)
     bench.add_argument("what", choices=("dit", "levels", "methods", "codec", "stream"), help=WHAT)
-    bench.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="codec, stream: beside other codecs")
+    peers = "codec, stream: beside other codecs (default); dit: other step caches instead"
+    bench.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
+    bench.add_argument("--report", action="store_true", help="stream: ten pipelines on seven model shapes, bytes counted")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="codec: NMSE against bits with the Shannon line, as SVG")
     bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
     bench.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="seeds, as in 0,1,2")
@@ -91,20 +93,25 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import codec, dit, levels, methods, stream
+    from .bench import codec, dit, dit_peers, levels, methods, stream, stream_report
 
+    peers = args.peers is not False
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
-    if args.what == "dit":
+    if args.what == "dit" and args.peers:
+        result, tables = dit_peers.bench(args.kinds, args.seeds, tell), dit_peers.tables_of
+    elif args.what == "dit":
         result, tables = dit.bench(args.kinds, args.seeds, tell), dit.tables_of
     elif args.what in ("levels", "methods"):
         module: Any = levels if args.what == "levels" else methods
         result, tables = module.bench(args.kinds, args.seeds, tell), module.tables_of
     elif args.what == "codec":
-        result, tables = codec.bench(args.peers, tell), codec.tables_of
+        result, tables = codec.bench(peers, tell), codec.tables_of
         if args.plot:
             _write(str(args.plot), codec.plot(result))
+    elif args.report:
+        result, tables = stream_report.bench(args.seeds, peers, tell), stream_report.tables_of
     else:
-        result, tables = stream.bench(args.seeds, args.peers, tell), stream.tables_of
+        result, tables = stream.bench(args.seeds, peers, tell), stream.tables_of
     _finish(args.json, result, tables(result), dit.dumps)
     return 0 if all(v["ok"] for v in result.get("verdicts", [])) else 1
 

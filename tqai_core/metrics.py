@@ -22,6 +22,16 @@ def psnr(x: Tensor, exact: Tensor) -> float:
     return math.inf if mse == 0 else 10 * math.log10(peak * peak / mse)
 
 
+def ssim(x: Tensor, exact: Tensor) -> float:
+    """Mean structural similarity (scikit-image, window 7) of single-channel pictures ``[n, 1, (frames,) h, w]``; the range
+    is max - min of ``exact``. ImportError without scikit-image."""
+    from skimage.metrics import structural_similarity
+
+    a, b = (t.float().flatten(0, -3).cpu().numpy() for t in (x, exact))
+    span = float(b.max() - b.min())
+    return float(sum(structural_similarity(p, q, data_range=span) for p, q in zip(a, b, strict=True)) / len(a))
+
+
 def cosine(x: Tensor, exact: Tensor) -> float:
     """Mean cosine between vectors along the last dimension."""
     return float(torch.cosine_similarity(x.float(), exact.float(), dim=-1).mean())
