@@ -37,12 +37,12 @@ def nmse(x: Tensor, y: Tensor) -> float:
 
 
 def clock(*calls: Callable[[], Any], rounds: int = 21) -> list[list[float]]:
-    """CPU seconds of each call in each round, interleaved so that the machine's mood hits all alike."""
-    for call in calls:
-        call()
+    """CPU seconds of each call in each round, interleaved so that the machine's mood hits all alike; each right after an
+    untimed one of its own, or the peer before it would decide what lies in the cache."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, spent in zip(calls, times, strict=True):
+            call()
             began = time.process_time()
             call()
             spent.append(time.process_time() - began)
