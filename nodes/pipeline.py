@@ -1,0 +1,80 @@
+"""What travels between the stage nodes. Knows no host."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tqai_core.config import LEVELS, Config, preset
+from tqai_core.registry import build
+
+ROLES = ("scorer", "strategy", "monitor", "codec")
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages as specs, without a level: that one is chosen where the pipeline meets a model."""
+
+    scorer: str | None = None
+    strategy: str | None = None
+    monitor: str | None = None
+    codec: str | None = None
+    skip_layers: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(config: Config) -> Pipeline:
+        return Pipeline(config.scorer, config.strategy, config.monitor, config.codec, config.skip_layers)
+
+    def with_stage(self, role: str, choice: Mapping[str, Any]) -> Pipeline:
+        """``choice`` is what a dynamic combo gives: the method's name under the role, its options beside it."""
+        name, options = choice[role], {key: value for key, value in choice.items() if key != role}
+        spec = None if name == NONE else build(role, {"name": name, **options}).spec
+        return dataclasses.replace(self, **{role: spec})
+
+    def config(self, level: str) -> Config:
+        """Raises ValueError where a stage does not work at ``level``."""
+        return Config(self.scorer, self.strategy, self.monitor, self.codec, level, self.skip_layers)
+
+    def to_json(self) -> str:
+        """JSON that ``tqai.Config.from_json`` and ``tqai run`` read too, at the first level where all stages work."""
+        for level in LEVELS:
+            try:
+                return self.config(level).to_json()
+            except ValueError as error:
+                why = error
+        raise ValueError(f"no level takes this pipeline: {why}")
+
+    @staticmethod
+    def from_json(text: str) -> Pipeline:
+        """From :meth:`to_json`, or the pipeline dict people know. ValueError says what is wrong with it."""
+        data = json.loads(text) if text.lstrip().startswith("{") else None
+        if data is None:
+            raise ValueError("this file holds no pipeline: it must be a JSON object, as TQAI Save Pipeline writes it")
+        return Pipeline.of(Config.from_dict(data))
+
+
+DEFAULT = Pipeline.of(preset("balanced"))
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """``"0, 1, 5-8, -1"`` -> (-1, 0, 1, 5, 6, 7, 8)."""
+    found: set[int] = set()
+    for part in text.replace(";", ",").split(","):
+        piece = part.strip()
+        if not piece:
+            continue
+        first, dash, last = piece[1:].partition("-") if piece.startswith("-") else piece.partition("-")
+        sign = -1 if piece.startswith("-") else 1
+        try:
+            low = sign * int(first)
+            high = int(last) if dash else low
+        except ValueError:
+            raise ValueError(f"skip layers {text!r}: {piece!r} is no block; write numbers and ranges, as in 0, 1, 5-8, -1") from None
+        if dash and (sign < 0 or high < low):
+            raise ValueError(f"skip layers {text!r}: the range {piece!r} is empty; write low-high, as in 5-8")
+        found.update(range(low, high + 1))
+    return tuple(sorted(found))
