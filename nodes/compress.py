@@ -23,10 +23,22 @@ class TQAICompress(io.ComfyNode):
             node_id="TQAICompress",
             display_name="TQAI Compress",
             category=CATEGORY,
-            description="Makes sampling cheaper: steps that can be forecast within a measured error are not computed. Works on Flux, SD3, "
-            "SD3.5 and WAN. Put it last before the sampler; WAN 2.2 A14B takes one per expert. Unknown situations are computed exactly, "
-            "and TQAI Report says why.",
-            search_aliases=["tqai", "speed up", "step skip", "cache", "teacache", "easycache", "magcache", "wavespeed", "flux", "sd3", "wan"],
+            description="Makes sampling cheaper: steps that can be forecast within a measured error are not computed. Works on Flux, "
+            "SD3, SD3.5 and WAN. Put it last before the sampler; WAN 2.2 A14B takes one per expert. Unknown situations are computed "
+            "exactly, and TQAI Report says why.",
+            search_aliases=[
+                "tqai",
+                "speed up",
+                "step skip",
+                "cache",
+                "teacache",
+                "easycache",
+                "magcache",
+                "wavespeed",
+                "flux",
+                "sd3",
+                "wan",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="A Flux, SD3, SD3.5 or WAN model, after LoRAs and shift nodes."),
                 io.Combo.Input(
@@ -47,8 +59,8 @@ class TQAICompress(io.ComfyNode):
                     default=512,
                     min=0,
                     max=1_048_576,
-                    tooltip="MB that may be kept between steps. Above it things move to CPU memory; where that is not possible, the rest is "
-                    "computed exactly.",
+                    tooltip="MB that may be kept between steps. Above it things move to CPU memory; where that is not possible, the "
+                    "rest is computed exactly.",
                     advanced=True,
                 ),
                 io.Boolean.Input("enabled", default=True, tooltip="Off: the model passes through untouched."),

@@ -17,7 +17,8 @@ class TQAIMonitor(io.ComfyNode):
             node_id="TQAIMonitor",
             display_name="TQAI Monitor",
             category=CATEGORY,
-            description="Sets the monitor of a tqai pipeline: it compares forecasts with computed steps and decides which steps may be forecast. Its tolerance is the dial between speed and likeness.",
+            description="Sets the monitor of a tqai pipeline: it compares forecasts with computed steps and decides which "
+            "steps may be forecast. Its tolerance is the dial between speed and likeness.",
             search_aliases=["tqai", "tolerance", "step skip", "teacache", "easycache", "magcache"],
             inputs=[
                 dropdown("monitor", "lyapunov", "What decides which steps are computed and which are forecast."),

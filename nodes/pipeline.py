@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +50,10 @@ class Pipeline:
     @staticmethod
     def from_json(text: str) -> Pipeline:
         """From :meth:`to_json`, or the pipeline dict people know. ValueError says what is wrong with it."""
-        data = json.loads(text) if text.lstrip().startswith("{") else None
-        if data is None:
-            raise ValueError("this file holds no pipeline: it must be a JSON object, as TQAI Save Pipeline writes it")
-        return Pipeline.of(Config.from_dict(data))
+        try:
+            return Pipeline.of(Config.from_json(text))
+        except RecursionError:
+            raise ValueError("this file holds no pipeline: its JSON is nested too deep") from None
 
 
 DEFAULT = Pipeline.of(preset("balanced"))

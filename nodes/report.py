@@ -53,7 +53,7 @@ class TQAIReport(io.ComfyNode):
 
 def _text(entries: list[Entry]) -> str:
     if not entries:
-        return "No sampling with TQAI Compress has run before this node: it is off, not linked, or the sampler came from the cache of an earlier server."
+        return "No sampling with TQAI Compress has run before this node: it is off, not linked, or nothing was sampled since the start."
     parts = []
     for entry in entries:
         head = f"### {entry.family}" + (f", sampler {entry.sampler}" if entry.sampler else "")

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqai_core.config import Config
 from tqai_core.flow import Flow
 from tqai_core.report import Recorder
-from tqai_core.types import Where, signature
+from tqai_core.types import Where
 
 from .schedule import Schedule
 

@@ -22,7 +22,9 @@ class TQAISavePipeline(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 pipeline_input(optional=False),
-                io.String.Input("name", default="pipeline", tooltip="File name under output/tqai, without .json; an older file is replaced."),
+                io.String.Input(
+                    "name", default="pipeline", tooltip="File name under output/tqai, without .json; an older one is replaced."
+                ),
             ],
             outputs=[
                 PIPELINE.Output(display_name="pipeline", tooltip="The pipeline, unchanged."),

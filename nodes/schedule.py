@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tqai_core.types import Step
 
@@ -23,7 +24,7 @@ class Schedule:
     @staticmethod
     def of(sigmas: Sequence[float], percent_to_sigma: Callable[[float], float]) -> Schedule | str:
         """From a sampler's sigmas, or the reason why they tell nothing. ``percent_to_sigma`` falls from percent 0 to 1."""
-        if len(sigmas) < 2 or not all(a > b for a, b in zip(sigmas, sigmas[1:])):  # noqa: B905 - pairs
+        if len(sigmas) < 2 or not all(a > b for a, b in pairwise(sigmas)):
             return "the sampler's sigmas do not fall from step to step"
         span = _percent(sigmas[-1], percent_to_sigma) - _percent(sigmas[0], percent_to_sigma)
         if span <= 0:

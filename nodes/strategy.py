@@ -17,7 +17,8 @@ class TQAIStrategy(io.ComfyNode):
             node_id="TQAIStrategy",
             display_name="TQAI Strategy",
             category=CATEGORY,
-            description="Sets the strategy of a tqai pipeline: how the model's output at a step is forecast from the steps before it, and what is kept for that.",
+            description="Sets the strategy of a tqai pipeline: how the model's output at a step is forecast from the steps "
+            "before it, and what is kept for that.",
             search_aliases=["tqai", "forecast", "taylorseer", "step skip", "cache"],
             inputs=[
                 dropdown("strategy", "delta2", "How a step is forecast from the steps before it."),
