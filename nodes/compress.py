@@ -51,7 +51,8 @@ class TQAICompress(io.ComfyNode):
                     "level",
                     options=MODEL_LEVELS,
                     default="model",
-                    tooltip="Where tqai acts. model: a step is computed or forecast as a whole, which saves most.",
+                    tooltip="Where tqai acts. model: a step is computed or forecast as a whole, which saves most. block: what each block "
+                    "adds is forecast. attention: each attention's output; needed by strategy window.",
                 ),
                 dropdown("codec", KEEP, "How what is kept between steps is stored, and with how many bits.", ()),
                 io.Int.Input(

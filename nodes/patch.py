@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from tqai_core.config import Config
 
 from .ledger import LEDGER, Entry
+from .levels import FORWARD, Forward, marker, override
 from .run import Chunk, Run
 from .schedule import Schedule
 
@@ -40,14 +41,41 @@ class Settings:
     budget: int | None = None
 
 
-def family_of(model: Any) -> tuple[str, list[Any]]:
-    """Family name and blocks of a ModelPatcher's model; the class name and no blocks for one that tqai does not know."""
+def family_of(model: Any) -> tuple[str, list[str]]:
+    """Family and names of the blocks of a ModelPatcher's model; the class name and no blocks for one that tqai does not know."""
     inner = model.model.diffusion_model
     for cls in type(inner).__mro__:
         if cls.__name__ in FAMILIES:
             family, names = FAMILIES[cls.__name__]
-            return family, [block for name in names for block in getattr(inner, name)]
+            return family, [f"{name}.{i}" for name in names for i in range(len(getattr(inner, name)))]
     return type(inner).__name__, []
+
+
+def exact_blocks(config: Config, family: str, blocks: list[str]) -> frozenset[int]:
+    """Numbers of the blocks that ``skip_layers`` names. ValueError for one that the model does not have."""
+    found, depth = set(), len(blocks)
+    for layer in config.skip_layers if blocks else ():
+        if isinstance(layer, int) and -depth <= layer < depth:
+            found.add(layer % depth)
+        elif layer in blocks:
+            found.add(blocks.index(str(layer)))
+        else:
+            raise ValueError(
+                f"skip layer {layer!r} asked, but this {family} model has {depth} blocks: use 0 to {depth - 1}, -{depth} to -1, or a name "
+                f"such as {blocks[0]!r}"
+            )
+    return frozenset(found)
+
+
+def _mark(clone: Any, blocks: list[str]) -> None:
+    """Markers around every block and an override in front of attention, each around what was there before."""
+    options = clone.model_options.setdefault("transformer_options", {})
+    options["optimized_attention_override"] = override(options.get("optimized_attention_override"))
+    replaced = options.get("patches_replace", {}).get("dit", {})
+    for number, name in enumerate(blocks):
+        place, _, i = name.partition(".")
+        kind = "single_block" if place == "single_blocks" else "double_block"
+        clone.set_model_patch_replace(marker(number, replaced.get((kind, int(i)))), "dit", kind, int(i))
 
 
 def patch(model: Any, settings: Settings) -> Any:
@@ -55,9 +83,13 @@ def patch(model: Any, settings: Settings) -> Any:
     if KEY in model.model_options.get("transformer_options", {}):
         raise ValueError("this model already went through TQAI Compress: remove one of the two nodes, or set both pipelines in one")
     family, blocks = family_of(model)
-    if blocks and (wrong := [n for n in settings.config.skip_layers if not -len(blocks) <= n < len(blocks)]):
-        raise ValueError(f"skip layers {wrong} asked, but this {family} model has {len(blocks)} blocks: use 0 to {len(blocks) - 1}")
-    clone = model.clone()
+    exact_blocks(settings.config, family, blocks)
+    config, clone = settings.config, model.clone()
+    strategy, monitor = config.build()[1:3]
+    if blocks and strategy is not None and monitor is not None and (config.level != "model" or monitor.probes):
+        _mark(clone, blocks)
+    elif config.level != "model" and not blocks:
+        raise ValueError(f"level {config.level!r} knows Flux, SD3 and WAN models, this is a {family}: take level 'model'")
     clone.model_options.setdefault("transformer_options", {})[KEY] = settings
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare_sampling)
@@ -92,18 +124,18 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
 def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: Any) -> Run:
     sampling = patcher.get_model_object("model_sampling")
     family, blocks = family_of(patcher)
-    depth = len(blocks)
+    exact = exact_blocks(settings.config, family, blocks)
     bypass = None
     if not isinstance(sampling, comfy.model_sampling.CONST):
         bypass = f"{type(patcher.model).__name__} is no flow-matching model: tqai forecasts those only"
     elif "easycache" in options.get("transformer_options", {}):
         bypass = "EasyCache or LazyCache is on this model too: two step skippers cannot see each other's error; remove one"
-    elif depth and len({n % depth for n in settings.config.skip_layers}) == depth:
-        bypass = f"all {depth} blocks are in skip layers"
+    elif blocks and len(exact) == len(blocks):
+        bypass = f"all {len(blocks)} blocks are in skip layers"
     schedule = Schedule.of(sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)))
     return Run(
         settings.config, family, schedule, bypass, settings.budget, _teller(settings.node),
-        lambda: int(comfy.model_management.get_free_memory(torch.device("cpu"))),
+        lambda: int(comfy.model_management.get_free_memory(torch.device("cpu"))), len(blocks), exact,
     )  # fmt: skip
 
 
@@ -121,6 +153,8 @@ def _roomier(model: Any, noise_shape: Any, conds: Any, settings: Settings) -> li
     strategy = settings.config.build()[1]
     streams = sum(len(cond) for cond in conds.values()) if isinstance(conds, dict) else 2
     held = math.prod(shape) * 4 * streams * (1 if strategy is None else strategy.order + 1)  # an upper bound: uncoded fp32
+    if settings.config.level != "model":  # a stream a block: the budget decides
+        held = settings.budget or 0
     held = held if settings.budget is None else min(held, settings.budget)
     needed = model.model.memory_required([shape[0] * 2, *shape[1:]])
     if needed > 0 and shape[-1] > 0:
@@ -153,10 +187,17 @@ def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> An
     return run.forward(
         x,
         chunks,
-        lambda: executor(x, t, *args, **kwargs),
+        lambda forward: executor(x, t, *args, **kwargs) if forward is None else _told(executor, x, t, args, kwargs, forward),
         lambda denoised: (x - denoised) / sigma,
         lambda velocity: sampling.calculate_denoised(t, velocity.to(x.dtype), x),
     )
+
+
+def _told(executor: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> Any:
+    """The forward, with what its blocks must know in options of its own."""
+    if kwargs.get("transformer_options"):
+        return executor(x, t, *args, **{**kwargs, "transformer_options": {**kwargs["transformer_options"], FORWARD: forward}})
+    return executor(x, t, *args[:3], {**args[3], FORWARD: forward}, *args[4:], **kwargs)
 
 
 def _teller(node: str | None) -> Any:

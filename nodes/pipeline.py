@@ -22,7 +22,7 @@ class Pipeline:
     strategy: str | None = None
     monitor: str | None = None
     codec: str | None = None
-    skip_layers: tuple[int, ...] = ()
+    skip_layers: tuple[int | str, ...] = ()
 
     @staticmethod
     def of(config: Config) -> Pipeline:
@@ -59,21 +59,6 @@ class Pipeline:
 DEFAULT = Pipeline.of(preset("balanced"))
 
 
-def layers(text: str) -> tuple[int, ...]:
-    """``"0, 1, 5-8, -1"`` -> (-1, 0, 1, 5, 6, 7, 8)."""
-    found: set[int] = set()
-    for part in text.replace(";", ",").split(","):
-        piece = part.strip()
-        if not piece:
-            continue
-        first, dash, last = piece[1:].partition("-") if piece.startswith("-") else piece.partition("-")
-        sign = -1 if piece.startswith("-") else 1
-        try:
-            low = sign * int(first)
-            high = int(last) if dash else low
-        except ValueError:
-            raise ValueError(f"skip layers {text!r}: {piece!r} is no block; write numbers and ranges, as in 0, 1, 5-8, -1") from None
-        if dash and (sign < 0 or high < low):
-            raise ValueError(f"skip layers {text!r}: the range {piece!r} is empty; write low-high, as in 5-8")
-        found.update(range(low, high + 1))
-    return tuple(sorted(found))
+def layers(text: str) -> tuple[int | str, ...]:
+    """``"0, 1, 5-8, -1"`` -> (-1, 0, 1, 5, 6, 7, 8); names of blocks stay names. ValueError for anything else."""
+    return Config(skip_layers=text).skip_layers

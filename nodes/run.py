@@ -23,6 +23,7 @@ from tqai_core.flow import Flow
 from tqai_core.report import Recorder
 from tqai_core.types import Where
 
+from .levels import Forward
 from .schedule import Schedule
 
 BRANCHES = ("cond", "uncond")
@@ -38,7 +39,8 @@ class Chunk:
 
 
 class Run:
-    """State of one sampling. ``tell`` gets a small dict once a step; ``room`` tells the free bytes of host memory."""
+    """State of one sampling. ``tell`` gets a small dict once a step; ``room`` tells the free bytes of host memory; ``depth``
+    is the number of the model's blocks and ``exact`` those that stay its own."""
 
     def __init__(
         self,
@@ -49,10 +51,13 @@ class Run:
         budget: int | None = None,
         tell: Callable[[dict[str, Any]], None] | None = None,
         room: Callable[[], int] | None = None,
+        depth: int = 0,
+        exact: frozenset[int] = frozenset(),
     ) -> None:
         self.schedule = schedule if isinstance(schedule, Schedule) else None
         self.bypass = bypass or (schedule if isinstance(schedule, str) else None)
         self.budget, self.tell, self.room = budget, tell, room
+        self.level, self.depth, self.exact = config.level, depth, exact
         self.recorder = Recorder(lambda: self.flow.counted)
         self.flow = Flow(config, self.recorder, family, late=True)
         self.flow.begin(self.bypass)
@@ -64,6 +69,8 @@ class Run:
         self._names: dict[tuple[int, Hashable], str] = {}
         self._seen: Counter[str] = Counter()
         self._device: torch.device | None = None
+        self._reached = 0  # attention calls that came through us
+        self._look()
 
     @contextmanager
     def evaluation(self, sigma: float) -> Iterator[None]:
@@ -93,17 +100,20 @@ class Run:
         self,
         x: Tensor,
         chunks: Sequence[Chunk],
-        compute: Callable[[], Tensor],
+        compute: Callable[[Forward | None], Tensor],
         velocity: Callable[[Tensor], Tensor],
         restore: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """One forward of the model on ``x [chunks * n, ...]``: its own output, or the forecast of every chunk.
 
-        ``velocity`` turns the model's output into what is forecast, ``restore`` turns a forecast back.
+        ``compute`` runs the model with what its blocks need to know, ``velocity`` turns its output into what is forecast,
+        ``restore`` turns a forecast back.
         """
         if why := self._odd(x, chunks):
             self.recorder.fallback(self.family, why)
-            return compute()
+            return compute(None)
+        if self.level != "model" and self.flow.bypass is None:
+            return self._inside(x, chunks, compute)
         n = len(chunks)
         kind = (torch.Size((x.shape[0] // n, *x.shape[1:])), x.dtype, x.device)
         with self._lock:
@@ -114,7 +124,8 @@ class Run:
                     parts = [self.flow.recall(where) for where in wheres]
                     return restore(torch.cat(parts) if n > 1 else parts[0])
                 self.flow.revise("a branch has no history at this step")
-        out = compute()  # outside the lock: the other device's forward runs meanwhile
+        probes = self.flow.bypass is None and bool(self.flow.monitor.probes)
+        out = compute(self._forward(wheres) if probes else None)  # outside the lock: the other device's forward runs meanwhile
         with self._lock:
             if self.flow.bypass is not None:
                 for where in wheres:
@@ -126,6 +137,24 @@ class Run:
                     self.flow.observe(where, part)
         return out
 
+    def _inside(self, x: Tensor, chunks: Sequence[Chunk], compute: Callable[[Forward | None], Tensor]) -> Tensor:
+        """Levels block and attention: the model runs, its blocks ask."""
+        with self._lock:
+            wheres = [self._where(chunk) for chunk in chunks]
+            self._device = x.device
+            if x.ndim in (4, 5):  # all three families cut latents into 2 x 2 patches
+                self.flow.memory.grid = (*x.shape[2:-2], -(-x.shape[-2] // 2), -(-x.shape[-1] // 2))
+        forward = self._forward(wheres)
+        out = compute(forward)
+        self._reached += forward.attentions.total()
+        if self.level == "attention" and not self._reached:
+            self.flow.begin("another node replaced the attention: tqai's was never called")
+            self.inside = False
+        return out
+
+    def _forward(self, wheres: Sequence[Where]) -> Forward:
+        return Forward(self.flow, self._lock, self.level, self.family, self.depth, [w.branch for w in wheres], self.exact)
+
     def close(self, failed: bool = False) -> dict[str, Any]:
         """The report; nothing stays held. Interrupted and failed runs end here too."""
         with warnings.catch_warnings():
@@ -136,6 +165,17 @@ class Run:
         self._names.clear()
         self._say()
         return self.recorder.report.to_dict()
+
+    def _look(self) -> None:
+        """What the user would otherwise not notice."""
+        if self.flow.off is None and self.flow.guidance.on:
+            why = "cfg=difference: ComfyUI runs cond and uncond in one batch, so both are computed"
+            self.recorder.fallback(self.family, why)
+        if self.exact and self.level == "model" and len(self.exact) < self.depth:
+            self.recorder.report.warnings.append(
+                f"skip layers {sorted(self.exact)} change nothing at level model, where a step is skipped whole: protect steps by a "
+                "smaller tau, take level block or attention, or give all blocks to switch off"
+            )
 
     @property
     def held(self) -> int:

@@ -17,15 +17,15 @@ class TQAISkipLayers(io.ComfyNode):
             node_id="TQAISkipLayers",
             display_name="TQAI Skip Layers",
             category=CATEGORY,
-            description="Names the blocks of the model that tqai leaves exact. At level 'model' a step is forecast as a whole, so "
-            "there only naming all blocks has an effect: it switches tqai off.",
+            description="Names the blocks of the model that tqai leaves exact at levels block and attention. At level model a step is "
+            "forecast as a whole, so there only naming all blocks has an effect: it switches tqai off.",
             search_aliases=["tqai", "protect blocks", "exact layers"],
             inputs=[
                 io.String.Input(
                     "layers",
                     default="",
-                    tooltip="Block numbers and ranges, as in 0, 1, 5-8, -1. Blocks count from 0 in the order they run (Flux: double, then "
-                    "single); -1 is the last one.",
+                    tooltip="Block numbers, ranges and names, as in 0, 1, 5-8, -1, double_blocks.2. Blocks count from 0 in the order they "
+                    "run (Flux: double, then single); -1 is the last one.",
                 ),
                 pipeline_input(),
             ],

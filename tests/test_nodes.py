@@ -261,7 +261,7 @@ def test_skip_layers(host, model):
     assert torch.equal(host.sample(host.compress(m, layers), "sd3"), plain)
     assert "all 2 blocks" in host.report()["fallbacks"][0]["why"]
     wrong = host.run("TQAISkipLayers", layers="1-3").result[0]
-    with pytest.raises(ValueError, match=r"\[2, 3\] asked, but this sd3 model has 2 blocks"):
+    with pytest.raises(ValueError, match="skip layer 2 asked, but this sd3 model has 2 blocks"):
         host.compress(m, wrong)
 
 
@@ -414,8 +414,7 @@ def test_skip_layer_text_is_checked(host):
     cls = host.pack.NODE_CLASS_MAPPINGS["TQAISkipLayers"]
     assert cls.validate_inputs(layers=" 0, 5-8 ,-1") is True
     assert host.run("TQAISkipLayers", layers=" 0, 5-8 ,-1").result[0].skip_layers == (-1, 0, 5, 6, 7, 8)
-    assert "no block" in cls.validate_inputs(layers="a")
-    assert "empty" in cls.validate_inputs(layers="8-5")
+    assert "give numbers, ranges or module names" in cls.validate_inputs(layers="5 8")
 
 
 def test_schemas_did_not_change_by_accident(host):

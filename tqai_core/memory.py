@@ -76,6 +76,7 @@ class Memory:
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.grid: tuple[int, ...] = ()
+        self.home: torch.device | None
         self.clear()
 
     def __getitem__(self, where: Where) -> Stream:
@@ -117,7 +118,7 @@ class Memory:
         self.streams: dict[Where, Stream] = {}
         self._bytes: dict[Where, tuple[int, int]] = {}
         self.counted = self.exact = 0  # bytes held, and what fp16 copies would take
-        self.home: torch.device | None = None
+        self.home = None
 
     @property
     def nbytes(self) -> int:

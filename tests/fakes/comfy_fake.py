@@ -87,8 +87,21 @@ class Eps(ModelSamplingDiscreteFlow):
         return x - output * sigma.view(-1, *[1] * (x.ndim - 1))
 
 
+def attention_pytorch(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, skip_reshape: bool = False, **kw: Any) -> Tensor:
+    """``[b, n, h d]`` or, with ``skip_reshape``, ``[b, h, n, d]`` -> ``[b, n, h d]``."""
+    if not skip_reshape:
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def optimized_attention(*args: Any, transformer_options: dict[str, Any], **kw: Any) -> Tensor:
+    override = transformer_options.get("optimized_attention_override")
+    kw = {**kw, "transformer_options": transformer_options}
+    return attention_pytorch(*args, **kw) if override is None else override(attention_pytorch, *args, **kw)
+
+
 class Transformer(nn.Module):
-    """A few layers over the channels: smooth in the latent, the time and the prompt."""
+    """A few layers of attention and a linear map: smooth in the latent, the time and the prompt."""
 
     lists: tuple[str, ...] = ()
 
@@ -104,18 +117,28 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, transformer_options: dict[str, Any]) -> Tensor:
         replace = transformer_options.get("patches_replace", {}).get("dit", {})
-        prompt = context.mean((1, 2)).view(-1, *[1] * (x.ndim - 1))
-        h = x.movedim(1, -1) + (t.view(-1, *[1] * (x.ndim - 1)) * self.time.view(1, *[1] * (x.ndim - 2), -1)) + prompt
+        # all heads of 8; Flux hands over heads, SD3 and WAN tokens; WAN looks at its prompt in a second attention
+        heads, text = x.shape[1] // 8, context.repeat(1, 1, x.shape[1] // 8)
+        h = x.flatten(2).transpose(1, 2) + t.view(-1, 1, 1) * self.time + context.mean((1, 2)).view(-1, 1, 1)
         for name in self.lists:
             kind = "single_block" if name == "single_blocks" else "double_block"
             for i, layer in enumerate(getattr(self, name)):
 
                 def run(args: dict[str, Any], layer: nn.Module = layer) -> dict[str, Any]:
-                    return {"img": args["img"] + torch.tanh(layer(args["img"]))}
+                    z, options = torch.tanh(layer(args["img"])), args["transformer_options"]
+                    if type(self).__name__ == "Flux":
+                        split = z.unflatten(-1, (heads, -1)).transpose(1, 2)
+                        z = optimized_attention(split, split, split, heads, mask=None, skip_reshape=True, transformer_options=options)
+                    elif heads:
+                        z = optimized_attention(z, z, z, heads=heads, transformer_options=options)
+                    if type(self).__name__ == "WanModel":
+                        z = z + optimized_attention(z, args["txt"], args["txt"], heads=heads, transformer_options=options)
+                    args["img"] += z  # in place, as newer hosts do
+                    return {"img": args["img"]}
 
-                args = {"img": h, "transformer_options": transformer_options}
+                args = {"img": h, "txt": text, "transformer_options": transformer_options}
                 h = (replace[(kind, i)](args, {"original_block": run}) if (kind, i) in replace else run(args))["img"]
-        return h.movedim(-1, 1)
+        return h.transpose(1, 2).reshape(x.shape)
 
 
 Flux = type("Flux", (Transformer,), {"lists": ("double_blocks", "single_blocks")})
