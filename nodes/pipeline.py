@@ -39,7 +39,7 @@ class Pipeline:
         return Config(self.scorer, self.strategy, self.monitor, self.codec, level, self.skip_layers)
 
     def to_json(self) -> str:
-        """JSON that ``tqai.Config.from_json`` and ``tqai run`` read too, at the first level where all stages work."""
+        """JSON that ``tqai.Config.from_json`` reads too, at the first level where all stages work."""
         for level in LEVELS:
             try:
                 return self.config(level).to_json()

@@ -16,8 +16,7 @@ class TQAISavePipeline(io.ComfyNode):
             node_id="TQAISavePipeline",
             display_name="TQAI Save Pipeline",
             category=CATEGORY,
-            description="Writes a pipeline to output/tqai/<name>.json. The tqai command and Python read the same file "
-            "(tqai.Config.from_json).",
+            description="Writes a pipeline to output/tqai/<name>.json. Python reads the same file (tqai.Config.from_json).",
             search_aliases=["tqai", "export", "share", "json"],
             is_output_node=True,
             inputs=[

@@ -456,3 +456,22 @@ def test_mappings_match(host):
     assert host.pack.NODE_CLASS_MAPPINGS.keys() == host.pack.NODE_DISPLAY_NAME_MAPPINGS.keys()
     for node, cls in host.pack.NODE_CLASS_MAPPINGS.items():
         assert cls.GET_SCHEMA().display_name == host.pack.NODE_DISPLAY_NAME_MAPPINGS[node]
+
+
+def test_every_node_has_a_help_page_and_two_languages(host):
+    root = Path(__file__).resolve().parents[1]
+    assert host.pack.WEB_DIRECTORY == "./web"
+    for node, cls in host.pack.NODE_CLASS_MAPPINGS.items():
+        schema = cls.GET_SCHEMA()
+        page = (root / "web/docs" / f"{node}.md").read_text()
+        assert page.startswith(f"# {schema.display_name}\n")
+        for language in ("en", "de"):
+            texts = json.loads((root / "locales" / language / "nodeDefs.json").read_text())
+            assert texts.keys() == host.pack.NODE_CLASS_MAPPINGS.keys()
+            told = texts[node]
+            assert list(told["inputs"]) == [i.id for i in schema.inputs]
+            assert list(told["outputs"]) == [str(n) for n in range(len(schema.outputs))]
+            assert all(i.tooltip is None or told["inputs"][i.id]["tooltip"] for i in schema.inputs)
+            if language == "en":
+                assert (told["display_name"], told["description"]) == (schema.display_name, schema.description)
+                assert [told["inputs"][i.id].get("tooltip") for i in schema.inputs] == [i.tooltip for i in schema.inputs]

@@ -41,11 +41,13 @@ def mini(host):
         shape = (16, 9, 16, 16) if kind == "wan" else (16, 16, 16)
         return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
-    def draw(m: Any, kind: str, seed: int = 0, steps: int = STEPS, cfg: float = 2.0, labels: list[int] | None = None) -> torch.Tensor:
+    def draw(
+        m: Any, kind: str, seed: int = 0, steps: int = STEPS, cfg: float = 2.0, labels: list[int] | None = None, sigmas: Any = None
+    ) -> torch.Tensor:  # fmt: skip
         labels = LABELS[kind] if labels is None else labels
         latents = host.sample(
             m, f"mini_{kind}", steps=steps, cfg=cfg, positive=conds(kind, labels), negative=conds(kind, [10] * len(labels)),
-            noise=noise(kind, len(labels), seed),
+            noise=noise(kind, len(labels), seed), sigmas=sigmas,
         )  # fmt: skip
         return latents[:, :1]  # the other channels are padding
 
@@ -62,15 +64,15 @@ def test_minis_draw_their_digits_as_well_as_in_diffusers(host, mini, kind):
     from tqai_core.minis import digits
 
     labels = LABELS[kind]
-    m = mini(kind)
-    plain = mini.draw(m, kind)
+    m, pipe = mini(kind), minis.pipeline(kind)
+    pipe(**minis.inputs(kind, labels, 2.0), num_inference_steps=STEPS, output_type="latent")  # sets the pipeline's own schedule
+    sigmas = pipe.scheduler.sigmas.clone()
+    plain = mini.draw(m, kind, sigmas=sigmas)
     read = digits.read(plain)
     wanted = torch.tensor(labels).repeat_interleave(9 if kind == "wan" else 1)
     assert (read == wanted).float().mean() >= (0.8 if kind == "wan" else 1.0)
     on = host.compress(m)
-    ours, report = mini.draw(on, kind), host.report()
-
-    pipe = minis.pipeline(kind)
+    ours, report = mini.draw(on, kind, sigmas=sigmas), host.report()
     start = mini.noise(kind, len(labels))[:, :1]
     if kind == "flux":
         start = pipe._pack_latents(start, len(labels), 1, 16, 16)
