@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test bench lint types clean
+.PHONY: demo test test-comfyui bench lint types clean
 
 demo: .venv/demo
 	$(BIN)/tqai demo
@@ -19,6 +19,15 @@ lint: .venv/dev
 
 types: .venv/dev
 	$(BIN)/mypy
+
+# the node tests on real ComfyUI: COMFYUI_PATH=checkout:checkout, or the tags below are fetched (git, internet)
+COMFYUI_TAGS ?= v0.33.0 v0.27.0 v0.15.1
+COMFYUI_PATH ?= $(subst $(eval ) ,:,$(addprefix $(CURDIR)/out/comfyui/,$(COMFYUI_TAGS)))
+
+test-comfyui: .venv/dev
+	for tag in $(COMFYUI_TAGS); do case ":$(COMFYUI_PATH):" in *:$(CURDIR)/out/comfyui/$$tag:*) \
+	  $(BIN)/python tests/comfyui/fetch.py $$tag out/comfyui/$$tag || exit 1;; esac; done
+	COMFYUI_PATH=$(COMFYUI_PATH) $(BIN)/python -m pytest -s tests/test_comfyui.py
 
 bench: .venv/demo
 	$(BIN)/tqai bench dit --json benchmarks/results/dit.json

@@ -30,9 +30,11 @@ def _bind_core() -> None:
 
 # pytest imports this file too, since the checkout's root is a package: without ComfyUI there is nothing to do. Inside
 # ComfyUI an import error must reach its log, hence no try/except.
-if __package__ and importlib.util.find_spec("comfy") is not None:
+if __package__ and importlib.util.find_spec("comfy_api") is not None:
     _bind_core()
 
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
-    __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+    WEB_DIRECTORY = "./web"  # help pages
+
+    __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

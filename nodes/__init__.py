@@ -1,5 +1,32 @@
-"""The ComfyUI nodes: the only importer of ``comfy*``. None is finished yet; see CHANGELOG."""
+"""The ComfyUI nodes: the only importer of ``comfy*``. One node a file."""
+
+from .compress import TQAICompress
+from .load_pipeline import TQAILoadPipeline
+from .monitor import TQAIMonitor
+from .report import TQAIReport
+from .save_pipeline import TQAISavePipeline
+from .scorer import TQAIScorer
+from .skip_layers import TQAISkipLayers
+from .strategy import TQAIStrategy
 
 # a plain literal, since the Manager reads it without running it
-NODE_CLASS_MAPPINGS = {}
-NODE_DISPLAY_NAME_MAPPINGS = {}
+NODE_CLASS_MAPPINGS = {
+    "TQAIScorer": TQAIScorer,
+    "TQAIStrategy": TQAIStrategy,
+    "TQAIMonitor": TQAIMonitor,
+    "TQAISkipLayers": TQAISkipLayers,
+    "TQAICompress": TQAICompress,
+    "TQAIReport": TQAIReport,
+    "TQAISavePipeline": TQAISavePipeline,
+    "TQAILoadPipeline": TQAILoadPipeline,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "TQAIScorer": "TQAI Scorer",
+    "TQAIStrategy": "TQAI Strategy",
+    "TQAIMonitor": "TQAI Monitor",
+    "TQAISkipLayers": "TQAI Skip Layers",
+    "TQAICompress": "TQAI Compress",
+    "TQAIReport": "TQAI Report",
+    "TQAISavePipeline": "TQAI Save Pipeline",
+    "TQAILoadPipeline": "TQAI Load Pipeline",
+}

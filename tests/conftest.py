@@ -141,3 +141,21 @@ def tiny() -> Callable[..., Any]:
         return model, call
 
     return make
+
+
+# --- ComfyUI: two fake profiles here; one real checkout where TQAI_COMFYUI names it (test_comfyui.py starts that) ---------
+sys.path.append(str(ROOT / "tests/comfyui"))
+REAL = os.environ.get("TQAI_COMFYUI")
+
+
+@pytest.fixture(scope="session", params=["real"] if REAL else ["0.15.1", "0.33.0"])
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A ComfyUI with our pack loaded; see tests/comfyui/hosts.py."""
+    import hosts
+
+    folder = tmp_path_factory.mktemp("comfyui")
+    if REAL:
+        yield hosts.real(REAL, folder)
+        return
+    with hosts.fake(request.param, folder) as made:
+        yield made

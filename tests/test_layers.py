@@ -60,9 +60,11 @@ def test_import_is_lean_and_silent():
 
 def test_the_door_loads_beside_comfyui_and_shadows_nothing(tmp_path):
     code = """
-import importlib.machinery, importlib.util, os, sys, types
+import importlib.util, os, sys, types
 comfy = types.ModuleType("nodes"); sys.modules["nodes"] = comfy
-sys.modules["comfy"] = types.ModuleType("comfy"); sys.modules["comfy"].__spec__ = importlib.machinery.ModuleSpec("comfy", None)
+sys.path.append(os.path.join(sys.argv[1], "tests", "fakes"))
+import comfy_fake, pathlib
+sys.modules.update(comfy_fake.modules("0.33.0", pathlib.Path.cwd()))
 path = list(sys.path)
 name = sys.argv[1].replace(".", "_x_")
 spec = importlib.util.spec_from_file_location(name, os.path.join(sys.argv[1], "__init__.py"))

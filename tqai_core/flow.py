@@ -37,14 +37,23 @@ from .types import Decision, Part, Step, Where, nbytes, signature
 class Flow:
     """One model's pipeline and the state of its current generation.
 
-    ``agree`` makes the ranks of a distributed run see one error: it sums a small tensor over them.
+    ``agree`` makes the ranks of a distributed run see one error: it sums a small tensor over them. ``late`` is for hosts
+    whose branches come and go during a run (ComfyUI's timed prompts and moving windows): a new stream is taken in, all
+    is computed until it has a history, and one that a computed step left out is dropped.
     """
 
-    def __init__(self, config: Config, recorder: Recorder, model: str = "transformer", agree: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        recorder: Recorder,
+        model: str = "transformer",
+        agree: Callable[[Tensor], Tensor] | None = None,
+        late: bool = False,
+    ):
         self.scorer, strategy, monitor, self.codec = config.build()
         self.strategy, self.monitor = cast(Strategy, strategy), cast(Monitor, monitor)
         self.off = "no strategy is set" if strategy is None else "no monitor is set" if monitor is None else None
-        self.recorder, self.model, self.agree = recorder, model, agree or (lambda sums: sums)
+        self.recorder, self.model, self.agree, self.late = recorder, model, agree or (lambda sums: sums), late
         self.memory = Memory(self.codec)
         self.guidance = Difference(self.memory, strategy.cfg == "difference" if strategy else False)
         self.begin()
@@ -76,6 +85,8 @@ class Flow:
     def enter(self, step: Step) -> Decision:
         """The gate: one decision a step, for all sites and branches."""
         self._settle()
+        if self.late and self.decision.compute and self.step is not None:
+            self.memory.keep(self.step)
         self._first = set() if self.step is None else (self._first or set())
         self.opening, self.step = self.step is None, step
         if self.opening and self.bypass is None:
@@ -87,9 +98,16 @@ class Flow:
             score = self.scorer.score(None, step, self.gate) if self.scorer else None
             importance = self.importance if score is None else float(score)
             self.decision = self.monitor.decide(step, importance, self.strategy.order, self.gate.state)
+            if self.late and not self.decision.compute and any(s.count <= self.strategy.order for s in self.memory.streams.values()):
+                self.decision = Decision(True, "a branch that came later has too short a history", self.decision.error_estimate)
         self.guidance.enter(step, self.decision)
         self._entry = self.recorder.decision(self.model, step, self.decision)
         return self.decision
+
+    def revise(self, why: str) -> None:
+        """The host cannot take forecasts at this step after all: from here on it is computed."""
+        self.decision = Decision(True, why, self.decision.error_estimate)
+        self._entry.update(action="compute", why=why)
 
     def through(self, where: Where, compute: Callable[[], Tensor], beside: Where | None = None) -> Tensor:
         """One site's tensor at this step: its own exact output, or the forecast. ``beside`` is the same site of the
@@ -174,7 +192,7 @@ class Flow:
             why = "gradients are recorded: run under torch.no_grad() to let tqai forecast"
         elif not x.is_floating_point():
             why = f"its output is {x.dtype}, no float"
-        elif where not in (self._first or ()):
+        elif where not in (self._first or ()) and not self.late:
             why = "it appeared after the first evaluation, so its history is unknown"
         else:
             return True

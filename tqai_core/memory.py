@@ -30,12 +30,14 @@ class Stream:
     state: dict[str, Any] = field(default_factory=dict)
     kind: tuple[torch.Size, torch.dtype, torch.device] | None = None
     decoded: dict[str, Tensor] = field(default_factory=dict)  # within one visit only: emptied before it ends
+    count: int = 0  # values seen
+    home: torch.device | None = None  # where the coded parts lie; None: where they were made
 
     def hold(self, parts: dict[str, Part], x: Tensor, step: Step) -> None:
         """Replace what is held by the parts of ``x``, the exact value at ``step``."""
         self.parts = {name: self._pack(part) for name, part in parts.items()}
         self.shapes = {name: part.tensor.shape for name, part in parts.items()}
-        self.step, self.kind = step, signature(x)
+        self.step, self.kind, self.count = step, signature(x), self.count + 1
         self.decoded.clear()
 
     def value(self, name: str) -> Tensor | None:
@@ -46,6 +48,8 @@ class Stream:
         if name in self.decoded:
             return self.decoded[name]
         shape = self.shapes[name]
+        if self.home is not None and self.kind is not None:
+            packed = _moved(packed, self.kind[2])
         flat = build("codec", packed.codec).decode(packed, torch.float32)
         self.decoded[name] = flat if flat.shape == shape else flat.flatten()[: shape.numel()].view(shape)
         return self.decoded[name]
@@ -62,7 +66,8 @@ class Stream:
             flat = x.flatten()  # latents [b, c, h, w]: short rows would pay a gain each
             x = F.pad(flat, (0, -flat.numel() % VECTOR)).view(-1, VECTOR)
             codec = _changed(codec, mean="never")  # vectors cut from a latent have no common mean
-        return codec.encode(x)
+        packed = codec.encode(x)
+        return packed if self.home is None else _moved(packed, self.home)
 
 
 class Memory:
@@ -71,11 +76,12 @@ class Memory:
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.grid: tuple[int, ...] = ()
+        self.home: torch.device | None
         self.clear()
 
     def __getitem__(self, where: Where) -> Stream:
         if where not in self.streams:
-            self.streams[where] = Stream(self.codec, where, self.grid)
+            self.streams[where] = Stream(self.codec, where, self.grid, home=self.home)
         return self.streams[where]
 
     def count(self, where: Where, copies: int) -> int:
@@ -94,6 +100,17 @@ class Memory:
         self.counted -= held
         self.exact -= exact
 
+    def keep(self, step: Step) -> None:
+        """Drop the streams that have no value of ``step``."""
+        for where in [where for where, s in self.streams.items() if s.step is None or s.step.index != step.index]:
+            self.drop(where)
+
+    def offload(self, home: torch.device) -> None:
+        """Keep the coded parts on ``home`` until :meth:`clear`; they visit the model's device to be decoded."""
+        self.home = home
+        for stream in self.streams.values():
+            stream.home, stream.parts = home, {name: _moved(packed, home) for name, packed in stream.parts.items()}
+
     def __iter__(self) -> Iterator[Where]:
         return iter(self.streams)
 
@@ -101,10 +118,15 @@ class Memory:
         self.streams: dict[Where, Stream] = {}
         self._bytes: dict[Where, tuple[int, int]] = {}
         self.counted = self.exact = 0  # bytes held, and what fp16 copies would take
+        self.home = None
 
     @property
     def nbytes(self) -> int:
         return sum(stream.nbytes for stream in self.streams.values())
+
+
+def _moved(packed: Packed, device: torch.device) -> Packed:
+    return dataclasses.replace(packed, tensors={name: t.to(device) for name, t in packed.tensors.items()})
 
 
 def _changed(codec: Codec, **options: Any) -> Codec:

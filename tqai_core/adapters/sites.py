@@ -89,7 +89,7 @@ class Site:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, masked: bool, full: Callable[[], Tensor]) -> Tensor:
         """Attention of ``q, k, v [b, h, n, d]``: full and shown, or sparse with the forecast residual."""
         if self.probing:
-            self.flow.signal("entropy", _entropy(q, k))
+            self.flow.signal("entropy", entropy(q, k))
         if not (self.caches and self._kernel):
             return full()
         flow, strategy, where = self.flow, cast(Window, self.flow.strategy), self.where("residual")
@@ -114,7 +114,7 @@ class Site:
         return (text, 0) if self.text_first else (0, text)
 
 
-def _entropy(q: Tensor, k: Tensor) -> Tensor:
+def entropy(q: Tensor, k: Tensor) -> Tensor:
     """Mean attention entropy of every head over a few queries, divided by log(keys): ``fp32 [h]`` in [0, 1]."""
     n, m = q.shape[-2], k.shape[-2]
     rows = torch.linspace(0, n - 1, min(n, QUERIES), device=q.device).round().long()

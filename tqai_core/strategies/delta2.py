@@ -39,4 +39,6 @@ class Delta2(Strategy, name="delta2", paper="linear multistep prediction, as in 
         if self.order and before is not None and stream.step is not None and step.sigma != stream.step.sigma:
             slope = (x.float() - before) / (step.sigma - stream.step.sigma)
             parts["slope"] = Part(slope.to(x.dtype), self.slope_bits)
+        elif (kept := stream.value("slope")) is not None:  # Heun evaluates a sigma twice
+            parts["slope"] = Part(kept.to(x.dtype), self.slope_bits)
         return parts

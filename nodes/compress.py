@@ -1,0 +1,97 @@
+"""Patches a model with a pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from tqai_core.config import LEVELS, PRESETS, preset
+
+from .patch import Settings, family_of, patch
+from .pipeline import Pipeline
+from .widgets import CATEGORY, dropdown, pipeline_input
+
+KEEP = "from pipeline"
+MODEL_LEVELS = [level for level in LEVELS if level != "kv"]  # kv is for language models
+
+
+class TQAICompress(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TQAICompress",
+            display_name="TQAI Compress",
+            category=CATEGORY,
+            description="Makes sampling cheaper: steps that can be forecast within a measured error are not computed. Works on Flux, "
+            "SD3, SD3.5 and WAN. Put it last before the sampler; WAN 2.2 A14B takes one per expert. Unknown situations are computed "
+            "exactly, and TQAI Report says why.",
+            search_aliases=[
+                "tqai",
+                "speed up",
+                "step skip",
+                "cache",
+                "teacache",
+                "easycache",
+                "magcache",
+                "wavespeed",
+                "flux",
+                "sd3",
+                "wan",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="A Flux, SD3, SD3.5 or WAN model, after LoRAs and shift nodes."),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="balanced",
+                    tooltip="Tolerance tuned for the model's family: quality skips least, fast most. Not used when a pipeline is linked.",
+                ),
+                io.Combo.Input(
+                    "level",
+                    options=MODEL_LEVELS,
+                    default="model",
+                    tooltip="Where tqai acts. model: a step is computed or forecast as a whole, which saves most. block: what each block "
+                    "adds is forecast. attention: each attention's output; needed by strategy window.",
+                ),
+                dropdown("codec", KEEP, "How what is kept between steps is stored, and with how many bits.", ()),
+                io.Int.Input(
+                    "memory_budget",
+                    default=512,
+                    min=0,
+                    max=1_048_576,
+                    tooltip="MB that may be kept between steps. Above it things move to CPU memory; where that is not possible, the "
+                    "rest is computed exactly.",
+                    advanced=True,
+                ),
+                io.Boolean.Input("enabled", default=True, tooltip="Off: the model passes through untouched."),
+                pipeline_input(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The patched model.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        preset: str,
+        level: str,
+        codec: dict[str, Any],
+        memory_budget: int,
+        enabled: bool,
+        pipeline: Pipeline | None = None,
+    ) -> io.NodeOutput:
+        if not enabled:
+            return io.NodeOutput(model)
+        stages = pipeline or _preset(preset, family_of(model)[0])
+        if codec["codec"] != KEEP:
+            stages = stages.with_stage("codec", codec)
+        settings = Settings(stages.config(level), cls.hidden.unique_id, memory_budget * 2**20)
+        return io.NodeOutput(patch(model, settings))
+
+
+def _preset(name: str, family: str) -> Pipeline:
+    from tqai_core.config import FAMILIES
+
+    return Pipeline.of(preset(name, family if family in FAMILIES else None))

@@ -1,0 +1,43 @@
+"""Reads a pipeline from a JSON file."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import files
+from .pipeline import Pipeline
+from .widgets import CATEGORY, PIPELINE
+
+EMPTY = "no file yet"
+
+
+class TQAILoadPipeline(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        found = files.listing()
+        return io.Schema(
+            node_id="TQAILoadPipeline",
+            display_name="TQAI Load Pipeline",
+            category=CATEGORY,
+            description="Reads a pipeline that TQAI Save Pipeline wrote, or a JSON file from ComfyUI's input folder.",
+            search_aliases=["tqai", "import", "share", "json"],
+            inputs=[io.Combo.Input("file", options=found or [EMPTY], tooltip="Files in output/tqai and in the input folder.")],
+            outputs=[PIPELINE.Output(display_name="pipeline", tooltip="The pipeline of the file.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        """Instead of the built-in check, which knows only the files that were there when the page was loaded."""
+        try:
+            Pipeline.from_json(files.read(file))
+        except (ValueError, OSError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        return files.read(file)
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(Pipeline.from_json(files.read(file)))

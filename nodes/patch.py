@@ -1,0 +1,223 @@
+"""Where tqai meets a ComfyUI model. Only frozen settings live in its options; state lives from OUTER_SAMPLE's start to end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from tqai_core.config import Config
+
+from .ledger import LEDGER, Entry
+from .levels import FORWARD, Forward, marker, override
+from .run import Chunk, Run
+from .schedule import Schedule
+
+KEY, RUN = "tqai", "tqai_run"
+EVENT = "tqai.step"
+# ComfyUI's class of a diffusion model -> family, and the attributes that hold its blocks in the order they run
+FAMILIES = {
+    "Flux": ("flux", ("double_blocks", "single_blocks")),
+    "OpenAISignatureMMDITWrapper": ("sd3", ("joint_blocks",)),
+    "MMDiT": ("sd3", ("joint_blocks",)),
+    "WanModel": ("wan", ("blocks",)),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a patched model carries. ``budget`` is in bytes, ``node`` the id of the Compress node."""
+
+    config: Config
+    node: str | None = None
+    budget: int | None = None
+
+
+def family_of(model: Any) -> tuple[str, list[str]]:
+    """Family and names of the blocks of a ModelPatcher's model; the class name and no blocks for one that tqai does not know."""
+    inner = model.model.diffusion_model
+    for cls in type(inner).__mro__:
+        if cls.__name__ in FAMILIES:
+            family, names = FAMILIES[cls.__name__]
+            return family, [f"{name}.{i}" for name in names for i in range(len(getattr(inner, name)))]
+    return type(inner).__name__, []
+
+
+def exact_blocks(config: Config, family: str, blocks: list[str]) -> frozenset[int]:
+    """Numbers of the blocks that ``skip_layers`` names. ValueError for one that the model does not have."""
+    found, depth = set(), len(blocks)
+    for layer in config.skip_layers if blocks else ():
+        if isinstance(layer, int) and -depth <= layer < depth:
+            found.add(layer % depth)
+        elif layer in blocks:
+            found.add(blocks.index(str(layer)))
+        else:
+            raise ValueError(
+                f"skip layer {layer!r} asked, but this {family} model has {depth} blocks: use 0 to {depth - 1}, -{depth} to -1, or a name "
+                f"such as {blocks[0]!r}"
+            )
+    return frozenset(found)
+
+
+def _mark(clone: Any, blocks: list[str]) -> None:
+    """Markers around every block and an override in front of attention, each around what was there before."""
+    options = clone.model_options.setdefault("transformer_options", {})
+    options["optimized_attention_override"] = override(options.get("optimized_attention_override"))
+    replaced = options.get("patches_replace", {}).get("dit", {})
+    for number, name in enumerate(blocks):
+        place, _, i = name.partition(".")
+        kind = "single_block" if place == "single_blocks" else "double_block"
+        clone.set_model_patch_replace(marker(number, replaced.get((kind, int(i)))), "dit", kind, int(i))
+
+
+def patch(model: Any, settings: Settings) -> Any:
+    """A clone of a ModelPatcher that samples with tqai. Raises ValueError, with ``model`` as it was."""
+    if KEY in model.model_options.get("transformer_options", {}):
+        raise ValueError("this model already went through TQAI Compress: remove one of the two nodes, or set both pipelines in one")
+    family, blocks = family_of(model)
+    exact_blocks(settings.config, family, blocks)
+    config, clone = settings.config, model.clone()
+    strategy, monitor = config.build()[1:3]
+    if blocks and strategy is not None and monitor is not None and (config.level != "model" or monitor.probes):
+        _mark(clone, blocks)
+    elif config.level != "model" and not blocks:
+        raise ValueError(f"level {config.level!r} knows Flux, SD3 and WAN models, this is a {family}: take level 'model'")
+    clone.model_options.setdefault("transformer_options", {})[KEY] = settings
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare_sampling)
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
+    return clone
+
+
+def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """One sampling of one model: a fresh run in a copy of the guider's options, gone when it ends, fails or is stopped."""
+    guider = executor.class_obj
+    original = guider.model_options
+    settings = original.get("transformer_options", {}).get(KEY)
+    if settings is None:
+        return executor(*args, **kwargs)
+    sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+    run = _start(guider.model_patcher, settings, original, sigmas)
+    guider.model_options = comfy.model_patcher.create_model_options_clone(original)
+    guider.model_options["transformer_options"][RUN] = run
+    failed = True
+    try:
+        result = executor(*args, **kwargs)
+        failed = False
+        return result
+    finally:
+        guider.model_options["transformer_options"].pop(RUN, None)
+        guider.model_options = original
+        report = run.close(failed)
+        _remember(settings, run.family, report, failed)
+
+
+def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: Any) -> Run:
+    sampling = patcher.get_model_object("model_sampling")
+    family, blocks = family_of(patcher)
+    exact = exact_blocks(settings.config, family, blocks)
+    bypass = None
+    if not isinstance(sampling, comfy.model_sampling.CONST):
+        bypass = f"{type(patcher.model).__name__} is no flow-matching model: tqai forecasts those only"
+    elif "easycache" in options.get("transformer_options", {}):
+        bypass = "EasyCache or LazyCache is on this model too: two step skippers cannot see each other's error; remove one"
+    elif blocks and len(exact) == len(blocks):
+        bypass = f"all {len(blocks)} blocks are in skip layers"
+    schedule = Schedule.of(sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)))
+    return Run(
+        settings.config, family, schedule, bypass, settings.budget, _teller(settings.node),
+        lambda: int(comfy.model_management.get_free_memory(torch.device("cpu"))), len(blocks), exact,
+    )  # fmt: skip
+
+
+def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
+    """Make ComfyUI leave room for what will be held: it asks a wider latent's memory when it loads the model."""
+    options = kwargs.get("model_options") or (args[0] if args and isinstance(args[0], dict) else {}) or {}
+    settings = options.get("transformer_options", {}).get(KEY)
+    if settings is not None:
+        noise_shape = _roomier(model, noise_shape, conds, settings)
+    return executor(model, noise_shape, conds, *args, **kwargs)
+
+
+def _roomier(model: Any, noise_shape: Any, conds: Any, settings: Settings) -> list[int]:
+    shape = list(noise_shape)
+    strategy = settings.config.build()[1]
+    streams = sum(len(cond) for cond in conds.values()) if isinstance(conds, dict) else 2
+    held = math.prod(shape) * 4 * streams * (1 if strategy is None else strategy.order + 1)  # an upper bound: uncoded fp32
+    if settings.config.level != "model":  # a stream a block: the budget decides
+        held = settings.budget or 0
+    held = held if settings.budget is None else min(held, settings.budget)
+    needed = model.model.memory_required([shape[0] * 2, *shape[1:]])
+    if needed > 0 and shape[-1] > 0:
+        shape[-1] = math.ceil(shape[-1] * (1 + held / needed))
+    return shape
+
+
+def _predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+    """One evaluation of the sampler, with any number of forwards in it. The step's one host sync is here."""
+    options = kwargs.get("model_options") or (args[0] if args else None) or {}
+    run = options.get("transformer_options", {}).get(RUN)
+    if run is None:
+        return executor(x, timestep, *args, **kwargs)
+    with run.evaluation(float(timestep.flatten()[0])):
+        return executor(x, timestep, *args, **kwargs)
+
+
+def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+    """One forward. APPLY_MODEL and not DIFFUSION_MODEL, which SD3 never calls."""
+    options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else None) or {}
+    run = options.get(RUN)
+    if run is None:
+        return executor(x, t, *args, **kwargs)
+    sampling = executor.class_obj.model_sampling
+    window = options.get("context_window")
+    frames = tuple(window.index_list) if hasattr(window, "index_list") else None
+    sides, uuids = options.get("cond_or_uncond", ()), options.get("uuids", ())
+    chunks = [Chunk(side, uuid, frames) for side, uuid in zip(sides, uuids)]  # noqa: B905 - older hosts give no uuids
+    sigma = t.reshape(t.shape[:1] + (1,) * (x.ndim - 1)) if t.ndim == 1 else t
+    return run.forward(
+        x,
+        chunks,
+        lambda forward: executor(x, t, *args, **kwargs) if forward is None else _told(executor, x, t, args, kwargs, forward),
+        lambda denoised: (x - denoised) / sigma,
+        lambda velocity: sampling.calculate_denoised(t, velocity.to(x.dtype), x),
+    )
+
+
+def _told(executor: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> Any:
+    """The forward, with what its blocks must know in options of its own."""
+    if kwargs.get("transformer_options"):
+        return executor(x, t, *args, **{**kwargs, "transformer_options": {**kwargs["transformer_options"], FORWARD: forward}})
+    return executor(x, t, *args[:3], {**args[3], FORWARD: forward}, *args[4:], **kwargs)
+
+
+def _teller(node: str | None) -> Any:
+    """Sends a run's state to the page, once a step; nothing where no server runs or the node has no id."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    instance = getattr(server, "instance", None)
+    if node is None or instance is None:
+        return None
+    return lambda state: instance.send_sync(EVENT, {"node": node, **state})
+
+
+def _remember(settings: Settings, family: str, report: dict[str, Any], failed: bool) -> None:
+    LEDGER.put(Entry(settings.node, _executing(), family, report, not failed))
+    skipped = sum(d["action"] == "forecast" for d in report["decisions"])
+    told = "; ".join(dict.fromkeys([f["why"] for f in report["fallbacks"]] + report["warnings"]))
+    logging.info("[tqai] %s: %d of %d evaluations forecast%s", family, skipped, report["evaluations"], f" ({told})" if told else "")
+
+
+def _executing() -> str | None:
+    """The node that samples right now."""
+    utils = sys.modules.get("comfy_execution.utils")
+    context = utils.get_executing_context() if utils is not None else None
+    return None if context is None else str(context.node_id)

@@ -1,0 +1,64 @@
+"""What travels between the stage nodes. Knows no host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tqai_core.config import LEVELS, Config, preset
+from tqai_core.registry import build
+
+ROLES = ("scorer", "strategy", "monitor", "codec")
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages as specs, without a level: that one is chosen where the pipeline meets a model."""
+
+    scorer: str | None = None
+    strategy: str | None = None
+    monitor: str | None = None
+    codec: str | None = None
+    skip_layers: tuple[int | str, ...] = ()
+
+    @staticmethod
+    def of(config: Config) -> Pipeline:
+        return Pipeline(config.scorer, config.strategy, config.monitor, config.codec, config.skip_layers)
+
+    def with_stage(self, role: str, choice: Mapping[str, Any]) -> Pipeline:
+        """``choice`` is what a dynamic combo gives: the method's name under the role, its options beside it."""
+        name, options = choice[role], {key: value for key, value in choice.items() if key != role}
+        spec = None if name == NONE else build(role, {"name": name, **options}).spec
+        return dataclasses.replace(self, **{role: spec})
+
+    def config(self, level: str) -> Config:
+        """Raises ValueError where a stage does not work at ``level``."""
+        return Config(self.scorer, self.strategy, self.monitor, self.codec, level, self.skip_layers)
+
+    def to_json(self) -> str:
+        """JSON that ``tqai.Config.from_json`` reads too, at the first level where all stages work."""
+        for level in LEVELS:
+            try:
+                return self.config(level).to_json()
+            except ValueError as error:
+                why = error
+        raise ValueError(f"no level takes this pipeline: {why}")
+
+    @staticmethod
+    def from_json(text: str) -> Pipeline:
+        """From :meth:`to_json`, or the pipeline dict people know. ValueError says what is wrong with it."""
+        try:
+            return Pipeline.of(Config.from_json(text))
+        except RecursionError:
+            raise ValueError("this file holds no pipeline: its JSON is nested too deep") from None
+
+
+DEFAULT = Pipeline.of(preset("balanced"))
+
+
+def layers(text: str) -> tuple[int | str, ...]:
+    """``"0, 1, 5-8, -1"`` -> (-1, 0, 1, 5, 6, 7, 8); names of blocks stay names. ValueError for anything else."""
+    return Config(skip_layers=text).skip_layers

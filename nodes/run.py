@@ -1,0 +1,250 @@
+"""One sampling of a patched model: made when it starts, dropped when it ends. Knows no host.
+
+Forwards of one evaluation may come from several threads (multi-GPU runs cond and uncond at once), batched or split,
+in any order, and the split may change from step to step. Hence a stream is keyed by what is computed, never by its place
+in the batch, and everything that belongs to one forward stays in that call.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tqai_core.config import Config
+from tqai_core.flow import Flow
+from tqai_core.report import Recorder
+from tqai_core.types import Where
+
+from .levels import Forward
+from .schedule import Schedule
+
+BRANCHES = ("cond", "uncond")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one part of a batch computes: guidance index (0 cond, 1 uncond), the condition's id, the context window."""
+
+    index: int
+    uuid: Hashable
+    window: tuple[int, ...] | None = None
+
+
+class Run:
+    """State of one sampling. ``tell`` gets a small dict once a step; ``room`` tells the free bytes of host memory; ``depth``
+    is the number of the model's blocks and ``exact`` those that stay its own."""
+
+    def __init__(
+        self,
+        config: Config,
+        family: str,
+        schedule: Schedule | str,
+        bypass: str | None = None,
+        budget: int | None = None,
+        tell: Callable[[dict[str, Any]], None] | None = None,
+        room: Callable[[], int] | None = None,
+        depth: int = 0,
+        exact: frozenset[int] = frozenset(),
+    ) -> None:
+        self.schedule = schedule if isinstance(schedule, Schedule) else None
+        self.bypass = bypass or (schedule if isinstance(schedule, str) else None)
+        self.budget, self.tell, self.room = budget, tell, room
+        self.level, self.depth, self.exact = config.level, depth, exact
+        self.recorder = Recorder(lambda: self.flow.counted)
+        self.flow = Flow(config, self.recorder, family, late=True)
+        self.flow.begin(self.bypass)
+        self.recorder.begin()
+        self.family = family
+        self.evaluations = 0
+        self.inside = False
+        self._lock = threading.Lock()
+        self._names: dict[tuple[int, Hashable], str] = {}
+        self._seen: Counter[str] = Counter()
+        self._device: torch.device | None = None
+        self._reached = 0  # attention calls that came through us
+        self._look()
+
+    @contextmanager
+    def evaluation(self, sigma: float) -> Iterator[None]:
+        """Around one call of the sampler for a prediction: one decision for all forwards within it."""
+        if self.inside:  # a guider that asks another one: still the same evaluation
+            yield
+            return
+        with self._lock:
+            self._seen.clear()
+            if self.schedule is None:
+                step = Schedule((1.0, 0.0), 1.0).step(self.evaluations, sigma)
+            else:
+                step = self.schedule.step(self.evaluations, sigma)
+            self.flow.enter(step)
+            self.evaluations += 1
+            self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+        with self._lock:
+            self.recorder.report.decisions[-1]["bytes_held"] = self.flow.nbytes
+            self._shrink()
+        self._say()
+
+    def forward(
+        self,
+        x: Tensor,
+        chunks: Sequence[Chunk],
+        compute: Callable[[Forward | None], Tensor],
+        velocity: Callable[[Tensor], Tensor],
+        restore: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """One forward of the model on ``x [chunks * n, ...]``: its own output, or the forecast of every chunk.
+
+        ``compute`` runs the model with what its blocks need to know, ``velocity`` turns its output into what is forecast,
+        ``restore`` turns a forecast back.
+        """
+        if why := self._odd(x, chunks):
+            self.recorder.fallback(self.family, why)
+            return compute(None)
+        if self.level != "model" and self.flow.bypass is None:
+            return self._inside(x, chunks, compute)
+        n = len(chunks)
+        kind = (torch.Size((x.shape[0] // n, *x.shape[1:])), x.dtype, x.device)
+        with self._lock:
+            wheres = [self._where(chunk) for chunk in chunks]
+            self._device = x.device
+            if not self.flow.decision.compute:
+                if all(self.flow.skips(where) and self.flow.memory[where].kind == kind for where in wheres):
+                    parts = [self.flow.recall(where) for where in wheres]
+                    return restore(torch.cat(parts) if n > 1 else parts[0])
+                self.flow.revise("a branch has no history at this step")
+        probes = self.flow.bypass is None and bool(self.flow.monitor.probes)
+        out = compute(self._forward(wheres) if probes else None)  # outside the lock: the other device's forward runs meanwhile
+        with self._lock:
+            if self.flow.bypass is not None:
+                for where in wheres:
+                    self.flow.observe(where, out)
+            elif out.shape != x.shape:
+                self.recorder.fallback(self.family, "the model's output has another shape than its input")
+            else:
+                for where, part in zip(wheres, velocity(out).chunk(n), strict=True):
+                    self.flow.observe(where, part)
+        return out
+
+    def _inside(self, x: Tensor, chunks: Sequence[Chunk], compute: Callable[[Forward | None], Tensor]) -> Tensor:
+        """Levels block and attention: the model runs, its blocks ask."""
+        with self._lock:
+            wheres = [self._where(chunk) for chunk in chunks]
+            self._device = x.device
+            if x.ndim in (4, 5):  # all three families cut latents into 2 x 2 patches
+                self.flow.memory.grid = (*x.shape[2:-2], -(-x.shape[-2] // 2), -(-x.shape[-1] // 2))
+        forward = self._forward(wheres)
+        out = compute(forward)
+        self._reached += forward.attentions.total()
+        if self.level == "attention" and not self._reached:
+            self.flow.begin("another node replaced the attention: tqai's was never called")
+            self.inside = False
+        return out
+
+    def _forward(self, wheres: Sequence[Where]) -> Forward:
+        return Forward(self.flow, self._lock, self.level, self.family, self.depth, [w.branch for w in wheres], self.exact)
+
+    def close(self, failed: bool = False) -> dict[str, Any]:
+        """The report; nothing stays held. Interrupted and failed runs end here too."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are in the report, and the door logs them
+            self.flow.end()
+            if not failed:
+                self.recorder.end()
+        self._names.clear()
+        self._say()
+        return self.recorder.report.to_dict()
+
+    def _look(self) -> None:
+        """What the user would otherwise not notice."""
+        if self.flow.off is None and self.flow.guidance.on:
+            why = "cfg=difference: ComfyUI runs cond and uncond in one batch, so both are computed"
+            self.recorder.fallback(self.family, why)
+        if self.exact and self.level == "model" and len(self.exact) < self.depth:
+            self.recorder.report.warnings.append(
+                f"skip layers {sorted(self.exact)} change nothing at level model, where a step is skipped whole: protect steps by a "
+                "smaller tau, take level block or attention, or give all blocks to switch off"
+            )
+
+    @property
+    def held(self) -> int:
+        return self.flow.nbytes
+
+    def state(self) -> dict[str, Any]:
+        """What the live panel shows."""
+        report = self.recorder.report
+        errors = [d["error"] for d in report.decisions if d["error"] is not None]
+        why = self.flow.bypass or (report.decisions[-1]["why"] if report.decisions else "")
+        return {
+            "state": "bypassed" if self.flow.bypass else "active",
+            "why": why,
+            "step": report.evaluations,
+            "total": len(self.schedule.sigmas) - 1 if self.schedule else None,
+            "skipped": sum(d["action"] == "forecast" for d in report.decisions),
+            "error": errors[-1] if errors else None,
+            "bytes": self.flow.nbytes,
+        }
+
+    def _say(self) -> None:
+        if self.tell is not None:
+            self.tell(self.state())
+
+    def _odd(self, x: Tensor, chunks: Sequence[Chunk]) -> str | None:
+        if not self.inside:
+            return "the model was called outside the sampler's evaluations, so the step is unknown"
+        if not chunks or x.shape[0] % len(chunks):
+            return "the batch does not split evenly over its conditions"
+        return None
+
+    def _where(self, chunk: Chunk) -> Where:
+        """Names that mean the same in every run: ids of conditions are drawn anew each time."""
+        key = (chunk.index, chunk.uuid)
+        if key not in self._names:
+            nth = 1 + sum(index == chunk.index for index, _ in self._names)
+            base = BRANCHES[chunk.index] if chunk.index < len(BRANCHES) else f"cond{chunk.index}"
+            self._names[key] = base if nth == 1 else f"{base}.{nth}"
+        name = self._names[key]
+        if chunk.window:  # windows may wrap around, so first and last frame do not say it all
+            name += "@" + "+".join(f"{a}-{b}" for a, b in _ranges(chunk.window))
+        self._seen[name] += 1
+        # skip-layer guidance and its like run a condition again at the same step: a stream of its own, so that the
+        # first one's history stays as it is
+        nth = self._seen[name]
+        return Where("model", name if nth == 1 else f"{name}#{nth}")
+
+    def _shrink(self) -> None:
+        """Keep the promise of the budget: host memory first, then nothing at all."""
+        held, memory = self.flow.nbytes, self.flow.memory
+        if self.budget is None or held <= self.budget or self._device is None:
+            return
+        told = f"{held / 2**20:.1f} MB held, over the budget of {self.budget / 2**20:g} MB"
+        spare = self.room() if self.room is not None else 0
+        if self._device.type != "cpu" and held <= spare / 2:
+            if memory.home is None:
+                memory.offload(torch.device("cpu"))
+                self.recorder.fallback(self.family, f"{told}: kept in CPU memory")
+            return
+        self.recorder.fallback(self.family, f"{told}: computed exactly from here on")
+        self.flow.begin(f"over the memory budget of {self.budget / 2**20:g} MB")
+
+
+def _ranges(frames: Sequence[int]) -> list[tuple[int, int]]:
+    """[0, 1, 2, 7] -> [(0, 2), (7, 7)]"""
+    found: list[tuple[int, int]] = []
+    for frame in frames:
+        if found and frame == found[-1][1] + 1:
+            found[-1] = (found[-1][0], frame)
+        else:
+            found.append((frame, frame))
+    return found

@@ -1,0 +1,53 @@
+"""Sets which blocks stay exact."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from comfy_api.latest import io
+
+from .pipeline import DEFAULT, Pipeline, layers
+from .widgets import CATEGORY, PIPELINE, pipeline_input
+
+
+class TQAISkipLayers(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TQAISkipLayers",
+            display_name="TQAI Skip Layers",
+            category=CATEGORY,
+            description="Names the blocks of the model that tqai leaves exact at levels block and attention. At level model a step is "
+            "forecast as a whole, so there only naming all blocks has an effect: it switches tqai off.",
+            search_aliases=["tqai", "protect blocks", "exact layers"],
+            inputs=[
+                io.String.Input(
+                    "layers",
+                    default="",
+                    tooltip="Block numbers, ranges and names, as in 0, 1, 5-8, -1, double_blocks.2. Blocks count from 0 in the order they "
+                    "run (Flux: double, then single); -1 is the last one.",
+                ),
+                pipeline_input(),
+            ],
+            outputs=[PIPELINE.Output(display_name="pipeline", tooltip="The pipeline with these blocks left exact.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, layers: str) -> bool | str:
+        return _complaint(layers) or True
+
+    @classmethod
+    def execute(cls, layers: str, pipeline: Pipeline | None = None) -> io.NodeOutput:
+        return io.NodeOutput(dataclasses.replace(pipeline or DEFAULT, skip_layers=_parse(layers)))
+
+
+_parse = layers
+
+
+def _complaint(text: str | None) -> str | None:
+    """What is wrong with the text, or None; a linked input is None until it runs."""
+    try:
+        _parse(text or "")
+    except ValueError as error:
+        return str(error)
+    return None

@@ -1,0 +1,61 @@
+"""The registry as widgets: choosing a method shows its own typed, bounded options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from tqai_core.registry import REGISTRY, names
+
+from .pipeline import NONE
+
+PIPELINE = io.Custom("TQAI_PIPELINE")
+CATEGORY = "tqai"
+
+
+def dropdown(role: str, default: str, tooltip: str, extra: tuple[str, ...] = ()) -> Any:
+    """A dynamic combo of the methods of ``role``; the page takes the first one as default, so that comes first."""
+    order = [default, *extra, *(name for name in names(role) if name != default)]
+    options = [io.DynamicCombo.Option(name, _options(role, name)) for name in dict.fromkeys(order)]
+    return io.DynamicCombo.Input(role, options=options, tooltip=tooltip)
+
+
+def pipeline_input(optional: bool = True) -> Any:
+    return PIPELINE.Input(
+        "pipeline", optional=optional, tooltip="Stages set so far; left open, the balanced preset is the base." if optional else None
+    )
+
+
+def _options(role: str, name: str) -> list[Any]:
+    cls = REGISTRY[role].get(name)
+    return [] if cls is None else [_widget(key, option) for key, option in cls.options().items()]
+
+
+def _widget(key: str, option: dict[str, Any]) -> Any:
+    kind, default, low, high = option["type"], option["default"], option["low"], option["high"]
+    tooltip = option["help"]
+    if option["choices"]:
+        return io.Combo.Input(key, options=[str(c) for c in option["choices"]], default=str(default), tooltip=tooltip)
+    if kind is bool:
+        return io.Boolean.Input(key, default=default, tooltip=tooltip)
+    if kind is int:
+        return io.Int.Input(key, default=default, min=_whole(low), max=_whole(high), tooltip=tooltip)
+    if kind is float:
+        step = 10.0 ** _magnitude(default)
+        return io.Float.Input(key, default=default, min=low, max=high, step=step, round=False, tooltip=tooltip)
+    text = "+".join(map(str, default)) if kind is tuple else "" if default is None else str(default)
+    return io.String.Input(key, default=text, tooltip=tooltip)
+
+
+def _whole(limit: float | None) -> int | None:
+    return None if limit is None else int(limit)
+
+
+def _magnitude(default: float) -> int:
+    """A step of the size of the default's last digit: .06 moves by .01, 2.0 by .1."""
+    digits = f"{default:g}".partition(".")[2]
+    return -max(len(digits), 1)
+
+
+__all__ = ["CATEGORY", "NONE", "PIPELINE", "dropdown", "pipeline_input"]

@@ -1,0 +1,477 @@
+"""The nodes on a ComfyUI: the fake one everywhere, real checkouts where COMFYUI_PATH names them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+NAMES = ("flux", "sd3", "sd35m", "wan22_5b", "wan_14b_high", "wan_14b_i2v")
+SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "uni_pc", "dpmpp_2s_ancestral")
+
+
+def forecasts(report: dict[str, Any]) -> int:
+    return sum(d["action"] == "forecast" for d in report["decisions"])
+
+
+@pytest.fixture
+def model(host):
+    return lambda name: host.load(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_disabled_is_the_model_itself(host, model, name):
+    m = model(name)
+    plain = host.sample(m, name)
+    off = host.compress(m, enabled=False)
+    assert off is m
+    assert torch.equal(host.sample(off, name), plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_enabled_computes_what_the_monitor_promised(host, model, name):
+    m = model(name)
+    on = host.compress(m, host.pipeline())
+    with host.forwards(m) as ran:
+        x = host.sample(on, name)
+    report = host.report()
+    assert report["fallbacks"] == []
+    assert forecasts(report) >= 7
+    assert len(ran) == 20 - forecasts(report)
+    assert sum(ran) == report["calls"] - report["calls_skipped"]
+    assert torch.isfinite(x).all()
+    assert 0 < report["bytes_held_peak"] < report["bytes_exact"]
+    assert [d["action"] for d in report["decisions"][:3]] == ["compute"] * 3
+    assert report["decisions"][-1]["action"] == "compute"
+    assert torch.equal(host.sample(on, name), x), "a second run with the same seed differs"
+    again = host.report()
+    assert again["decisions"] == report["decisions"]
+    assert again["per_site"] == report["per_site"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_computing_everything_is_bit_exact(host, model, name):
+    m = model(name)
+    plain = host.sample(m, name)
+    on = host.compress(m, host.pipeline("lyapunov", tau=0.0))
+    with host.forwards(m) as ran:
+        assert torch.equal(host.sample(on, name), plain)
+    assert len(ran) == 20
+    assert "nothing was skipped" in host.report()["warnings"][0]
+    assert torch.equal(host.sample(m, name), plain), "the model that was cloned changed"
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ending", ["end", "exception", "interrupt"])
+def test_nothing_is_held_after_a_run(host, model, ending):
+    m = model("sd3")
+    on = host.compress(m, host.pipeline())
+    options = json.dumps(sorted(map(str, on.model_options["transformer_options"])))
+    clean = host.sample(on, "sd3")
+    peak, seen = [], []
+
+    def callback(step, x0, x, total):
+        peak.append(seen[0].held)
+        if step == 9 and ending != "end":
+            raise KeyboardInterrupt if ending == "interrupt" else Stopped
+
+    with host.runs(seen):
+        try:
+            host.sample(on, "sd3", callback=callback)
+        except (Stopped, KeyboardInterrupt):
+            assert ending != "end"
+        else:
+            assert ending == "end"
+        assert max(peak) > 0
+        assert seen[0].held == 0
+        gone = weakref.ref(seen[0].flow)
+        seen.clear()
+    gc.collect()
+    assert gone() is None, "the run is still referenced"
+    assert options == json.dumps(sorted(map(str, on.model_options["transformer_options"])))
+    assert not any("warn" in w for w in host.report()["warnings"])
+    assert torch.equal(host.sample(on, "sd3"), clean), "the run after it is not clean"
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers(host, model, sampler, cfg):
+    m = model("sd3")
+    on = host.compress(m, host.pipeline())
+    with host.forwards(m) as ran:
+        x = host.sample(on, "sd3", sampler=sampler, cfg=cfg)
+    report = host.report()
+    assert torch.isfinite(x).all()
+    assert report["fallbacks"] == []
+    assert forecasts(report) >= 7
+    assert len(ran) == report["evaluations"] - forecasts(report)
+    assert set(ran) == {1 if cfg == 1.0 else 2}
+    assert torch.equal(host.sample(on, "sd3", sampler=sampler, cfg=cfg), x)
+
+
+def test_a_batch_split_that_changes_mid_run_changes_nothing(host, model, monkeypatch):
+    m = model("sd3")
+    on = host.compress(m, host.pipeline())
+    whole, report = host.sample(on, "sd3"), host.report()
+    turns = []
+
+    def memory(device=None, torch_free_too=False):
+        turns.append(1)
+        free = 10**12 if len(turns) % 2 else 1
+        return (free, free) if torch_free_too else free
+
+    monkeypatch.setattr(sys.modules["comfy.model_management"], "get_free_memory", memory)
+    with host.forwards(m) as ran:
+        split = host.sample(on, "sd3")
+    assert {1, 2} <= set(ran)
+    assert [d["action"] for d in host.report()["decisions"]] == [d["action"] for d in report["decisions"]]
+    assert host.report()["per_site"].keys() == report["per_site"].keys()
+    assert (split - whole).abs().max() < 1e-3 * whole.abs().max()
+
+
+def test_prompts_of_unequal_length_run_apart(host, model):
+    m = model("sd3")
+    on = host.compress(m, host.pipeline())
+    with host.forwards(m) as ran:
+        host.sample(on, "sd3", negative=host.conds("sd3", 2, tokens=13 if not host.real else 11))
+    report = host.report()
+    assert set(ran) == {1}
+    assert forecasts(report) >= 7
+    assert len(ran) == 2 * (20 - forecasts(report))
+
+
+def test_a_prompt_that_starts_late_gets_a_history_first(host, model):
+    """SD3's own example zeroes its negative prompt from 10 % on."""
+    m = model("sd3")
+    on = host.compress(m, host.pipeline())
+    negative = [*host.conds("sd3", 2, start_percent=0.0, end_percent=0.4), *host.conds("sd3", 3, start_percent=0.4, end_percent=1.0)]
+    host.sample(on, "sd3", negative=negative)
+    report = host.report()
+    assert set(report["per_site"]) == {f"sd3/model/{branch}/out" for branch in ("cond", "uncond", "uncond.2")}
+    assert forecasts(report) >= 5
+    assert any("history" in d["why"] for d in report["decisions"])
+    sites = report["per_site"]
+    assert sites["sd3/model/uncond.2/out"]["skipped"] > 0
+
+
+def test_a_condition_run_again_at_a_step_has_a_history_of_its_own(host, model):
+    """Skip-layer guidance: a second forward of the positive prompt with a block left out."""
+    import comfy.samplers
+
+    m = model("sd3")
+
+    def again(args):
+        options = args["model_options"].copy()
+        options["transformer_options"] = {
+            **options["transformer_options"], "patches_replace": {"dit": {("double_block", 0): lambda a, extra: a}}
+        }  # fmt: skip
+        (weak,) = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        return args["denoised"] + (args["cond_denoised"] - weak)
+
+    def sites(guided):
+        guided.set_model_sampler_post_cfg_function(again, disable_cfg1_optimization=True)
+        host.sample(host.compress(guided, host.pipeline()), "sd3")
+        return host.report()["per_site"]
+
+    both = sites(m.clone())
+    host.sample(host.compress(m, host.pipeline()), "sd3")
+    alone = host.report()["per_site"]
+    assert set(both) - set(alone) == {"sd3/model/cond#2/out"}
+    assert both["sd3/model/cond#2/out"]["skipped"] == both["sd3/model/cond/out"]["skipped"] > 0
+
+
+def test_img2img_and_a_slice_of_a_schedule(host, model):
+    m = model("sd3")
+    on = host.compress(m, host.pipeline())
+    sigmas = torch.linspace(1, 0, 41)[20:]
+    x = host.sample(on, "sd3", sigmas=sigmas, latent=torch.randn(1, 16, 16, 16))
+    report = host.report()
+    assert torch.isfinite(x).all()
+    assert report["evaluations"] == 20
+    assert forecasts(report) >= 7
+
+
+def test_two_experts_share_a_pipeline_and_no_state(host, model):
+    pipeline = host.pipeline(warmup=2)
+    high, low = model("wan_14b_high"), model("wan_14b_low")
+    one = host.compress(high, pipeline, unique_id="3")
+    two = host.compress(low, pipeline, unique_id="13")
+    sigmas = torch.tensor([8 * u / (1 + 7 * u) for u in torch.linspace(1, 0, 21).tolist()])  # WAN's shift
+    with host.runs([]) as runs:
+        x = host.sample(one, "wan_14b_high", sigmas=sigmas[:11])
+        first = host.report()
+        assert runs[0].held == 0, "the first expert's memory is still held while the second one runs"
+        x = host.sample(two, "wan_14b_low", sigmas=sigmas[10:], latent=x, noise=torch.zeros_like(x))
+        second = host.report()
+    assert torch.isfinite(x).all()
+    for report in (first, second):
+        assert report["evaluations"] == 10
+        assert [d["action"] for d in report["decisions"][:2]] == ["compute"] * 2
+        assert forecasts(report) >= 2, "10 of 20 steps are not a short schedule"
+
+
+def test_short_schedules_are_left_alone(host, model):
+    on = host.compress(model("flux"), host.pipeline())
+    host.sample(on, "flux", steps=4, cfg=1.0)
+    report = host.report()
+    assert forecasts(report) == 0
+    assert "too few" in report["decisions"][-1]["why"]
+
+
+def test_two_compress_nodes_in_a_row(host, model):
+    once = host.compress(model("sd3"))
+    with pytest.raises(ValueError, match="already went through TQAI Compress: remove one"):
+        host.compress(once)
+
+
+def test_a_clone_of_the_patched_model_samples_the_same(host, model):
+    on = host.compress(model("sd3"), host.pipeline())
+    assert torch.equal(host.sample(on.clone(), "sd3"), host.sample(on, "sd3"))
+
+
+def test_another_step_skipper_switches_us_off(host, model):
+    m = model("sd3")
+    on = host.compress(m, host.pipeline()).clone()
+    on.model_options["transformer_options"]["easycache"] = object()
+    assert torch.equal(host.sample(on, "sd3"), host.sample(m, "sd3"))
+    assert "EasyCache" in host.report()["fallbacks"][0]["why"]
+
+
+def test_a_rising_schedule_is_computed(host, model):
+    m = model("sd3")
+    on = host.compress(m, host.pipeline())
+    sigmas = torch.linspace(0.1, 0.9, 20)
+    assert torch.equal(host.sample(on, "sd3", sigmas=sigmas), host.sample(m, "sd3", sigmas=sigmas))
+    assert "do not fall" in host.report()["fallbacks"][0]["why"]
+
+
+def test_skip_layers(host, model):
+    m = model("sd3")
+    layers = host.run("TQAISkipLayers", layers="0, 1", pipeline=host.pipeline()).result[0]
+    plain = host.sample(m, "sd3")
+    assert torch.equal(host.sample(host.compress(m, layers), "sd3"), plain)
+    assert "all 2 blocks" in host.report()["fallbacks"][0]["why"]
+    wrong = host.run("TQAISkipLayers", layers="1-3").result[0]
+    with pytest.raises(ValueError, match="skip layer 2 asked, but this sd3 model has 2 blocks"):
+        host.compress(m, wrong)
+
+
+def test_budget_falls_back_to_exact(host, model):
+    m = model("sd3")
+    on = host.compress(m, host.pipeline(), memory_budget=0)
+    assert torch.equal(host.sample(on, "sd3"), host.sample(m, "sd3"))
+    assert "over the memory budget" in host.report()["decisions"][-1]["why"]
+
+
+def test_room_is_reserved_when_the_model_is_loaded(host, model, monkeypatch):
+    m = model("sd3")
+    asked = []
+    if host.real:
+        import comfy.model_management as management
+
+        real = management.load_models_gpu
+
+        def load(models, memory_required=0, *args, **kw):
+            asked.append(memory_required)
+            return real(models, memory_required, *args, **kw)
+
+        monkeypatch.setattr(management, "load_models_gpu", load)
+    else:
+        import comfy_fake
+
+        monkeypatch.setattr(comfy_fake, "LOADED", asked)
+    host.sample(m, "sd3")
+    host.sample(host.compress(m, host.pipeline()), "sd3")
+    plain, ours = asked
+    assert ours - plain >= host.report()["bytes_held_peak"]
+    host.sample(host.compress(m, host.pipeline(), memory_budget=0), "sd3")
+    assert asked[-1] == plain
+
+
+def test_live_events_once_a_step(host, model, monkeypatch):
+    if host.real:
+        import types
+
+        sent = []
+        server = types.ModuleType("server")
+        instance = types.SimpleNamespace(send_sync=lambda event, data, sid=None: sent.append((event, data)))
+        server.PromptServer = types.SimpleNamespace(instance=instance)
+        monkeypatch.setitem(sys.modules, "server", server)
+    else:
+        sent = host.sent
+        sent.clear()
+    host.sample(host.compress(model("sd3"), host.pipeline(), unique_id="42"), "sd3")
+    assert {event for event, _ in sent} == {"tqai.step"}
+    assert len(sent) == 21  # and once at the end
+    last = sent[-1][1]
+    assert last["node"] == "42"
+    assert last["state"] == "active"
+    assert (last["step"], last["total"]) == (20, 20)
+    assert last["skipped"] == forecasts(host.report())
+    assert last["error"] > 0
+    assert last["bytes"] == 0
+    assert max(data["bytes"] for _, data in sent) > 0
+    json.dumps(sent)
+
+
+def test_report_finds_the_samplings_before_it(host, model):
+    prompt = {
+        "7": {"class_type": "TQAICompress", "inputs": {"model": ["1", 0]}},
+        "8": {"class_type": "KSampler", "inputs": {"model": ["7", 0]}},
+        "9": {"class_type": "TQAIReport", "inputs": {"samples": ["8", 0]}},
+        "10": {"class_type": "TQAIReport", "inputs": {"samples": ["5", 0]}},
+    }
+    patch = host.part("nodes.patch")
+    real, patch._executing = patch._executing, lambda: "8"
+    try:
+        host.sample(host.compress(model("sd3"), host.pipeline(), unique_id="7"), "sd3")
+    finally:
+        patch._executing = real
+    host.sample(host.compress(model("sd3"), host.pipeline(), unique_id="70"), "sd3")
+    latent = {"samples": torch.zeros(1, 16, 4, 4)}
+    out = host.run("TQAIReport", unique_id="9", prompt=prompt, samples=latent)
+    samples, text, chart, data = out.result
+    assert samples is latent
+    assert "sampler 8" in text
+    assert text in out.ui["text"]
+    assert chart.shape == (1, 300, 800, 3)
+    assert 0 <= chart.min() < chart.max() <= 1
+    (entry,) = json.loads(data)
+    assert (entry["node"], entry["sampler"], entry["done"]) == ("7", "8", True)
+    assert entry["evaluations"] == 20
+    assert "bytes_held" in entry["decisions"][0]
+    other = host.run("TQAIReport", unique_id="10", prompt=prompt, samples=latent)
+    assert "has run before this node" in other.result[1]
+    assert json.loads(other.result[3]) == []
+
+
+def test_pipelines_are_saved_and_loaded(host):
+    import tqai_core as tqai
+
+    made = host.run("TQAIScorer", scorer={"scorer": "snr", "schedule": "cosine"}).result[0]
+    made = host.run("TQAIStrategy", strategy={"strategy": "delta"}, pipeline=made).result[0]
+    made = host.run("TQAIMonitor", monitor={"monitor": "lyapunov", "tau": 0.03}, pipeline=made).result[0]
+    kept, text = host.run("TQAISavePipeline", pipeline=made, name="team/mine").result
+    assert kept is made
+    config = tqai.Config.from_json(text)
+    assert (config.scorer, config.strategy, config.monitor) == ("snr:schedule=cosine", "delta", "lyapunov:tau=0.03")
+    assert host.run("TQAILoadPipeline", file="team/mine.json [output]").result[0] == made
+    cls = host.pack.NODE_CLASS_MAPPINGS["TQAILoadPipeline"]
+    options = cls.INPUT_TYPES()["required"]["file"][1]["options"]
+    assert "team/mine.json [output]" in options
+    assert cls.validate_inputs(file=options[0]) is True
+
+
+@pytest.mark.parametrize("name", ["../mine", "/etc/mine", "a/../../b", "", ".hidden", "a\\b"])
+def test_files_stay_in_their_folder(host, name):
+    with pytest.raises(ValueError, match=r"file name|outside"):
+        host.run("TQAISavePipeline", pipeline=host.pipeline(), name=name)
+    files = host.part("nodes.files")
+    with pytest.raises(ValueError, match=r"outside|no pipeline file"):
+        files.read(f"{name}.json [output]")
+
+
+def test_a_link_out_of_the_folder_is_refused(host, tmp_path):
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    folder = Path(sys.modules["folder_paths"].get_input_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "link.json"
+    link.symlink_to(secret)
+    try:
+        with pytest.raises(ValueError, match="outside"):
+            host.part("nodes.files").read("link.json [input]")
+    finally:
+        link.unlink()
+
+
+def test_broken_files_say_what_is_wrong(host):
+    folder = Path(sys.modules["folder_paths"].get_input_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    cls = host.pack.NODE_CLASS_MAPPINGS["TQAILoadPipeline"]
+    for text, word in (
+        ("{", "JSON"),
+        ("[]", "a config is a dict"),
+        ("[" * 9999, "nested too deep"),
+        ('{"monitor": "nope"}', "unknown monitor"),
+        ('{"x": 1}', "unknown x"),
+    ):
+        (folder / "broken.json").write_text(text)
+        assert word in cls.validate_inputs(file="broken.json [input]")
+    assert "no pipeline file" in cls.validate_inputs(file="absent.json [output]")
+
+
+def test_skip_layer_text_is_checked(host):
+    cls = host.pack.NODE_CLASS_MAPPINGS["TQAISkipLayers"]
+    assert cls.validate_inputs(layers=" 0, 5-8 ,-1") is True
+    assert host.run("TQAISkipLayers", layers=" 0, 5-8 ,-1").result[0].skip_layers == (-1, 0, 5, 6, 7, 8)
+    assert "give numbers, ranges or module names" in cls.validate_inputs(layers="5 8")
+
+
+def test_schemas_did_not_change_by_accident(host):
+    """Node ids, inputs and their order are in people's saved workflows. To change them on purpose, edit the snapshot.
+
+    A new method adds a choice without that; none may go, and the first one is the default.
+    """
+    snapshot = Path(__file__).with_name("fakes") / "schemas.json"
+    found = {}
+    for node, cls in host.pack.NODE_CLASS_MAPPINGS.items():
+        schema = cls.GET_SCHEMA()
+        assert schema.node_id == node
+        found[node] = {
+            "display_name": schema.display_name,
+            "category": schema.category,
+            "inputs": [[i.id, i.v1()[0] if hasattr(i, "v1") else i.get_io_type(), bool(i.optional)] for i in schema.inputs],
+            "options": {i.id: [o.key for o in i.options] for i in schema.inputs if hasattr(i, "options") and hasattr(i.options[0], "key")},
+            "outputs": [o.display_name for o in schema.outputs],
+        }
+    known = json.loads(snapshot.read_text())
+    for node, was in known.items():
+        now = found[node].pop("options")
+        for name, keys in was.pop("options").items():
+            assert now[name][0] == keys[0]
+            assert set(keys) <= set(now[name]), f"{node}: a choice of {name} is gone"
+    assert found == known, json.dumps(found)
+
+
+def test_every_input_is_explained(host):
+    for cls in host.pack.NODE_CLASS_MAPPINGS.values():
+        schema = cls.GET_SCHEMA()
+        assert schema.description
+        assert "tqai" in schema.search_aliases
+        assert all(i.tooltip for i in schema.inputs if i.id != "pipeline" or i.optional), schema.node_id
+        assert all(o.tooltip for o in schema.outputs)
+
+
+def test_mappings_match(host):
+    assert host.pack.NODE_CLASS_MAPPINGS.keys() == host.pack.NODE_DISPLAY_NAME_MAPPINGS.keys()
+    for node, cls in host.pack.NODE_CLASS_MAPPINGS.items():
+        assert cls.GET_SCHEMA().display_name == host.pack.NODE_DISPLAY_NAME_MAPPINGS[node]
+
+
+def test_every_node_has_a_help_page_and_two_languages(host):
+    root = Path(__file__).resolve().parents[1]
+    assert host.pack.WEB_DIRECTORY == "./web"
+    for node, cls in host.pack.NODE_CLASS_MAPPINGS.items():
+        schema = cls.GET_SCHEMA()
+        page = (root / "web/docs" / f"{node}.md").read_text()
+        assert page.startswith(f"# {schema.display_name}\n")
+        for language in ("en", "de"):
+            texts = json.loads((root / "locales" / language / "nodeDefs.json").read_text())
+            assert texts.keys() == host.pack.NODE_CLASS_MAPPINGS.keys()
+            told = texts[node]
+            assert list(told["inputs"]) == [i.id for i in schema.inputs]
+            assert list(told["outputs"]) == [str(n) for n in range(len(schema.outputs))]
+            assert all(i.tooltip is None or told["inputs"][i.id]["tooltip"] for i in schema.inputs)
+            if language == "en":
+                assert (told["display_name"], told["description"]) == (schema.display_name, schema.description)
+                assert [told["inputs"][i.id].get("tooltip") for i in schema.inputs] == [i.tooltip for i in schema.inputs]
