@@ -8,13 +8,16 @@ millionth are not looked up ("sparse V").
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from ..kv import PackedKV
+from ..kv import PackedKV, Segment
 
-CHUNK = 1 << 18  # coordinates looked up at a time: a MiB of fp32
-SCORES = 1 << 20  # scores at a time, where many queries come together
+CHUNK = 1 << 17  # coordinates looked up at a time on a CPU: half a MiB of fp32 stays in its cache
+GROUP = 1 << 17  # scores that one softmax sees at a time
+SCORES = 1 << 20  # the same where many queries come together
 NEGLIGIBLE = 1e-6  # share of the weight so far below which a chunk's values are skipped; on CPUs only: it asks the device
 
 
@@ -71,21 +74,53 @@ def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float 
     if kv.mean is not None and kv.scale is not None:
         shift = (q * kv.mean).sum(-1, keepdim=True)
         q = q * kv.scale
-    q = keys.rotate(q)
-    step = max(CHUNK // (q.shape[0] * q.shape[1] * max(keys.d, values.d)), 32)
+    b, h, r, _ = q.shape
+    q = keys.rotate(q).flatten(0, 1)
+    total = run.sum.flatten(0, 1)
     position = kv.sinks
+    for group in _groups(kv, max(GROUP // (b * h * r), 1)):
+        width = sum(len(segment) for segment in group)
+        s = q.new_empty(b * h, r, width)
+        at = 0
+        for segment in group:
+            part, codes = s[:, :, at : at + len(segment)], segment.codes_k.flatten(0, 1)
+            for i, j in _heads(codes, keys.d):
+                part[i:j] = torch.bmm(q[i:j], keys.lookup(codes[i:j], scratch).transpose(1, 2))
+            part.mul_(segment.gain_k.flatten(0, 1)[:, None].float())
+            at += len(segment)
+        s = s.view(b, h, r, width)
+        if shift is not None:
+            s.add_(shift)
+        p = run.weigh(_cap(s, softcap), seen.at(position, position + width)).flatten(0, 1)
+        weight, at = run.weight.flatten(0, 1), 0
+        for segment in group:
+            part, codes = p[:, :, at : at + len(segment)], segment.codes_v.flatten(0, 1)
+            at += len(segment)
+            if p.device.type == "cpu" and not bool((part.sum(-1, keepdim=True) > weight * NEGLIGIBLE).any()):
+                continue
+            part = part * segment.gain_v.flatten(0, 1)[:, None].float()
+            for i, j in _heads(codes, values.d):
+                total[i:j].baddbmm_(part[i:j], values.lookup(codes[i:j], scratch))
+        position += width
+
+
+def _groups(kv: PackedKV, tokens: int) -> Iterator[list[Segment]]:
+    """Neighbouring segments of about so many tokens, at least one."""
+    group: list[Segment] = []
     for segment in kv.segments:
-        for a in range(0, len(segment), step):
-            e = min(a + step, len(segment))
-            s = q @ keys.lookup(segment.codes_k[:, :, a:e], scratch).transpose(-1, -2)
-            s.mul_(segment.gain_k[:, :, None, a:e])
-            if shift is not None:
-                s.add_(shift)
-            p = run.weigh(_cap(s, softcap), seen.at(position + a, position + e))
-            if run.matters(p):
-                p.mul_(segment.gain_v[:, :, None, a:e])
-                run.sum += p @ values.lookup(segment.codes_v[:, :, a:e], scratch)
-        position += len(segment)
+        if group and sum(map(len, group)) + len(segment) > tokens:
+            yield group
+            group = []
+        group.append(segment)
+    if group:
+        yield group
+
+
+def _heads(codes: Tensor, d: int) -> list[tuple[int, int]]:
+    """Heads looked up together: on a CPU as many as stay in the cache."""
+    count, n = codes.shape[:2]
+    step = count if codes.device.type != "cpu" else max(CHUNK // (n * d), 1)
+    return [(i, min(i + step, count)) for i in range(0, count, step)]
 
 
 def _cap(s: Tensor, softcap: float | None) -> Tensor:
@@ -103,7 +138,6 @@ class _Softmax:
         else:
             self.top = aux.float().view(1, q.shape[1], group, 1, 1).expand(q.shape[0], -1, -1, count, 1).reshape(*q.shape[:3], 1).clone()
             self.weight = torch.ones_like(self.top)
-        self._added: Tensor | None = None
 
     def weigh(self, s: Tensor, mask: Tensor | None) -> Tensor:
         """Scores ``[B, H, group x queries, n]`` (overwritten) -> their weights relative to the new maximum."""
@@ -117,17 +151,10 @@ class _Softmax:
         top = torch.maximum(self.top, s.amax(-1, keepdim=True))
         shrink = torch.exp(self.top - top)
         p = s.sub_(top).exp_()
-        self._added = p.sum(-1, keepdim=True)
-        self.weight = self.weight * shrink + self._added
+        self.weight = self.weight * shrink + p.sum(-1, keepdim=True)
         self.sum *= shrink
         self.top = top
         return p
-
-    def matters(self, p: Tensor) -> bool:
-        """Whether the last weights can change the result."""
-        if p.device.type != "cpu" or self._added is None:
-            return True
-        return bool((self._added > self.weight * NEGLIGIBLE).any())
 
 
 class _Mask:

@@ -52,7 +52,7 @@ class PackedView(Tensor):
     def __init__(self, layer: Layer, which: str, like: Tensor, length: int, fresh: Tensor | None) -> None:
         self.layer, self.which, self.fresh = layer, which, fresh
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedView({self.which}, {tuple(self.shape)}, {self.dtype})"
 
     def dense(self) -> Tensor:
