@@ -73,7 +73,9 @@ class Config:
             if self.level != "kv" and value != default:
                 raise ValueError(f"{name} is an option of caches, asked at level {self.level!r}: give level='kv'")
         if self.level != "kv" and "bits_" in self.codec:
-            raise ValueError(f"codec {self.codec!r}: bits_k and bits_v are options of caches, asked at level {self.level!r}: give bits=")
+            raise ValueError(
+                f"codec {self.codec!r}: bits_k and bits_v are options of caches, asked at level {self.level!r}: give bits=, or level='kv'"
+            )
 
     def build(self) -> tuple[Scorer | None, Strategy | None, Monitor | None, Codec]:
         """The four methods."""

@@ -215,8 +215,9 @@ class KVCache(Cache):
                 report.bytes_exact += nbytes(vars(layer))
                 continue
             kv = layer.kv
-            exact = 0 if kv.keys is None or kv.values is None else 2 * kv.length * (kv.keys[:, :, 0:0].shape[0] * kv.keys.shape[1])
-            exact *= 0 if kv.keys is None or kv.values is None else kv.keys.shape[3] + kv.values.shape[3]
+            exact = 0
+            if kv.keys is not None and kv.values is not None:
+                exact = 2 * kv.length * kv.keys.shape[0] * kv.keys.shape[1] * (kv.keys.shape[3] + kv.values.shape[3])
             report.bytes_exact += exact
             report.per_site[f"attn.{i}"] = {
                 "bits_k": kv.plan.bits_k, "bits_v": kv.plan.bits_v, "tokens": kv.length, "tokens_packed": kv.packed,
@@ -385,7 +386,8 @@ class LMHandle(Handle):
         super().__init__()
         self.model, self.config = model, config
         self._caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
-        self._last: weakref.ref[KVCache] | None = None
+        self._last: KVCache | None = None
+        self._report = Report(warnings=["nothing has run yet: handle.cache() makes a cache for past_key_values="])
 
     def cache(self) -> KVCache:
         """A new, empty cache."""
@@ -398,7 +400,7 @@ class LMHandle(Handle):
     def _keep(self, cache: KVCache) -> KVCache:
         cache.weights = _weights(self.model)
         self._caches.add(cache)
-        self._last = weakref.ref(cache)
+        self._last = cache
         return cache
 
     @property
@@ -407,9 +409,12 @@ class LMHandle(Handle):
         return sum(cache.nbytes for cache in self._caches)
 
     def report(self) -> Report:
-        """Of the cache made last."""
-        cache = self._last() if self._last else None
-        return cache.report() if cache is not None else Report(warnings=["no cache is alive: handle.cache() makes one"])
+        """Of the cache made last, which the handle keeps until it is removed."""
+        return self._last.report() if self._last is not None else self._report
+
+    def remove(self) -> None:
+        self._report, self._last = self.report(), None
+        super().remove()
 
 
 def attach(model: Any, config: Config | None, steps: int | None = None) -> LMHandle:

@@ -66,10 +66,10 @@ class Rows:
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         inverse = self.d**0.5 / norm.clamp_min(1e-30)
         if self.bits == 8:
-            codes = (y * (inverse * self.unit)).add_(128).clamp_(0, 255).to(torch.uint8)
+            codes = (y * (inverse * self.unit)).add_(128).clamp_(0, 255).nan_to_num_(0).to(torch.uint8)
             packed = codes
         else:
-            cell = (y * (inverse * self._scale)).add_(self._cells / 2).clamp_(0, self._cells - 1).to(torch.int32)
+            cell = (y * (inverse * self._scale)).add_(self._cells / 2).clamp_(0, self._cells - 1).nan_to_num_(0).to(torch.int32)
             codes = self._code.index_select(0, cell.view(-1)).view(y.shape)
             if self.bits == 3:
                 packed = torch.cat([packing.pack(codes & 3, 2), packing.pack(codes >> 2, 1)], dim=1)
