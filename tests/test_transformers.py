@@ -426,7 +426,7 @@ def test_the_variants_compute_the_same_function(variant, mini, text):
     a, b = mini(x).logits.log_softmax(-1), other(x).logits.log_softmax(-1)
     assert float((a.exp() * (a - b)).sum(-1).mean()) < (1e-6 if variant == "outlier" else 2e-3)
     k, plain = _exact(other, x).layers[2].keys, _exact(mini, x).layers[2].keys
-    assert float(k.abs().max()) > 5 * float(plain.abs().max()), "and has keys that are hard to code"
+    assert float(k.abs().max()) > 2.5 * float(plain.abs().max()), "and has keys that are hard to code"
 
 
 @pytest.mark.parametrize("bits, limit", [(4, 0.003), (2, 0.012)])
