@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tqai_core.attention.packed import attend
-from tqai_core.codecs.rows import BITS, rows
+from tqai_core.codecs.rows import BITS, Scratch, rows
 from tqai_core.kv import FLUSH, SEGMENT, PackedKV, Plan
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_rows_error_bytes_and_domain(bits, d):
     q = torch.randn(5, d)
     there = coder.rotate(q) @ (coder.lookup(codes[0]) * gain[0].float()[:, None]).T
     assert torch.allclose(there, q @ y[0].T, atol=2e-4)
-    assert torch.equal(coder.lookup(codes), coder.lookup(codes, {}))
+    assert torch.equal(coder.lookup(codes), coder.lookup(codes, Scratch()))
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..codecs.rows import Scratch
 from ..kv import PackedKV, Segment
 
 CHUNK = 1 << 17  # coordinates looked up at a time on a CPU: half a MiB of fp32 stays in its cache
@@ -37,7 +38,7 @@ def attend(
         raise ValueError(f"query has batch {b} and {heads} heads, the cache {list(kv.keys.shape[:2])}: heads must be a multiple")
     out = query.new_empty(b, heads, count, kv.values.shape[-1])
     block = max(SCORES // (b * heads * min(max(kv.length, 1), 1024)), 1)
-    scratch: dict[str, Tensor] = {}
+    scratch = Scratch()
     for i in range(0, count, block):
         j = min(i + block, count)
         seen = _Mask(mask, i, j, count, kv.length, query.device)
@@ -46,7 +47,7 @@ def attend(
 
 
 def _attend(
-    query: Tensor, kv: PackedKV, scaling: float, seen: _Mask, softcap: float | None, aux: Tensor | None, scratch: dict[str, Tensor]
+    query: Tensor, kv: PackedKV, scaling: float, seen: _Mask, softcap: float | None, aux: Tensor | None, scratch: Scratch
 ) -> Tensor:
     assert kv.keys is not None
     assert kv.values is not None
@@ -67,7 +68,7 @@ def _attend(
     return (run.sum / run.weight.clamp_min(1e-30)).view(b, heads, count, dv)
 
 
-def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: dict[str, Tensor]) -> None:
+def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch) -> None:
     """Adds the packed tokens to ``run``. The place where a native kernel would go: one call a segment."""
     keys, values = kv.coder_k(), kv.coder_v()
     shift = None
@@ -79,29 +80,28 @@ def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float 
     total = run.sum.flatten(0, 1)
     position = kv.sinks
     for group in _groups(kv, max(GROUP // (b * h * r), 1)):
-        width = sum(len(segment) for segment in group)
-        s = q.new_empty(b * h, r, width)
-        at = 0
-        for segment in group:
-            part, codes = s[:, :, at : at + len(segment)], segment.codes_k.flatten(0, 1)
-            for i, j in _heads(codes, keys.d):
-                part[i:j] = torch.bmm(q[i:j], keys.lookup(codes[i:j], scratch).transpose(1, 2))
-            part.mul_(segment.gain_k.flatten(0, 1)[:, None].float())
-            at += len(segment)
-        s = s.view(b, h, r, width)
+        sizes = [len(segment) for segment in group]
+        s = q.new_empty(b * h, r, sum(sizes))
+        for segment, part in zip(group, s.split(sizes, 2), strict=True):
+            step = _heads(segment, keys.d)
+            codes = segment.codes_k.flatten(0, 1).split(step)
+            for own, theirs, out in zip(q.split(step), codes, part.split(step), strict=True):
+                out.copy_(torch.bmm(own, keys.lookup(theirs, scratch).transpose(1, 2)))
+        gain = [segment.gain_k for segment in group]
+        s = s.mul_((gain[0] if len(gain) == 1 else torch.cat(gain, 2)).float().flatten(0, 1)[:, None]).view(b, h, r, -1)
         if shift is not None:
             s.add_(shift)
-        p = run.weigh(_cap(s, softcap), seen.at(position, position + width)).flatten(0, 1)
-        weight, at = run.weight.flatten(0, 1), 0
-        for segment in group:
-            part, codes = p[:, :, at : at + len(segment)], segment.codes_v.flatten(0, 1)
-            at += len(segment)
-            if p.device.type == "cpu" and not bool((part.sum(-1, keepdim=True) > weight * NEGLIGIBLE).any()):
+        p = run.weigh(_cap(s, softcap), seen.at(position, position + s.shape[3])).flatten(0, 1)
+        position += s.shape[3]
+        least = run.weight.flatten(0, 1) * NEGLIGIBLE
+        for segment, part in zip(group, p.split(sizes, 2), strict=True):
+            if p.device.type == "cpu" and not bool((part.sum(-1, keepdim=True) > least).any()):
                 continue
             part = part * segment.gain_v.flatten(0, 1)[:, None].float()
-            for i, j in _heads(codes, values.d):
-                total[i:j].baddbmm_(part[i:j], values.lookup(codes[i:j], scratch))
-        position += width
+            step = _heads(segment, values.d)
+            codes = segment.codes_v.flatten(0, 1).split(step)
+            for own, theirs, out in zip(part.split(step), codes, total.split(step), strict=True):
+                out.baddbmm_(own, values.lookup(theirs, scratch))
 
 
 def _groups(kv: PackedKV, tokens: int) -> Iterator[list[Segment]]:
@@ -116,11 +116,10 @@ def _groups(kv: PackedKV, tokens: int) -> Iterator[list[Segment]]:
         yield group
 
 
-def _heads(codes: Tensor, d: int) -> list[tuple[int, int]]:
-    """Heads looked up together: on a CPU as many as stay in the cache."""
-    count, n = codes.shape[:2]
-    step = count if codes.device.type != "cpu" else max(CHUNK // (n * d), 1)
-    return [(i, min(i + step, count)) for i in range(0, count, step)]
+def _heads(segment: Segment, d: int) -> int:
+    """Heads of all sequences looked up together: on a CPU as many as stay in its cache."""
+    b, h, n = segment.gain_k.shape
+    return b * h if segment.gain_k.device.type != "cpu" else max(CHUNK // (n * d), 1)
 
 
 def _cap(s: Tensor, softcap: float | None) -> Tensor:

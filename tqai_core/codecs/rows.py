@@ -17,6 +17,8 @@ QJL stage, which has three times the error at d = 128 and costs bytes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -83,21 +85,20 @@ class Rows:
             gain = norm / below
         return packed.view(*x.shape[:-1], self.row_bytes), gain.to(torch.bfloat16).view(x.shape[:-1])
 
-    def lookup(self, codes: Tensor, scratch: dict[str, Tensor] | None = None) -> Tensor:
+    def lookup(self, codes: Tensor, scratch: Scratch | None = None) -> Tensor:
         """Levels ``fp32 [..., d]`` of codes ``[..., row_bytes]``, rotated and without gain. With ``scratch`` the result lies in
         memory that the next call overwrites."""
-        out = _scratch(scratch, "out", (*codes.shape[:-1], self.d), torch.float32, codes.device)
+        index, flat_index, out, flat_out = (scratch or Scratch()).views(self, codes)
         if self.bits == 8:
             return out.copy_(codes).sub_(127.5)
         if self.bits == 3:
             quarter = self.d // 4
-            index = _scratch(scratch, "index", (*codes.shape[:-1], quarter), torch.int32, codes.device)
             high = codes[..., quarter:]
-            both = torch.stack([high & 15, high >> 4], dim=-1).flatten(-2)
-            index.copy_(both).bitwise_left_shift_(8).bitwise_or_(codes[..., :quarter])
+            index.copy_(torch.stack([high & 15, high >> 4], dim=-1).flatten(-2))
+            index.bitwise_left_shift_(8).bitwise_or_(codes[..., :quarter])
         else:
-            index = _scratch(scratch, "index", codes.shape, torch.int32, codes.device).copy_(codes)
-        torch.index_select(self._table, 0, index.view(-1), out=out.view(self._table.dtype).view(-1))
+            index.copy_(codes)
+        torch.index_select(self._table, 0, flat_index, out=flat_out)
         return out
 
     def decode(self, codes: Tensor, gain: Tensor) -> Tensor:
@@ -112,17 +113,30 @@ class Rows:
         return x @ self.back
 
 
-def _scratch(kept: dict[str, Tensor] | None, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor, from memory that calls with the same ``kept`` share: fresh pages cost more than the work."""
-    if kept is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    count = 1
-    for size in shape:
-        count *= size
-    have = kept.get(name)
-    if have is None or have.numel() < count:
-        have = kept[name] = torch.empty(count, dtype=dtype, device=device)
-    return have[:count].view(shape)
+class Scratch:
+    """Memory that lookups share: fresh pages cost more than the work on them, and so do a dozen views a call."""
+
+    def __init__(self) -> None:
+        self._memory: dict[torch.dtype, Tensor] = {}
+        self._views: dict[tuple[int, int, torch.Size], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    def views(self, coder: Rows, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Index and levels of a lookup, each in its shape and flat as the table wants it."""
+        key = (coder.bits, coder.d, codes.shape)
+        if key not in self._views:
+            lead, wide = codes.shape[:-1], torch.float32 if coder.bits == 8 else coder._table.dtype
+            units = {2: coder.d // 4, 3: coder.d // 4, 4: coder.d // 2, 8: 0}[coder.bits]
+            index = self._take((*lead, units), torch.int32, codes.device)
+            out = self._take((*lead, coder.d), torch.float32, codes.device)
+            self._views[key] = index, index.view(-1), out, out.view(wide).view(-1)
+        return self._views[key]
+
+    def _take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        count = math.prod(shape)
+        have = self._memory.get(dtype)
+        if have is None or have.numel() < count:
+            have = self._memory[dtype] = torch.empty(count, dtype=dtype, device=device)
+        return have[:count].view(shape)
 
 
 _MADE: dict[tuple[int, int, int, str], Rows] = {}
