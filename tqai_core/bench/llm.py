@@ -58,7 +58,17 @@ def quality(tell: Callable[[str], None], peers: bool) -> tuple[list[Row], dict[s
         lm = minis.lm(variant)
         exact = logits(lm, x, lm_peers.exact(lm.config))
         nats = float(F.nll_loss(exact.flatten(0, 1), target.flatten()))
-        rows.append({"variant": variant, "cache": "DynamicCache", "bits": 16, "perplexity": math.exp(nats), "delta": 0.0, "kl": 0.0})
+        rows.append(
+            {
+                "variant": variant,
+                "cache": "DynamicCache",
+                "bits": 16,
+                "perplexity": math.exp(nats),
+                "delta": 0.0,
+                "kl": 0.0,
+                "held_bits": 32.0,
+            }
+        )
 
         def add(
             name: str, bits: int, cache: Any, got: Tensor, variant: str = variant, exact: Tensor = exact, nats: float = nats, lm: Any = lm
@@ -261,14 +271,15 @@ def verdicts(result: Row) -> list[Row]:
 
 
 def tables_of(result: Row) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+    rows = []
+    for r in result["quality"]:
+        figures = [f"{r['perplexity']:.4f}", f"{100 * r['delta']:+.3f}", f"{r['kl']:.6f}"]
+        rows.append([r["variant"], r["cache"], str(r["bits"]), f"{r['held_bits']:.2f}", *figures])
     yield (
         f"Perplexity of the mini's held-out bytes ({WINDOWS} windows of {LENGTH}, prefill {PREFILL}, then {CHUNK} at a time)",
         ["variant", "cache", "bits", "bits held", "perplexity", "delta %", "KL"],
-        [
-            [r["variant"], r["cache"], str(r["bits"]), f"{r.get('held_bits', 32):.2f}", f"{r['perplexity']:.4f}", f"{100 * r['delta']:+.3f}", f"{r['kl']:.6f}"]
-            for r in result["quality"]
-        ],
-    )  # fmt: skip
+        rows,
+    )
     yield (
         "One decode step, one layer: 16 query and 4 key heads of 128, bf16",
         ["tokens", "method", "CPU ms", "least", "held MiB", "peak above held MiB"],
