@@ -246,6 +246,12 @@ def test_sixteen_bit_models(qwen, dtype):
     assert F.kl_div(packed.log_softmax(-1).float(), exact[:, 80:].log_softmax(-1).float(), log_target=True, reduction="batchmean") < 0.2
 
 
+def test_training_through_the_cache_is_warned_about(qwen):
+    model = copy.deepcopy(qwen).train()
+    with tqai.apply(model, KV) as handle, pytest.warns(UserWarning, match="no gradient"):
+        model(prompt(), past_key_values=handle.cache())
+
+
 # -- files
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 WHAT = (
     "dit: forecast-skipping; levels: block, attention, guidance, overhead; methods: every scorer x strategy x monitor; "
-    "codec: vectors; stream: trajectories"
+    "codec: vectors; stream: trajectories; llm: KV caches"
 )
 
 
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
     bench = command("bench", "measure, and print what is compared with", _bench)
-    bench.add_argument("what", choices=("dit", "levels", "methods", "codec", "stream"), help=WHAT)
-    bench.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="codec, stream: beside other codecs")
+    bench.add_argument("what", choices=("dit", "levels", "methods", "codec", "stream", "llm"), help=WHAT)
+    bench.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="codec, stream, llm: beside others")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="codec: NMSE against bits with the Shannon line, as SVG")
     bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
     bench.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="seeds, as in 0,1,2")
@@ -91,7 +91,7 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import codec, dit, levels, methods, stream
+    from .bench import codec, dit, levels, llm, methods, stream
 
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
     if args.what == "dit":
@@ -103,6 +103,8 @@ def _bench(args: argparse.Namespace) -> int:
         result, tables = codec.bench(args.peers, tell), codec.tables_of
         if args.plot:
             _write(str(args.plot), codec.plot(result))
+    elif args.what == "llm":
+        result, tables = llm.bench(args.peers, tell), llm.tables_of
     else:
         result, tables = stream.bench(args.seeds, args.peers, tell), stream.tables_of
     _finish(args.json, result, tables(result), dit.dumps)

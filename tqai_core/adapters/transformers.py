@@ -361,6 +361,8 @@ def packed_attention(
     kv = layer.kv
     if isinstance(layer, PackedLayer):
         layer.claim(module)
+    if module.training and torch.is_grad_enabled() and isinstance(layer, PackedLayer) and (cache := layer._cache()) is not None:
+        cache._warn("no gradient flows through a packed cache: train with past_key_values=None")
     kv.observe(query)
     if own and key.fresh is not None and value.fresh is not None:
         out = sdpa_attention_forward(module, query, key.fresh, value.fresh, attention_mask, **plain)[0]

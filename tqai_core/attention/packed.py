@@ -22,6 +22,7 @@ SCORES = 1 << 20  # the same where many queries come together
 NEGLIGIBLE = 1e-6  # share of the weight so far below which a chunk's values are skipped; on CPUs only: it asks the device
 
 
+@torch.no_grad()
 def attend(
     query: Tensor, kv: PackedKV, *, scaling: float, mask: Tensor | None = None, softcap: float | None = None, aux: Tensor | None = None
 ) -> Tensor:
@@ -29,7 +30,7 @@ def attend(
 
     ``query [B, heads, Q, D]``; ``mask`` broadcasts over ``[B, heads, Q, tokens]``, bool (True = attend) or added; without one
     it is causal, aligned at the end. ``softcap``: tanh cap of the scores. ``aux [heads]``: a logit that takes weight and has no
-    value. Returns ``[B, heads, Q, Dv]`` in the query's dtype.
+    value. Returns ``[B, heads, Q, Dv]`` in the query's dtype, without gradient.
     """
     assert kv.keys is not None
     assert kv.values is not None
