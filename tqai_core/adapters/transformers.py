@@ -41,6 +41,7 @@ class PackedLayer(DynamicLayer):
     def __init__(self, plan: Plan, cache: KVCache, index: int) -> None:
         super().__init__()
         self.kv, self.index = PackedKV(plan), index
+        self.is_initialized = False
         self._cache = weakref.ref(cache)
         self._module: Any = None  # whose keys these are
 
