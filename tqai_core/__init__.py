@@ -19,14 +19,17 @@ from .stream import StreamCoder
 from .types import Packed
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "Config", "Handle", "Packed", "Report", "StreamCoder", "apply", "attn_processors", "codec", "methods", "preset"]
+__all__ = [
+    "Codec", "Config", "Handle", "KVCache", "Packed", "Report", "StreamCoder", "apply", "attn_processors", "codec", "methods", "preset",
+]  # fmt: skip
 
 for _package in (scorers, strategies, monitors, codecs):
     discover(_package)
 
 
 def apply(target: Any, config: Config | None = None, *, steps: int | None = None) -> Handle:
-    """Patch a diffusers pipeline (``transformer`` and ``transformer_2``) or a bare transformer; returns the undo.
+    """Patch a diffusers pipeline (``transformer`` and ``transformer_2``), a bare transformer, or a language model of
+    transformers (``level="kv"``: its handle makes the caches); returns the undo.
 
     ``steps`` is the number of evaluations of a loop of your own around a bare transformer, so that the last one is
     known. Raises ValueError, with the model untouched, for what it cannot patch.
@@ -35,7 +38,7 @@ def apply(target: Any, config: Config | None = None, *, steps: int | None = None
 
     if config is not None and not isinstance(config, Config):
         raise ValueError(f"config must be a tqai.Config, got {type(config).__name__}: use Config.from_dict or tqai.preset")
-    return adapters.apply(target, config or Config(), steps)
+    return adapters.apply(target, config, steps)
 
 
 def attn_processors(transformer: Any, config: Config, *, steps: int | None = None) -> Any:
@@ -57,3 +60,11 @@ def codec(spec: Any) -> Codec:
 def methods() -> dict[str, list[str]]:
     """Names of all scorers, strategies, monitors and codecs."""
     return {role: names(role) for role in ("scorer", "strategy", "monitor", "codec")}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "KVCache":  # transformers is imported when it is asked for
+        from .adapters.transformers import KVCache
+
+        return KVCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from typing import Any
 
 WHAT = (
     "dit: forecast-skipping; levels: block, attention, guidance, overhead; methods: every scorer x strategy x monitor; "
-    "codec: vectors; stream: trajectories"
+    "codec: vectors; stream: trajectories; llm: KV caches"
 )
 
 
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
     bench = command("bench", "measure, and print what is compared with", _bench)
-    bench.add_argument("what", choices=("dit", "levels", "methods", "codec", "stream"), help=WHAT)
-    peers = "codec, stream: beside other codecs (default); dit: other step caches instead"
+    bench.add_argument("what", choices=("dit", "levels", "methods", "codec", "stream", "llm"), help=WHAT)
+    peers = "codec, stream, llm: beside other codecs (default); dit: other step caches instead"
     bench.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
     bench.add_argument("--report", action="store_true", help="stream: ten pipelines on seven model shapes, bytes counted")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="codec: NMSE against bits with the Shannon line, as SVG")
@@ -93,7 +93,7 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import codec, dit, dit_peers, levels, methods, stream, stream_report
+    from .bench import codec, dit, dit_peers, levels, llm, methods, stream, stream_report
 
     peers = args.peers is not False
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
@@ -108,6 +108,8 @@ def _bench(args: argparse.Namespace) -> int:
         result, tables = codec.bench(peers, tell), codec.tables_of
         if args.plot:
             _write(str(args.plot), codec.plot(result))
+    elif args.what == "llm":
+        result, tables = llm.bench(peers, tell), llm.tables_of
     elif args.report:
         result, tables = stream_report.bench(args.seeds, peers, tell), stream_report.tables_of
     else:

@@ -11,7 +11,10 @@ from typing import Any
 from .registry import Codec, Method, Monitor, Scorer, Strategy, build, parse
 
 VERSION = 1
-LEVELS = ("model", "block", "attention")
+LEVELS = ("model", "block", "attention", "kv")
+STAGES = {"strategy": "delta2", "monitor": "lyapunov", "codec": "turbo:bits=8"}  # what is left out; at level kv: a plain packed cache
+STAGES_KV = {"strategy": None, "monitor": None, "codec": "turbo"}
+CACHE = {"sink": 4, "recent": 64, "protect": 2, "calibrate": 256}
 Spec = str | Mapping[str, Any] | Method | None
 
 
@@ -20,20 +23,29 @@ class Config:
     """A pipeline. Each stage is ``"name"``, ``"name:key=value,..."``, ``{"name": ..., key: value}`` or None (absent).
 
     ``level`` is where it acts: ``model`` (the whole output), ``block`` (what each block adds), ``attention``
-    (each attention's output). ``skip_layers`` are blocks that must stay exact: numbers (-1 is the last), ranges ``"0-2"``,
-    names of modules (``"blocks.3.attn2"``). Stages are stored in their shortest spec
-    form, so that equal pipelines are equal and hash alike.
+    (each attention's output), ``kv`` (the KV cache of a language model). ``skip_layers`` are blocks that must stay exact:
+    numbers (-1 is the last), ranges ``"0-2"``, names of modules (``"blocks.3.attn2"``). At level ``kv``: ``sink`` first and
+    ``recent`` last tokens stay exact, up to ``protect`` first and last layers (at most an eighth of them each) are held
+    at 8 bits, ``calibrate`` tokens are waited for before keys are scaled (0: never). Stages are stored in their shortest
+    spec form, so that equal pipelines are equal and hash alike.
     """
 
     scorer: Any = None
-    strategy: Any = "delta2"
-    monitor: Any = "lyapunov"
-    codec: Any = "turbo:bits=8"
+    strategy: Any = "default"
+    monitor: Any = "default"
+    codec: Any = "default"
     level: str = "model"
     skip_layers: tuple[int | str, ...] = ()
+    sink: int = CACHE["sink"]
+    recent: int = CACHE["recent"]
+    protect: int = CACHE["protect"]
+    calibrate: int = CACHE["calibrate"]
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        for role, spec in (STAGES_KV if self.level == "kv" else STAGES).items():
+            if getattr(self, role) == "default":
+                object.__setattr__(self, role, spec)
         if not isinstance(self.version, int) or self.version > VERSION or self.version < 1:
             raise ValueError(f"config version {self.version!r}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
         if self.level not in LEVELS:
@@ -50,7 +62,20 @@ class Config:
             object.__setattr__(self, role, method.spec if method else None)
         if self.codec is None:
             object.__setattr__(self, "codec", "exact")
+        self._check_cache()
         object.__setattr__(self, "skip_layers", _layers(self.skip_layers))
+
+    def _check_cache(self) -> None:
+        for name, default in CACHE.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r}: give a number of {'layers' if name == 'protect' else 'tokens'}, 0 or more")
+            if self.level != "kv" and value != default:
+                raise ValueError(f"{name} is an option of caches, asked at level {self.level!r}: give level='kv'")
+        if self.level != "kv" and "bits_" in self.codec:
+            raise ValueError(
+                f"codec {self.codec!r}: bits_k and bits_v are options of caches, asked at level {self.level!r}: give bits=, or level='kv'"
+            )
 
     def build(self) -> tuple[Scorer | None, Strategy | None, Monitor | None, Codec]:
         """The four methods."""
@@ -122,14 +147,20 @@ TAUS = {
 }
 
 
+KV_PRESETS = ("k8v4", "k4v4", "k4v3", "k4v2", "k2v2")  # bits of keys and values
+
+
 def preset(name: str = "balanced", family: str | None = None) -> Config:
     """A ready pipeline: ``quality`` (38 to 46 % of the calls of 24 Euler steps skipped), ``balanced`` (50 to 54 %), ``fast``
     (54 to 58 %).
 
+    ``k8v4``, ``k4v4``, ``k4v3``, ``k4v2``, ``k2v2``: KV caches with so many bits for keys and values.
     ``family`` is ``flux``, ``sd3`` or ``wan``; without one the strictest tolerance of the three is taken.
     """
+    if name in KV_PRESETS and family is None:
+        return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])})
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, and for caches {', '.join(KV_PRESETS)}")
     if family is not None and family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}, or leave it out")
     tau = TAUS[name][family] if family else min(TAUS[name].values())

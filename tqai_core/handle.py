@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from .flow import Flow
 from .report import Recorder, Report
@@ -25,6 +26,10 @@ class Handle:
     def report(self) -> Report:
         """The generation under way, or the last one."""
         return self.recorder.report
+
+    def cache(self) -> Any:
+        """A new KV cache for ``past_key_values=``; language models only."""
+        raise ValueError("this handle holds no language model: caches come from tqai.apply(lm, tqai.Config(level='kv'))")
 
     def on_remove(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..config import Config
+
 if TYPE_CHECKING:
-    from ..config import Config
     from ..handle import Handle
 
 
-def apply(target: Any, config: Config, steps: int | None = None) -> Handle:
+def apply(target: Any, config: Config | None, steps: int | None = None) -> Handle:
     """Hand ``target`` to the adapter of the library its class comes from."""
     libraries = {cls.__module__.split(".")[0] for cls in type(target).__mro__}
     if "diffusers" in libraries:
         from .diffusers import attach
 
-        return attach(target, config, steps)
+        return attach(target, config or Config(), steps)
+    if "transformers" in libraries:
+        from . import transformers
+
+        return transformers.attach(target, config, steps)
     raise ValueError(
         f"cannot apply tqai to a {type(target).__name__}: give a diffusers pipeline (StableDiffusion3Pipeline, FluxPipeline, "
-        "WanPipeline) or its transformer"
+        "WanPipeline), its transformer, or a language model of transformers"
     )

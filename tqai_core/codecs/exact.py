@@ -15,6 +15,8 @@ from ..types import Packed
 class Exact(Codec, name="exact"):
     """Keeps a copy in the tensor's own dtype. Error 0, 16 bits a coordinate for bf16 and fp16."""
 
+    levels = (*Codec.levels, "kv")
+
     def encode(self, x: Tensor) -> Packed:
         return Packed(self.spec, tuple(x.shape), {"x": x.detach().clone()})
 

@@ -1,7 +1,8 @@
-"""Three trained miniature diffusion transformers, for the demo, the tests and the benches.
+"""Trained miniature models for the demo, the tests and the benches: three diffusion transformers and a language model.
 
 Flux-, SD3- and WAN-class models of diffusers, trained by flow matching on scikit-learn's digits
-(benchmarks/minis/train_dit.py); a few MB of fp16 weights each. A class label takes the prompt's place.
+(benchmarks/minis/train_dit.py); a few MB of fp16 weights each. A class label takes the prompt's place. The language model
+is a Qwen2 of transformers that reads bytes, trained on Python's standard library (benchmarks/minis/train_lm.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 KINDS = ("flux", "sd3", "wan")
+LM_VARIANTS = ("plain", "outlier", "bias")
 
 
 def pipeline(kind: str, scheduler: Any = None) -> Any:
@@ -28,3 +30,21 @@ def inputs(kind: str, labels: Sequence[int], guidance: float = 2.0) -> dict[str,
     from ..adapters.minis import inputs
 
     return inputs(kind, labels, guidance)
+
+
+def lm(variant: str = "plain") -> Any:
+    """The byte-level Qwen2ForCausalLM (3 million parameters, 4 layers, 4 query and 2 key heads of 64), fp32 in eval mode.
+
+    Tokens are bytes: ``torch.tensor([list(b"def ")])``. ``outlier`` and ``bias`` compute the same function with key channels
+    10 to 50 times as large, or key biases of +-40, as large models have them. Needs transformers.
+    """
+    from ..adapters.lm import model
+
+    return model(variant)
+
+
+def lm_text() -> Any:
+    """128 KiB of source code that the language model was not trained on, ``int64 [131072]``."""
+    from ..adapters.lm import held_out
+
+    return held_out()

@@ -1,0 +1,186 @@
+"""Attention that reads a packed cache where it lies: no key and no value is ever made dense.
+
+Scores are taken in the rotated domain by table lookup, a chunk of tokens at a time, with an online softmax (Milakov and
+Gimelshein 1805.02867); the query heads of a group share each lookup, and the sum of values is rotated back once. The first
+sinks and the recent window come first: once they hold nearly all the weight, the values of a chunk that adds less than a
+millionth are not looked up ("sparse V").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..codecs.rows import Scratch
+from ..kv import PackedKV, Segment
+
+CHUNK = 1 << 17  # coordinates looked up at a time on a CPU: half a MiB of fp32 stays in its cache
+GROUP = 1 << 15  # scores that one softmax sees at a time
+SCORES = 1 << 20  # the same where many queries come together
+NEGLIGIBLE = 1e-6  # share of the weight so far below which a chunk's values are skipped; on CPUs only: it asks the device
+
+
+@torch.no_grad()
+def attend(
+    query: Tensor, kv: PackedKV, *, scaling: float, mask: Tensor | None = None, softcap: float | None = None, aux: Tensor | None = None
+) -> Tensor:
+    """``softmax(scaling q k^T + mask) v`` for the last tokens of ``kv``.
+
+    ``query [B, heads, Q, D]``; ``mask`` broadcasts over ``[B, heads, Q, tokens]``, bool (True = attend) or added; without one
+    it is causal, aligned at the end. ``softcap``: tanh cap of the scores. ``aux [heads]``: a logit that takes weight and has no
+    value. Returns ``[B, heads, Q, Dv]`` in the query's dtype, without gradient.
+    """
+    assert kv.keys is not None
+    assert kv.values is not None
+    b, heads, count, _ = query.shape
+    if heads % kv.keys.shape[1] or b != kv.keys.shape[0]:
+        raise ValueError(f"query has batch {b} and {heads} heads, the cache {list(kv.keys.shape[:2])}: heads must be a multiple")
+    out = query.new_empty(b, heads, count, kv.values.shape[-1])
+    block = max(SCORES // (b * heads * min(max(kv.length, 1), 1024)), 1)
+    scratch = Scratch()
+    for i in range(0, count, block):
+        j = min(i + block, count)
+        seen = _Mask(mask, i, j, count, kv.length, query.device)
+        out[:, :, i:j] = _attend(query[:, :, i:j], kv, scaling, seen, softcap, aux, scratch)
+    return out
+
+
+def _attend(
+    query: Tensor, kv: PackedKV, scaling: float, seen: _Mask, softcap: float | None, aux: Tensor | None, scratch: Scratch
+) -> Tensor:
+    assert kv.keys is not None
+    assert kv.values is not None
+    b, heads, count, d = query.shape
+    h, dv = kv.keys.shape[1], kv.values.shape[-1]
+    q = (query.float() * scaling).reshape(b, h, heads // h * count, d)
+    run = _Softmax(q, dv, aux, heads // h, count)
+    exact = kv.keys.shape[2]
+    for a in range(0, exact, 1024):
+        e = min(a + 1024, exact)
+        s = q @ kv.keys[:, :, a:e].float().transpose(-1, -2)
+        p = run.weigh(_cap(s, softcap), seen.exact(a, e, kv))
+        run.sum += p @ kv.values[:, :, a:e].float()
+    if kv.segments:
+        run.sum = kv.coder_v().rotate(run.sum)
+        _packed(q, kv, run, seen, softcap, scratch)
+        run.sum = kv.coder_v().unrotate(run.sum)
+    return (run.sum / run.weight.clamp_min(1e-30)).view(b, heads, count, dv)
+
+
+def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch) -> None:
+    """Adds the packed tokens to ``run``. The place where a native kernel would go: one call a segment."""
+    keys, values = kv.coder_k(), kv.coder_v()
+    shift = None
+    if kv.mean is not None and kv.scale is not None:
+        shift = (q * kv.mean).sum(-1, keepdim=True)
+        q = q * kv.scale
+    b, h, r, _ = q.shape
+    q = keys.rotate(q).flatten(0, 1)
+    total = run.sum.flatten(0, 1)
+    position = kv.sinks
+    for group in _groups(kv, max(GROUP // (b * h * r), 1)):
+        sizes = [len(segment) for segment in group]
+        s = q.new_empty(b * h, r, sum(sizes))
+        for segment, part in zip(group, s.split(sizes, 2), strict=True):
+            step = _heads(segment, keys.d)
+            codes = segment.codes_k.flatten(0, 1).split(step)
+            for own, theirs, out in zip(q.split(step), codes, part.split(step), strict=True):
+                out.copy_(torch.bmm(own, keys.lookup(theirs, scratch).transpose(1, 2)))
+        gain = [segment.gain_k for segment in group]
+        s = s.mul_((gain[0] if len(gain) == 1 else torch.cat(gain, 2)).float().flatten(0, 1)[:, None]).view(b, h, r, -1)
+        if shift is not None:
+            s.add_(shift)
+        p = run.weigh(_cap(s, softcap), seen.at(position, position + s.shape[3])).flatten(0, 1)
+        position += s.shape[3]
+        least = run.weight.flatten(0, 1) * NEGLIGIBLE
+        for segment, part in zip(group, p.split(sizes, 2), strict=True):
+            if p.device.type == "cpu" and not bool((part.sum(-1, keepdim=True) > least).any()):
+                continue
+            part = part * segment.gain_v.flatten(0, 1)[:, None].float()
+            step = _heads(segment, values.d)
+            codes = segment.codes_v.flatten(0, 1).split(step)
+            for own, theirs, out in zip(part.split(step), codes, total.split(step), strict=True):
+                out.baddbmm_(own, values.lookup(theirs, scratch))
+
+
+def _groups(kv: PackedKV, tokens: int) -> Iterator[list[Segment]]:
+    """Neighbouring segments of about so many tokens, at least one."""
+    group: list[Segment] = []
+    for segment in kv.segments:
+        if group and sum(map(len, group)) + len(segment) > tokens:
+            yield group
+            group = []
+        group.append(segment)
+    if group:
+        yield group
+
+
+def _heads(segment: Segment, d: int) -> int:
+    """Heads of all sequences looked up together: on a CPU as many as stay in its cache."""
+    b, h, n = segment.gain_k.shape
+    return b * h if segment.gain_k.device.type != "cpu" else max(CHUNK // (n * d), 1)
+
+
+def _cap(s: Tensor, softcap: float | None) -> Tensor:
+    return s if softcap is None else (s / softcap).tanh_().mul_(softcap)
+
+
+class _Softmax:
+    """Running maximum, weight and weighted sum ``[B, H, group x queries, ...]``, fp32."""
+
+    def __init__(self, q: Tensor, dv: int, aux: Tensor | None, group: int, count: int) -> None:
+        self.group, self.count = group, count
+        self.sum = q.new_zeros(*q.shape[:3], dv)
+        if aux is None:  # finite: a row that may see nothing stays zero instead of NaN
+            self.top, self.weight = q.new_full((*q.shape[:3], 1), -1e30), q.new_zeros(*q.shape[:3], 1)
+        else:
+            self.top = aux.float().view(1, q.shape[1], group, 1, 1).expand(q.shape[0], -1, -1, count, 1).reshape(*q.shape[:3], 1).clone()
+            self.weight = torch.ones_like(self.top)
+
+    def weigh(self, s: Tensor, mask: Tensor | None) -> Tensor:
+        """Scores ``[B, H, group x queries, n]`` (overwritten) -> their weights relative to the new maximum."""
+        if mask is not None:
+            wide = s.view(*s.shape[:2], self.group, self.count, s.shape[-1])
+            mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (s.shape[1], self.group))
+            if mask.dtype == torch.bool:
+                wide.masked_fill_(~mask, float("-inf"))
+            else:
+                wide.add_(mask)
+        top = torch.maximum(self.top, s.amax(-1, keepdim=True))
+        shrink = torch.exp(self.top - top)
+        p = s.sub_(top).exp_()
+        self.weight = self.weight * shrink + p.sum(-1, keepdim=True)
+        self.sum *= shrink
+        self.top = top
+        return p
+
+
+class _Mask:
+    """The rows ``i`` to ``j`` of a mask over ``length`` tokens, given or causal, cut to the columns asked for."""
+
+    def __init__(self, mask: Tensor | None, i: int, j: int, count: int, length: int, device: torch.device) -> None:
+        self.causal: Tensor | None = None
+        if mask is None and count > 1:
+            self.causal = torch.arange(length - count + i, length - count + j, device=device)[:, None]
+        self.mask = None if mask is None else mask[:, :, i:j] if mask.shape[2] > 1 else mask
+
+    def at(self, a: int, b: int) -> Tensor | None:
+        """Columns of positions ``a`` to ``b``: ``[B or 1, heads or 1, rows, b - a]``, or None where all are seen."""
+        if self.mask is not None:
+            return self.mask[..., a:b]
+        if self.causal is None:
+            return None
+        return (torch.arange(a, b, device=self.causal.device)[None] <= self.causal)[None, None]
+
+    def exact(self, a: int, b: int, kv: PackedKV) -> Tensor | None:
+        """Columns of the exact rows ``a`` to ``b``, which lie on both sides of the packed ones."""
+        if self.mask is None and self.causal is None:
+            return None
+        front, gap = kv.sinks, kv.packed
+        parts = [self.at(a, min(b, front))] if a < front else []
+        if b > front:
+            parts.append(self.at(max(a, front) + gap, b + gap))
+        known = [part for part in parts if part is not None]
+        return known[0] if len(known) == 1 else torch.cat(known, dim=-1)
