@@ -127,6 +127,20 @@ def guidance_of(result: dict[str, Any]) -> str:
     return table(["mini", "UniPC, shift 3", "branch calls", "true ODE, NMSE e-4"], rows)
 
 
+def peers(result: dict[str, Any]) -> str:
+    """The rows as fast as ``quality`` or faster: what somebody would choose between."""
+    rows = []
+    for kind in KINDS:
+        least = next(r["cpu"] for r in result["tables"][kind] if r["setting"] == "quality")
+        for r in result["tables"][kind]:
+            if r["failed"]:
+                rows.append([kind, r["peer"], r["setting"], "", "", "", "", "failed: " + r["failed"].replace("|", "/")[:80]])
+            elif r["cpu"] >= least and not r["setting"].startswith("tau="):
+                figures = [f"{r['calls']:g}", f"{r['cpu']:.2f}", e4(r["nmse"]), e4(r["ode"])]
+                rows.append([kind, r["peer"], r["setting"], *figures, f"{r['held']:,.0f}"])
+    return table(["mini", "peer", "setting", "calls", "CPU ratio", "own, NMSE e-4", "true ODE, NMSE e-4", "bytes held"], rows)
+
+
 def main() -> int:
     from tqai_core.bench import levels, methods
 
@@ -137,7 +151,8 @@ def main() -> int:
     }  # fmt: skip
     lower = load("levels")
     parts |= {"levels": levels_of(lower), "guidance": guidance_of(lower)}
-    details = {"methods": sections(methods, load("methods")), "levels": sections(levels, lower)}
+    others = load("dit_peers")
+    details = {"methods": sections(methods, load("methods")), "levels": sections(levels, lower), "peers": peers(others)}
     stale = [fill(ROOT / "README.md", parts), fill(ROOT / "docs" / "methods.md", details)]
     return int(any(stale)) if "--check" in sys.argv else 0
 

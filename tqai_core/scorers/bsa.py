@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01085 and Quest 2406.10774"):
     """Attention mass between blocks estimated from their mean query and mean key: rank correlation .94 to .99 with the true
     mass on the minis, and the blocks it picks keep as much of it as the best ones (within .02). As a score of tokens, the
-    mass their block receives. With the strategy ``window`` it chooses the blocks that stay exact.
+    mass their block receives. With the strategy ``window`` it chooses the blocks that stay exact; as a weight of the
+    tolerance it changes nothing on the minis.
     """
 
     block: int = param(16, "tokens a block", low=1, high=1024)

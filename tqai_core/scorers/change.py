@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Change(Scorer, name="change", paper="last relative change, the signal of TeaCache 2411.19108 and FirstBlockCache"):
     """Relative change of a token since its last computed value, r / (r + 1). The best cheap predictor of the next step's
-    reuse error on the minis: rank correlation .45 to .71 by token and .73 to .82 by step.
+    reuse error on the minis: rank correlation .45 to .71 by token and .73 to .82 by step. As a weight of the tolerance it
+    loses to its absence: 1.2 to 1.7 times the error at 12 of 24 calls.
     """
 
     width: int = param(16, "coordinates of the sketch kept of a token", low=1, high=256)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Palm(Scorer, name="palm"):
     """Novelty of a token: its distance from a running mean in units of a running spread, squashed to [0, 1]. Kept on a
     small sketch of each token. Predicts the next reuse error less well than ``change`` on the minis (rank correlation .39
-    to .54 by token, .55 to .73 by step).
+    to .54 by token, .55 to .73 by step). At 12 of 24 calls it changes nothing on SD3 and WAN and loses to its absence on Flux
+    (1.3 times the error).
     """
 
     alpha: float = param(0.5, "weight of the newest value in the running mean and spread", low=0.01, high=1.0)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Sheaf(Scorer, name="sheaf", paper="sheaf Laplacian, Hansen and Ghrist 1808.01513; restriction maps are the identity here"):
     """Laplacian energy of a token on its grid (1-D text, 2-D image, 3-D video): the sum of |x - neighbour|^2 over its edges
     divided by the largest value it can take; a constant field scores 0, a checkerboard 1. Says little on the minis: rank
-    correlation with the next reuse error .04 to .16 by token, .25 to .53 by step.
+    correlation with the next reuse error .04 to .16 by token, .25 to .53 by step. At 12 of 24 calls: nothing changes on the
+    image minis, .80 of the error on WAN.
     """
 
     def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | None:

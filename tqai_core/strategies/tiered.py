@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Tiered(Strategy, name="tiered"):
     """The best scored tokens are held with more bits, the others with fewer; forecast as ``delta2`` does. Without a scorer
-    the tokens that changed most are the best. See docs/methods.md for where that beats uniform bits.
+    the tokens that changed most are the best. On the minis no score is sharp enough: at equal bytes 7/5 bits have .97 to 1.4
+    times the error of uniform 6, so prefer ``delta2``. It pays where few tokens are restless (planted ones: .22 of the error).
 
     Costs one bit a token for the tier beside the codes.
     """
