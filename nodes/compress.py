@@ -77,15 +77,15 @@ class TQAICompress(io.ComfyNode):
         model: Any,
         preset: str,
         level: str,
-        codec: dict[str, Any],
         memory_budget: int,
         enabled: bool,
+        codec: dict[str, Any] | None = None,
         pipeline: Pipeline | None = None,
     ) -> io.NodeOutput:
         if not enabled:
             return io.NodeOutput(model)
         stages = pipeline or _preset(preset, family_of(model)[0])
-        if codec["codec"] != KEEP:
+        if codec is None or codec["codec"] != KEEP:
             stages = stages.with_stage("codec", codec)
         settings = Settings(stages.config(level), cls.hidden.unique_id, memory_budget * 2**20)
         return io.NodeOutput(patch(model, settings))

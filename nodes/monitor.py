@@ -28,5 +28,5 @@ class TQAIMonitor(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, monitor: dict[str, Any], pipeline: Pipeline | None = None) -> io.NodeOutput:
+    def execute(cls, monitor: dict[str, Any] | None = None, pipeline: Pipeline | None = None) -> io.NodeOutput:
         return io.NodeOutput((pipeline or DEFAULT).with_stage("monitor", monitor))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tqai_core.config import LEVELS, Config, preset
-from tqai_core.registry import build
+from tqai_core.registry import build, names
 
 ROLES = ("scorer", "strategy", "monitor", "codec")
 NONE = "none"
@@ -28,8 +28,11 @@ class Pipeline:
     def of(config: Config) -> Pipeline:
         return Pipeline(config.scorer, config.strategy, config.monitor, config.codec, config.skip_layers)
 
-    def with_stage(self, role: str, choice: Mapping[str, Any]) -> Pipeline:
-        """``choice`` is what a dynamic combo gives: the method's name under the role, its options beside it."""
+    def with_stage(self, role: str, choice: Mapping[str, Any] | None) -> Pipeline:
+        """``choice`` is what a dynamic combo gives: the method's name under the role, its options beside it. The host gives
+        None for a name that the combo does not have."""
+        if choice is None or role not in choice:
+            raise ValueError(f"this {role} is unknown here: choose one of {', '.join(names(role))}")
         name, options = choice[role], {key: value for key, value in choice.items() if key != role}
         spec = None if name == NONE else build(role, {"name": name, **options}).spec
         return dataclasses.replace(self, **{role: spec})

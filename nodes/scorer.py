@@ -27,5 +27,5 @@ class TQAIScorer(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, scorer: dict[str, Any], pipeline: Pipeline | None = None) -> io.NodeOutput:
+    def execute(cls, scorer: dict[str, Any] | None = None, pipeline: Pipeline | None = None) -> io.NodeOutput:
         return io.NodeOutput((pipeline or DEFAULT).with_stage("scorer", scorer))

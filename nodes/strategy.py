@@ -28,5 +28,5 @@ class TQAIStrategy(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, strategy: dict[str, Any], pipeline: Pipeline | None = None) -> io.NodeOutput:
+    def execute(cls, strategy: dict[str, Any] | None = None, pipeline: Pipeline | None = None) -> io.NodeOutput:
         return io.NodeOutput((pipeline or DEFAULT).with_stage("strategy", strategy))

@@ -160,7 +160,7 @@ def test_a_second_prompt_takes_the_sampler_from_the_cache_and_still_reports(serv
         ("10", "level", "kv", "level"),
         ("14", "layers", "5 8", "numbers, ranges or module names"),
         ("13", "monitor.tau", 99.0, "tau"),
-        ("11", "strategy", "nope", "strategy"),
+        ("11", "strategy", "nope", "this strategy is unknown here: choose one of delta"),
     ],
 )
 def test_bad_input_is_refused_with_a_reason(server, node, name, value, word):

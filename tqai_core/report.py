@@ -77,6 +77,7 @@ class Recorder:
 
     def decision(self, model: str, step: Step, decision: Decision) -> dict[str, Any]:
         self.report.evaluations += 1
+        self.report.seconds_cpu = time.process_time() - self._clock  # once a step: the clock sums over all threads
         self._why[decision.why] += decision.compute
         entry = {
             "step": step.index,
@@ -96,7 +97,6 @@ class Recorder:
         self.report.calls_skipped += skipped
         site["calls"] += 1
         site["skipped"] += skipped
-        self.report.seconds_cpu = time.process_time() - self._clock
 
     def held(self, model: str, where: Where, stream_bytes: int, exact: int) -> None:
         """After every store: the peak is walked, not computed."""
