@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..codecs.rows import Scratch
 from ..kv import PackedKV, Segment
+from . import native as kernel
 
 CHUNK = 1 << 17  # coordinates looked up at a time on a CPU: half a MiB of fp32 stays in its cache
 GROUP = 1 << 15  # scores that one softmax sees at a time
@@ -24,13 +25,15 @@ NEGLIGIBLE = 1e-6  # share of the weight so far below which a chunk's values are
 
 @torch.no_grad()
 def attend(
-    query: Tensor, kv: PackedKV, *, scaling: float, mask: Tensor | None = None, softcap: float | None = None, aux: Tensor | None = None
-) -> Tensor:
+    query: Tensor, kv: PackedKV, *, scaling: float, mask: Tensor | None = None, softcap: float | None = None, aux: Tensor | None = None,
+    native: bool = True,
+) -> Tensor:  # fmt: skip
     """``softmax(scaling q k^T + mask) v`` for the last tokens of ``kv``.
 
     ``query [B, heads, Q, D]``; ``mask`` broadcasts over ``[B, heads, Q, tokens]``, bool (True = attend) or added; without one
     it is causal, aligned at the end. ``softcap``: tanh cap of the scores. ``aux [heads]``: a logit that takes weight and has no
-    value. Returns ``[B, heads, Q, Dv]`` in the query's dtype, without gradient.
+    value. ``native=False`` keeps to torch where a C kernel would take a few queries on a CPU (:mod:`attention.native`).
+    Returns ``[B, heads, Q, Dv]`` in the query's dtype, without gradient.
     """
     assert kv.keys is not None
     assert kv.values is not None
@@ -43,12 +46,12 @@ def attend(
     for i in range(0, count, block):
         j = min(i + block, count)
         seen = _Mask(mask, i, j, count, kv.length, query.device)
-        out[:, :, i:j] = _attend(query[:, :, i:j], kv, scaling, seen, softcap, aux, scratch)
+        out[:, :, i:j] = _attend(query[:, :, i:j], kv, scaling, seen, softcap, aux, scratch, native)
     return out
 
 
 def _attend(
-    query: Tensor, kv: PackedKV, scaling: float, seen: _Mask, softcap: float | None, aux: Tensor | None, scratch: Scratch
+    query: Tensor, kv: PackedKV, scaling: float, seen: _Mask, softcap: float | None, aux: Tensor | None, scratch: Scratch, native: bool
 ) -> Tensor:
     assert kv.keys is not None
     assert kv.values is not None
@@ -64,22 +67,28 @@ def _attend(
         run.sum += p @ kv.values[:, :, a:e].float()
     if kv.segments:
         run.sum = kv.coder_v().rotate(run.sum)
-        _packed(q, kv, run, seen, softcap, scratch)
+        _packed(q, kv, run, seen, softcap, scratch, native)
         run.sum = kv.coder_v().unrotate(run.sum)
     return (run.sum / run.weight.clamp_min(1e-30)).view(b, heads, count, dv)
 
 
-def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch) -> None:
-    """Adds the packed tokens to ``run``. The place where a native kernel would go: one call a segment."""
+def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool) -> None:
+    """Adds the packed tokens to ``run``, by the native kernel where that can."""
     keys, values = kv.coder_k(), kv.coder_v()
     shift = None
     if kv.mean is not None and kv.scale is not None:
         shift = (q * kv.mean).sum(-1, keepdim=True)
         q = q * kv.scale
     b, h, r, _ = q.shape
-    q = keys.rotate(q).flatten(0, 1)
-    total = run.sum.flatten(0, 1)
-    position = kv.sinks
+    q, position = keys.rotate(q), kv.sinks
+    if native and r <= kernel.ROWS:
+        mask = seen.at(0, position + kv.packed) if seen.hides(position + kv.packed) else None
+        if kernel.attend(
+            kv.segments, q, shift, keys, values, count=run.count, mask=mask, first=position, softcap=softcap,
+            top=run.top, weight=run.weight, total=run.sum,
+        ):  # fmt: skip
+            return
+    q, total = q.flatten(0, 1), run.sum.flatten(0, 1)
     for group in _groups(kv, max(GROUP // (b * h * r), 1)):
         sizes = [len(segment) for segment in group]
         s = q.new_empty(b * h, r, sum(sizes))
@@ -162,9 +171,14 @@ class _Mask:
 
     def __init__(self, mask: Tensor | None, i: int, j: int, count: int, length: int, device: torch.device) -> None:
         self.causal: Tensor | None = None
+        self._first = length - count + i  # the token of the first row
         if mask is None and count > 1:
             self.causal = torch.arange(length - count + i, length - count + j, device=device)[:, None]
         self.mask = None if mask is None else mask[:, :, i:j] if mask.shape[2] > 1 else mask
+
+    def hides(self, b: int) -> bool:
+        """Whether a row may not see one of the first ``b`` tokens."""
+        return self.mask is not None or (self.causal is not None and b > self._first + 1)
 
     def at(self, a: int, b: int) -> Tensor | None:
         """Columns of positions ``a`` to ``b``: ``[B or 1, heads or 1, rows, b - a]``, or None where all are seen."""
