@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..codecs.rows import BITS, Rows, rows
-from ..kv import Segment
+from ..codecs.rows import BITS
+from ..kv import PackedKV, Plan, Segment
 
 SOURCE = Path(__file__).with_name("packed.c")
 OPTIONS = ("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -37,13 +37,14 @@ UNITS = 32
 class _Job(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "group", "count", "d", "dv", "bits_k", "bits_v")),
-        ("level_k", ctypes.c_void_p), ("level_v", ctypes.c_void_p),
-        ("segments", ctypes.c_void_p), ("segment_count", ctypes.c_int64),
-        ("q", ctypes.c_void_p), ("shift", ctypes.c_void_p),
-        ("mask", ctypes.c_void_p),
-        *((f"mask_{name}", ctypes.c_int64) for name in ("kind", "batch", "head", "row")),
+        *((name, ctypes.c_void_p) for name in ("level_k", "level_v", "segments")),
+        *((name, ctypes.c_int64) for name in ("segment_count", "first")),
+        *((name, ctypes.c_void_p) for name in ("q", "shift", "exact_k", "exact_v")),
+        *((name, ctypes.c_int64) for name in ("exact", "front", "exact_kind")),
+        *((name, ctypes.c_void_p) for name in ("q_exact", "mask")),
+        *((name, ctypes.c_int64) for name in ("mask_kind", "mask_batch", "mask_head", "mask_row", "seen", "after")),
         ("softcap", ctypes.c_float),
-        ("top", ctypes.c_void_p), ("weight", ctypes.c_void_p), ("sum", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("top", "weight", "sum", "sum_exact")),
     ]  # fmt: skip
 
 
@@ -162,15 +163,17 @@ def check(library: ctypes.CDLL) -> None:
     d, h, r, n = 96, 2, 5, 67
     wave = torch.arange(h * n * d, dtype=torch.float32)
     k, v = ((wave * a).sin().view(1, h, n, d) * (wave * b).cos().view(1, h, n, d) for a, b in ((12.9898, 0.37), (78.233, 0.73)))
-    q = (wave[: h * r * d] * 3.1).sin().view(h, r, d)
+    q = (wave[: h * r * d] * 3.1).sin().view(1, h, r, d)
     for bits in BITS:
-        keys, values = rows(d, bits, 0, k.device), rows(d, bits, 1, k.device)
-        segment = Segment(*keys.encode(k), *values.encode(v))
-        s = q @ (keys.lookup(segment.codes_k) * segment.gain_k.float()[..., None])[0].transpose(1, 2)
-        want = s.softmax(-1) @ (values.lookup(segment.codes_v) * segment.gain_v.float()[..., None])[0]
-        top, weight, total = q.new_full((h, r, 1), -1e30), q.new_zeros(h, r, 1), q.new_zeros(h, r, d)
-        _call(library, [segment], q, None, keys, values, 1, r, h, None, (0, 0, 0), 0, None, top, weight, total)
-        error = float((total / weight - want).norm() / want.norm())
+        kv = PackedKV(Plan(bits, bits, sink=2, recent=1, calibrate=0))
+        kv.append(k[:, :, :3], v[:, :, :3])
+        keys, values = kv.coder_k(), kv.coder_v()
+        kv.segments = [Segment(*keys.encode(k), *values.encode(v))]
+        kv.length += n
+        s = torch.cat([q @ k[:, :, :3].transpose(2, 3), q @ keys.decode(*_tensors(kv.segments[0])[:2]).transpose(2, 3)], 3)
+        want = s.softmax(-1) @ torch.cat([v[:, :, :3], values.decode(*_tensors(kv.segments[0])[2:])], 2)
+        got = _run(library, q, kv, 1, None, 0, None, None, 1)
+        error = float("inf") if got is None else float((got - want).norm() / want.norm())
         if not error < 1e-3:
             raise RuntimeError(f"its results at {bits} bits differ from torch's by {error:.1e}")
 
@@ -179,79 +182,85 @@ def check(library: ctypes.CDLL) -> None:
 
 
 def attend(
-    segments: Sequence[Segment], q: Tensor, shift: Tensor | None, keys: Rows, values: Rows, *, count: int, mask: Tensor | None,
-    first: int, softcap: float | None, top: Tensor, weight: Tensor, total: Tensor,
-) -> bool:  # fmt: skip
-    """Adds ``segments`` to an online softmax; False, with nothing changed, where it cannot.
+    q: Tensor, kv: PackedKV, *, count: int, mask: Tensor | None, seen: int, softcap: float | None, aux: Tensor | None
+) -> Tensor | None:
+    """The attention of ``q fp32 [B, H, group x count, D]`` (scaled); ``fp32 [B, H, group x count, Dv]``, or None where it cannot.
 
-    ``q fp32 [B, H, group x count, D]``: rotated and scaled. ``shift [B, H, group x count, 1]`` is added to the scores.
-    ``mask`` broadcasts over ``[B, H x group, count, tokens]``, the first packed token at column ``first``: bool (True = attend)
-    or added. ``top``, ``weight`` (``[B, H, group x count, 1]``) and ``total`` (``[B, H, group x count, Dv]``, rotated) are
-    fp32, contiguous and changed in place.
+    ``mask`` broadcasts over ``[B, H x group, count, tokens]``: bool (True = attend) or added. ``seen``: tokens that the first
+    query sees, each further one sees one more; 0: all. ``aux [heads]``: logits that take weight and have no value.
     """
     b, h, r, d = q.shape
-    n = sum(map(len, segments))
-    if q.device.type != "cpu" or r > ROWS or d % UNITS or values.d % UNITS or not n or not ready():
-        return False
-    if torch.is_grad_enabled() and q.requires_grad:  # torch's own operations keep the graph
-        return False
+    if kv.keys is None or kv.values is None or q.device.type != "cpu" or r > ROWS or d % UNITS or kv.values.shape[3] % UNITS:
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or kv.keys.requires_grad or kv.values.requires_grad):
+        return None  # torch's own operations keep the graph
+    if mask is not None and mask.shape[-1] < kv.length:
+        return None
+    if not ready():
+        return None
     assert _library is not None
-    strides = (0, 0, 0)
+    parts = min(torch.get_num_threads(), len(kv.segments), max(b * h * kv.length * d // PARALLEL, 1))
+    return _run(_library, q, kv, count, mask, seen, softcap, aux, parts)
+
+
+def _run(
+    library: ctypes.CDLL, q: Tensor, kv: PackedKV, count: int, mask: Tensor | None, seen: int, softcap: float | None,
+    aux: Tensor | None, parts: int,
+) -> Tensor | None:  # fmt: skip
+    global _pool
+    assert kv.keys is not None
+    assert kv.values is not None
+    b, h, r, d = q.shape
+    keys, values, group = kv.coder_k(), kv.coder_v(), r // count
+    exact_k, exact_v = (x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float() for x in (kv.keys, kv.values))
+    strides: Sequence[int] = (0, 0, 0)
     if mask is not None:
-        if mask.shape[-1] < first + n:
-            return False
         if mask.dtype not in (torch.bool, torch.float32):
             mask = mask.float()
         if mask.stride(-1) != 1:
             mask = mask.contiguous()
-        strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride()[:3], strict=True))  # type: ignore[assignment]
-    for segment in segments:
-        if not all(tensor.is_contiguous() for tensor in vars(segment).values()):
-            return False
-    q = q.contiguous()
-    shift = None if shift is None else shift.contiguous()
-    common = (keys, values, r // count, count, h, mask, strides)
-    parts = min(torch.get_num_threads(), len(segments), max(b * h * n * d // PARALLEL, 1))
-    if parts == 1:
-        return _call(_library, segments, q, shift, *common, first, softcap, top, weight, total)
-    return _parallel(_library, segments, q, shift, common, first, softcap, top, weight, total, parts)
-
-
-def _parallel(library, segments, q, shift, common, first, softcap, top, weight, total, parts) -> bool:  # type: ignore[no-untyped-def]
-    """Neighbouring segments to a thread each (split K), and the parts' softmaxes joined."""
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(torch.get_num_threads(), "tqai-packed")
-    jobs, at = [], 0
+        strides = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
+    q, shift, turned = q.contiguous(), None, q
+    if kv.mean is not None and kv.scale is not None:
+        shift, turned = (q * kv.mean).sum(-1), q * kv.scale
+    turned = keys.rotate(turned)
+    states, jobs, at = [], [], 0
     for i in range(parts):
-        own = segments[len(segments) * i // parts : len(segments) * (i + 1) // parts]
-        state = (torch.full_like(top, -1e30), torch.zeros_like(weight), torch.zeros_like(total))
-        jobs.append((state, _pool.submit(_call, library, own, q, shift, *common, first + at, softcap, *state)))
+        own = kv.segments[len(kv.segments) * i // parts : len(kv.segments) * (i + 1) // parts]
+        table = (_Segment * len(own))(*(tuple(t.data_ptr() for t in _tensors(segment)) + (len(segment),) for segment in own))
+        top, weight = q.new_full((b, h, r), -1e30), q.new_zeros(b, h, r)
+        if aux is not None and i == 0:
+            top.view(b, h, group, count).copy_(aux.view(h, group, 1))
+            weight.fill_(1)
+        state = (top, weight, q.new_empty(b, h, r, values.d), q.new_empty(b, h, r, values.d))
+        states.append(state)
+        jobs.append(_Job(
+            b * h, h, group, count, d, values.d, keys.bits, values.bits,
+            keys.level.data_ptr(), values.level.data_ptr(), ctypes.addressof(table), len(own), kv.sinks + at,
+            turned.data_ptr(), None if shift is None else shift.data_ptr(), exact_k.data_ptr(), exact_v.data_ptr(),
+            *((exact_k.shape[2], kv.sinks) if i == 0 else (0, 0)), 1 if exact_k.dtype == torch.bfloat16 else 2,
+            q.data_ptr(), None if mask is None else mask.data_ptr(), 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+            *strides, seen, kv.sinks + kv.packed, softcap or 0.0, *(x.data_ptr() for x in state),
+        ))  # fmt: skip
+        jobs[-1].table = table  # kept alive
         at += sum(map(len, own))
-    done = [future.result() for _, future in jobs]
-    if not all(done):
-        return False
-    for (t, w, s), _ in jobs:
+    if parts == 1:
+        done = [library.tqai_attend(ctypes.byref(jobs[0]))]
+    else:  # neighbouring segments to a thread each (split K)
+        if _pool is None:
+            _pool = ThreadPoolExecutor(torch.get_num_threads(), "tqai-packed")
+        done = list(_pool.map(lambda job: library.tqai_attend(ctypes.byref(job)), jobs))
+    if any(done):
+        return None
+    top, weight, packed, exact = states[0]
+    for t, w, p, _ in states[1:]:
         high = torch.maximum(top, t)
         mine, theirs = torch.exp(top - high), torch.exp(t - high)
-        weight.mul_(mine).add_(w * theirs)
-        total.mul_(mine).add_(s * theirs)
-        top.copy_(high)
-    return True
+        top, weight = high, weight * mine + w * theirs
+        packed = packed * mine[..., None] + p * theirs[..., None]
+        exact = exact * mine[..., None]
+    return values.unrotate(packed).add_(exact).div_(weight.clamp_min(1e-30)[..., None])
 
 
-def _call(library, segments, q, shift, keys, values, group, count, h, mask, strides, first, softcap, top, weight, total) -> bool:  # type: ignore[no-untyped-def]
-    table = (_Segment * len(segments))()
-    for entry, segment in zip(table, segments, strict=True):
-        entry.codes_k, entry.gain_k = segment.codes_k.data_ptr(), segment.gain_k.data_ptr()
-        entry.codes_v, entry.gain_v = segment.codes_v.data_ptr(), segment.gain_v.data_ptr()
-        entry.tokens = len(segment)
-    job = _Job(
-        q.numel() // (group * count * keys.d), h, group, count, keys.d, values.d, keys.bits, values.bits,
-        keys.level.data_ptr(), values.level.data_ptr(), ctypes.addressof(table), len(segments),
-        q.data_ptr(), None if shift is None else shift.data_ptr(),
-        None if mask is None else mask.data_ptr() + first * mask.element_size(),
-        0 if mask is None else 1 if mask.dtype == torch.bool else 2, *strides, softcap or 0.0,
-        top.data_ptr(), weight.data_ptr(), total.data_ptr(),
-    )  # fmt: skip
-    return library.tqai_attend(ctypes.byref(job)) == 0
+def _tensors(segment: Segment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return segment.codes_k, segment.gain_k, segment.codes_v, segment.gain_v

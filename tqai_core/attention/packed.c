@@ -51,12 +51,18 @@ typedef struct {
   int64_t heads, kv_heads, group, count, d, dv, bits_k, bits_v; /* heads: batch x kv_heads; rows of a head: group x count */
   const float *level_k, *level_v;
   const Segment *segments;
-  int64_t segment_count;
-  const float *q, *shift; /* [heads, rows, d], rotated; [heads, rows] or NULL: added to every score */
-  const void *mask;       /* NULL, or the column of the first token */
+  int64_t segment_count, first; /* column of the first packed token */
+  const float *q, *shift;       /* [heads, rows, d], rotated; [heads, rows] or NULL: added to every packed score */
+  const void *exact_k, *exact_v; /* [heads, exact, d] and [heads, exact, dv]; the first ones lie before the packed tokens */
+  int64_t exact, front, exact_kind; /* 1: bf16, 2: fp32 */
+  const float *q_exact;             /* not rotated */
+  const void *mask;                 /* or NULL */
   int64_t mask_kind, mask_batch, mask_head, mask_row; /* 1: bytes, 0 hides; 2: fp32, added; strides in elements */
+  int64_t seen;                                       /* columns that the first query sees, the next one more; 0: all */
+  int64_t after;                                      /* column of the exact row number front */
   float softcap;                                      /* 0: none */
-  float *top, *weight, *sum;                          /* [heads, rows], [heads, rows], [heads, rows, dv]: added to */
+  float *top, *weight;     /* [heads, rows]: where the softmax stands; changed */
+  float *sum, *sum_exact;  /* [heads, rows, dv]: written; the first rotated */
 } Job;
 
 INLINE float wide(uint16_t x) {
@@ -66,18 +72,28 @@ INLINE float wide(uint16_t x) {
   return y;
 }
 
-INLINE float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; } /* |x| < 2^22 */
+typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias)); /* eight, on any machine */
+typedef int32_t Ints __attribute__((vector_size(32), aligned(4), may_alias));
 
-/* exp for x <= 0, relative error 2e-7; 0 below -87; the compiler makes vectors of it */
-INLINE float small_exp(float x) {
-  float y = x < -87.0f ? -87.0f : x;
-  float n = rounded(y * 1.44269504f);
-  float f = (y - n * 0.693145752f) - n * 1.42860677e-6f;
-  float p = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f + f * 0.00138888889f)))));
-  int32_t bits = ((int32_t)n + 127) << 23;
-  float s;
-  memcpy(&s, &bits, 4);
-  return x < -87.0f ? 0.0f : p * s;
+INLINE Floats rounded(Floats x) { return (x + 12582912.0f) - 12582912.0f; } /* |x| < 2^22 */
+INLINE Floats choose(Ints yes, Floats a, Floats b) { return (Floats)(((Ints)a & yes) | ((Ints)b & ~yes)); }
+INLINE Floats larger(Floats a, Floats b) { return choose(a > b, a, b); }
+INLINE float add_up(Floats x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+INLINE float largest(Floats x) {
+  float m = x[0];
+  for (int i = 1; i < 8; i++) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+/* exp for x <= 0, relative error 2e-7; 0 below -87 */
+INLINE Floats small_exp(Floats x) {
+  const Floats least = (Floats){0} - 87.0f;
+  Floats y = choose(x < least, least, x);
+  Floats n = rounded(y * 1.44269504f);
+  Floats f = (y - n * 0.693145752f) - n * 1.42860677e-6f;
+  Floats p = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f + f * 0.00138888889f)))));
+  Ints bits = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return choose(x < least, (Floats){0}, p * (Floats)bits);
 }
 
 static Book book(int64_t bits, const float *level) {
@@ -359,9 +375,10 @@ static void orders(const int bits, int64_t d, int32_t *rows, int32_t *sums, int1
   } while (0)
 
 INLINE void scores(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *q, int64_t rows, int64_t d,
-                   int16_t *row, float *s) {
+                   int16_t *row, float *s, const uint8_t *next, int64_t next_bytes) {
   for (int64_t t = 0; t < n; t++) {
     float out[4];
+    for (int64_t i = 0; i < next_bytes; i += 64) __builtin_prefetch(next + t * next_bytes + i);
     unpack_row(b, bits, codes + t * bytes, d, row);
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) {
@@ -386,69 +403,112 @@ INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t 
   }
 }
 
-static void hide(const Job *job, int64_t head, int64_t r, int64_t column, int64_t n, float *s) {
-  int64_t b = head / job->kv_heads, h = head % job->kv_heads * job->group + r / job->count;
-  int64_t at = b * job->mask_batch + h * job->mask_head + r % job->count * job->mask_row + column;
-  if (job->mask_kind == 1) {
-    const uint8_t *m = (const uint8_t *)job->mask + at;
-    for (int64_t t = 0; t < n; t++)
-      if (!m[t]) s[t] = -INFINITY;
-  } else {
-    const float *m = (const float *)job->mask + at;
-    for (int64_t t = 0; t < n; t++) s[t] += m[t];
+/* Softcap and mask of n scores from a column on; -inf up to a multiple of 8 */
+static void finish(const Job *job, int64_t head, int64_t r, int64_t column, int64_t n, float *s) {
+  if (job->softcap > 0)
+    for (int64_t t = 0; t < n; t++) s[t] = tanhf(s[t] / job->softcap) * job->softcap;
+  if (job->mask) {
+    int64_t b = head / job->kv_heads, h = head % job->kv_heads * job->group + r / job->count;
+    int64_t at = b * job->mask_batch + h * job->mask_head + r % job->count * job->mask_row + column;
+    if (job->mask_kind == 1) {
+      const uint8_t *m = (const uint8_t *)job->mask + at;
+      for (int64_t t = 0; t < n; t++) s[t] = m[t] ? s[t] : -INFINITY;
+    } else {
+      const float *m = (const float *)job->mask + at;
+      for (int64_t t = 0; t < n; t++) s[t] += m[t];
+    }
   }
+  if (job->seen) {
+    int64_t seen = job->seen + r % job->count - column;
+    for (int64_t t = seen < 0 ? 0 : seen; t < n; t++) s[t] = -INFINITY;
+  }
+  for (int64_t t = n; t < (n + 7) / 8 * 8; t++) s[t] = -INFINITY;
 }
 
 /* One row of scores, padded with -inf to a multiple of 8 -> weights; the sum of the new weights comes back */
-static float weigh(float *s, int64_t n, float *top, float *weight, float *sum, int64_t dv) {
-  float m[8], a[8] = {0};
-  for (int i = 0; i < 8; i++) m[i] = *top;
-  for (int64_t t = 0; t < n; t += 8)
-    for (int i = 0; i < 8; i++) m[i] = s[t + i] > m[i] ? s[t + i] : m[i];
-  float high = m[0], share = 0;
-  for (int i = 1; i < 8; i++) high = m[i] > high ? m[i] : high;
+static float weigh(float *s, int64_t n, float *top, float *weight, float *one, int64_t d1, float *two, int64_t d2) {
+  Floats *x = (Floats *)s, m = (Floats){0} + *top, a = {0};
+  for (int64_t t = 0; t < n / 8; t++) m = larger(x[t], m);
+  float high = largest(m);
   if (high > *top) {
-    float shrink = small_exp(*top - high);
+    float shrink = small_exp((Floats){0} + (*top - high))[0];
     *weight *= shrink;
-    for (int64_t j = 0; j < dv; j++) sum[j] *= shrink;
+    for (int64_t j = 0; j < d1; j++) one[j] *= shrink;
+    for (int64_t j = 0; j < d2; j++) two[j] *= shrink;
     *top = high;
   }
-  for (int64_t t = 0; t < n; t++) s[t] = small_exp(s[t] - high);
-  for (int64_t t = 0; t < n; t += 8)
-    for (int i = 0; i < 8; i++) a[i] += s[t + i];
-  for (int i = 0; i < 8; i++) share += a[i];
+  for (int64_t t = 0; t < n / 8; t++) a += x[t] = small_exp(x[t] - high);
+  float share = add_up(a);
   *weight += share;
   return share;
 }
 
 /* Weights times gains as 16-bit integers whose weighted sums of levels stay below 2^31; the scale of one comes back */
 static float integers(const float *p, const float *gain, int64_t n, const Book *b, int16_t *w) {
-  float m[8] = {0}, a[8] = {0}, y[TOKENS], most = 0, all = 0;
-  for (int64_t t = 0; t < n; t += 8)
-    for (int i = 0; i < 8; i++) {
-      float x = p[t + i] * gain[t + i], z = fabsf(x);
-      y[t + i] = x;
-      a[i] += z;
-      m[i] = z > m[i] ? z : m[i];
-    }
-  for (int i = 0; i < 8; i++) all += a[i], most = m[i] > most ? m[i] : most;
+  const Floats *x = (const Floats *)p, *g = (const Floats *)gain;
+  Floats y[TOKENS / 8], m = {0}, a = {0};
+  for (int64_t t = 0; t < n / 8; t++) {
+    y[t] = x[t] * g[t];
+    Floats z = (Floats)((Ints)y[t] & 0x7fffffff);
+    a += z;
+    m = larger(z, m);
+  }
+  float most = largest(m), all = add_up(a);
   if (!(most > TINY)) {
     memset(w, 0, TOKENS * sizeof *w);
     return 0;
   }
   float limit = 2147000000.0f / (float)b->top - TOKENS, up = FULL / most;
   if (all * up > limit) up = limit / all;
-  for (int64_t t = 0; t < n; t++) w[t] = (int16_t)(int32_t)rounded(y[t] * up);
+  for (int64_t t = 0; t < n / 8; t++) {
+    Ints z = __builtin_convertvector(rounded(y[t] * up), Ints);
+    for (int i = 0; i < 8; i++) w[8 * t + i] = (int16_t)z[i];
+  }
   return b->unit / up;
 }
 
-/* Adds all segments to top, weight and sum. 0, or 1 where memory ran out and nothing was changed. */
+INLINE const float *exact_row(const void *x, int64_t kind, int64_t at, int64_t d, float *out) {
+  if (kind == 2) return (const float *)x + at * d;
+  const uint16_t *p = (const uint16_t *)x + at * d;
+  for (int64_t j = 0; j < d; j++) out[j] = wide(p[j]);
+  return out;
+}
+
+/* Exact rows a to b of a head, whose columns start at column */
+static void exact(const Job *job, int64_t head, int64_t a, int64_t b, int64_t column, float *s, float *row, float *sum) {
+  const int64_t d = job->d, dv = job->dv, rows = job->group * job->count;
+  for (; a < b; a += TOKENS, column += TOKENS) {
+    const int64_t n = b - a < TOKENS ? b - a : TOKENS, at = head * job->exact + a;
+    for (int64_t t = 0; t < n; t++) {
+      const float *k = exact_row(job->exact_k, job->exact_kind, at + t, d, row);
+      for (int64_t r = 0; r < rows; r++) {
+        const float *q = job->q_exact + (head * rows + r) * d;
+        Floats x = {0}, y = {0};
+        for (int64_t j = 0; j < d; j += 16) x += *(const Floats *)(k + j) * *(const Floats *)(q + j), y += *(const Floats *)(k + j + 8) * *(const Floats *)(q + j + 8);
+        s[r * TOKENS + t] = add_up(x + y);
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      finish(job, head, r, column, n, s + r * TOKENS);
+      weigh(s + r * TOKENS, (n + 7) / 8 * 8, job->top + head * rows + r, job->weight + head * rows + r, sum + r * dv, dv, NULL, 0);
+    }
+    for (int64_t t = 0; t < n; t++) {
+      const float *v = exact_row(job->exact_v, job->exact_kind, at + t, dv, row);
+      for (int64_t r = 0; r < rows; r++) {
+        const float p = s[r * TOKENS + t];
+        for (int64_t j = 0; j < dv; j += 8) *(Floats *)(sum + r * dv + j) += p * *(const Floats *)(v + j);
+      }
+    }
+  }
+}
+
+/* 0, or 1 where memory ran out and nothing was changed. */
 int tqai_attend(const Job *job) {
   const int64_t d = job->d, dv = job->dv, rows = job->group * job->count, wide_d = d > dv ? d : dv;
   const Book bk = book(job->bits_k, job->level_k), bv = book(job->bits_v, job->level_v);
   const int64_t bytes_k = d * job->bits_k / 8, bytes_v = dv * job->bits_v / 8;
   const int64_t sizes[] = {rows * d * 2, rows * dv * 4, rows * TOKENS * 4, rows * TOKENS * 2, rows * 4, rows * 4, rows,
-                           wide_d * 2,   TOKENS * 64,   d * 4,             dv * 4,            wide_d * 4, wide_d};
+                           wide_d * 4,   TOKENS * 64,   d * 4,             dv * 4,            wide_d * 4, wide_d};
   int64_t at[13], need = 64;
   for (int i = 0; i < 13; i++) at[i] = need, need += (sizes[i] + 63) / 64 * 64;
   uint8_t *memory = malloc((size_t)need);
@@ -460,13 +520,16 @@ int tqai_attend(const Job *job) {
   uint8_t *bad = PART(uint8_t, 6), *probe = PART(uint8_t, 12);
   int32_t *order_k = PART(int32_t, 9), *order_v = PART(int32_t, 10), *other = PART(int32_t, 11);
   float gain_k[TOKENS], gain_v[TOKENS];
-
-
   orders(bk.bits, d, order_k, other, row, pairs, probe);
   orders(bv.bits, dv, other, order_v, row, pairs, probe);
 
   for (int64_t head = 0; head < job->heads; head++) {
-    float *top = job->top + head * rows, *weight = job->weight + head * rows, *out = job->sum + head * rows * dv;
+    float *top = job->top + head * rows, *weight = job->weight + head * rows;
+    float *out = job->sum + head * rows * dv, *out_exact = job->sum_exact + head * rows * dv;
+    memset(sum, 0, (size_t)(rows * dv) * 4);
+    memset(out_exact, 0, (size_t)(rows * dv) * 4);
+    exact(job, head, 0, job->front, 0, s, PART(float, 7), out_exact);
+    exact(job, head, job->front, job->exact, job->after, s, PART(float, 7), out_exact);
     for (int64_t r = 0; r < rows; r++) {
       const float *x = job->q + (head * rows + r) * d;
       float most = 0;
@@ -478,32 +541,32 @@ int tqai_attend(const Job *job) {
       float up = bad[r] || !(most > TINY) ? 0 : FULL / most;
       unit[r] = up > 0 ? bk.unit / up : 0;
       for (int64_t j = 0; j < d; j++) q[r * d + j] = up > 0 ? (int16_t)lrintf(x[order_k[j]] * up) : 0;
-      for (int64_t j = 0; j < dv; j++) sum[r * dv + j] = out[r * dv + order_v[j]];
     }
-    int64_t column = 0;
+    int64_t column = job->first;
     for (int64_t g = 0; g < job->segment_count; g++) {
       const Segment *seg = job->segments + g;
       for (int64_t t0 = 0; t0 < seg->tokens; t0 += TOKENS) {
         const int64_t n = seg->tokens - t0 < TOKENS ? seg->tokens - t0 : TOKENS, even = (n + 7) / 8 * 8;
-        const int64_t first = head * seg->tokens + t0;
-        for (int64_t t = 0; t < n; t++) gain_k[t] = wide(seg->gain_k[first + t]), gain_v[t] = wide(seg->gain_v[first + t]);
+        const int64_t at = head * seg->tokens + t0;
+        for (int64_t t = 0; t < n; t++) gain_k[t] = wide(seg->gain_k[at + t]), gain_v[t] = wide(seg->gain_v[at + t]);
         for (int64_t t = n; t < even; t++) gain_k[t] = gain_v[t] = 0;
-#define SCORES(bits) scores(&bk, bits, seg->codes_k + first * bytes_k, bytes_k, n, q, rows, d, row, s)
+#define SCORES(bits) scores(&bk, bits, seg->codes_k + at * bytes_k, bytes_k, n, q, rows, d, row, s, seg->codes_v + at * bytes_v, bytes_v)
         PICK(job->bits_k, SCORES);
         int needed = 0;
         for (int64_t r = 0; r < rows; r++) {
           float *x = s + r * TOKENS, more = job->shift ? job->shift[head * rows + r] : 0.0f;
           for (int64_t t = 0; t < n; t++) x[t] = x[t] * unit[r] * gain_k[t] + more;
-          if (job->softcap > 0)
-            for (int64_t t = 0; t < n; t++) x[t] = tanhf(x[t] / job->softcap) * job->softcap;
-          if (job->mask) hide(job, head, r, column + t0, n, x);
-          for (int64_t t = n; t < even; t++) x[t] = -INFINITY;
-          float share = weigh(x, even, top + r, weight + r, sum + r * dv, dv);
+          finish(job, head, r, column + t0, n, x);
+          float share = weigh(x, even, top + r, weight + r, sum + r * dv, dv, out_exact + r * dv, dv);
           needed |= share > weight[r] * NEGLIGIBLE;
           scale[r] = integers(x, gain_v, even, &bv, w + r * TOKENS);
         }
         if (!needed) continue;
-#define VALUES(bits) values(&bv, bits, seg->codes_v + first * bytes_v, bytes_v, n, w, scale, rows, dv, pairs, sum)
+        /* the keys that come next in this segment; elsewhere the processor sees it coming */
+        const uint8_t *next = seg->codes_k + (at + n) * bytes_k;
+        if (t0 + 2 * TOKENS <= seg->tokens)
+          for (int64_t i = 0; i < TOKENS * bytes_k; i += 64) __builtin_prefetch(next + i);
+#define VALUES(bits) values(&bv, bits, seg->codes_v + at * bytes_v, bytes_v, n, w, scale, rows, dv, pairs, sum)
         PICK(job->bits_v, VALUES);
       }
       column += seg->tokens;

@@ -58,6 +58,10 @@ def _attend(
     b, heads, count, d = query.shape
     h, dv = kv.keys.shape[1], kv.values.shape[-1]
     q = (query.float() * scaling).reshape(b, h, heads // h * count, d)
+    if native and kv.segments:
+        done = kernel.attend(q, kv, count=count, mask=seen.mask, seen=seen.first, softcap=softcap, aux=aux)
+        if done is not None:
+            return done.view(b, heads, count, dv)
     run = _Softmax(q, dv, aux, heads // h, count)
     exact = kv.keys.shape[2]
     for a in range(0, exact, 1024):
@@ -67,28 +71,22 @@ def _attend(
         run.sum += p @ kv.values[:, :, a:e].float()
     if kv.segments:
         run.sum = kv.coder_v().rotate(run.sum)
-        _packed(q, kv, run, seen, softcap, scratch, native)
+        _packed(q, kv, run, seen, softcap, scratch)
         run.sum = kv.coder_v().unrotate(run.sum)
     return (run.sum / run.weight.clamp_min(1e-30)).view(b, heads, count, dv)
 
 
-def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool) -> None:
-    """Adds the packed tokens to ``run``, by the native kernel where that can."""
+def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch) -> None:
+    """Adds the packed tokens to ``run``."""
     keys, values = kv.coder_k(), kv.coder_v()
     shift = None
     if kv.mean is not None and kv.scale is not None:
         shift = (q * kv.mean).sum(-1, keepdim=True)
         q = q * kv.scale
     b, h, r, _ = q.shape
-    q, position = keys.rotate(q), kv.sinks
-    if native and r <= kernel.ROWS:
-        mask = seen.at(0, position + kv.packed) if seen.hides(position + kv.packed) else None
-        if kernel.attend(
-            kv.segments, q, shift, keys, values, count=run.count, mask=mask, first=position, softcap=softcap,
-            top=run.top, weight=run.weight, total=run.sum,
-        ):  # fmt: skip
-            return
-    q, total = q.flatten(0, 1), run.sum.flatten(0, 1)
+    q = keys.rotate(q).flatten(0, 1)
+    total = run.sum.flatten(0, 1)
+    position = kv.sinks
     for group in _groups(kv, max(GROUP // (b * h * r), 1)):
         sizes = [len(segment) for segment in group]
         s = q.new_empty(b * h, r, sum(sizes))
@@ -171,14 +169,11 @@ class _Mask:
 
     def __init__(self, mask: Tensor | None, i: int, j: int, count: int, length: int, device: torch.device) -> None:
         self.causal: Tensor | None = None
-        self._first = length - count + i  # the token of the first row
+        self.first = 0  # tokens that the first row sees; 0: no causal mask
         if mask is None and count > 1:
+            self.first = length - count + i + 1
             self.causal = torch.arange(length - count + i, length - count + j, device=device)[:, None]
         self.mask = None if mask is None else mask[:, :, i:j] if mask.shape[2] > 1 else mask
-
-    def hides(self, b: int) -> bool:
-        """Whether a row may not see one of the first ``b`` tokens."""
-        return self.mask is not None or (self.causal is not None and b > self._first + 1)
 
     def at(self, a: int, b: int) -> Tensor | None:
         """Columns of positions ``a`` to ``b``: ``[B or 1, heads or 1, rows, b - a]``, or None where all are seen."""
