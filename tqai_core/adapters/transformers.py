@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..attention import native
 from ..attention.packed import attend
 from ..attention.view import PackedView
 from ..config import Config
@@ -229,6 +230,8 @@ class KVCache(Cache):
         if self._evaluations and self.packed_layers and not any(layer.kv.packed for layer in self.packed_layers):
             wait = max(self.config.calibrate, self.config.sink + self.config.recent + FLUSH)
             report.warnings.append(f"nothing is packed yet: {self.get_seq_length()} tokens are held, packing starts at {wait}")
+        if any(layer.kv.packed for layer in self.packed_layers) and (why := native.status()):
+            report.warnings.append(why)
         return report
 
     def _step(self, layer: PackedLayer, count: int) -> None:

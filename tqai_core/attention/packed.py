@@ -16,6 +16,7 @@ from torch import Tensor
 from ..codecs.rows import Scratch
 from ..kv import PackedKV, Segment
 from . import native as kernel
+from . import triton_packed
 
 CHUNK = 1 << 17  # coordinates looked up at a time on a CPU: half a MiB of fp32 stays in its cache
 GROUP = 1 << 15  # scores that one softmax sees at a time
@@ -32,7 +33,7 @@ def attend(
 
     ``query [B, heads, Q, D]``; ``mask`` broadcasts over ``[B, heads, Q, tokens]``, bool (True = attend) or added; without one
     it is causal, aligned at the end. ``softcap``: tanh cap of the scores. ``aux [heads]``: a logit that takes weight and has no
-    value. ``native=False`` keeps to torch where a C kernel would take a few queries on a CPU (:mod:`attention.native`).
+    value. ``native=False`` keeps to torch where a kernel would take a few queries (:mod:`attention.native`, on a CPU).
     Returns ``[B, heads, Q, Dv]`` in the query's dtype, without gradient.
     """
     assert kv.keys is not None
@@ -71,12 +72,12 @@ def _attend(
         run.sum += p @ kv.values[:, :, a:e].float()
     if kv.segments:
         run.sum = kv.coder_v().rotate(run.sum)
-        _packed(q, kv, run, seen, softcap, scratch)
+        _packed(q, kv, run, seen, softcap, scratch, native)
         run.sum = kv.coder_v().unrotate(run.sum)
     return (run.sum / run.weight.clamp_min(1e-30)).view(b, heads, count, dv)
 
 
-def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch) -> None:
+def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool) -> None:
     """Adds the packed tokens to ``run``."""
     keys, values = kv.coder_k(), kv.coder_v()
     shift = None
@@ -84,7 +85,14 @@ def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float 
         shift = (q * kv.mean).sum(-1, keepdim=True)
         q = q * kv.scale
     b, h, r, _ = q.shape
-    q = keys.rotate(q).flatten(0, 1)
+    q = keys.rotate(q)
+    if native and triton_packed.wanted(q):
+        triton_packed.attend(
+            kv.segments, q, shift, keys, values, mask=seen.at(0, kv.length), first=kv.sinks, group=run.group, softcap=softcap,
+            top=run.top, weight=run.weight, total=run.sum,
+        )  # fmt: skip
+        return
+    q = q.flatten(0, 1)
     total = run.sum.flatten(0, 1)
     position = kv.sinks
     for group in _groups(kv, max(GROUP // (b * h * r), 1)):

@@ -1,0 +1,254 @@
+"""The C and Triton kernels of the packed attention against the torch path."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tqai_core.attention import native
+from tqai_core.attention.packed import attend
+from tqai_core.codecs.rows import BITS
+from tqai_core.kv import PackedKV, Plan
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = {"tuned": (), "plain": ("-DTQAI_PLAIN",)}
+compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here")
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """The library for this CPU, and the one in plain C that any CPU runs."""
+    folder = tmp_path_factory.mktemp("native")
+    return {name: native.load(native.build(folder, flags)) for name, flags in KINDS.items()}
+
+
+@pytest.fixture(params=KINDS)
+def kernel(request, libraries, monkeypatch):
+    monkeypatch.delenv("TQAI_NATIVE", raising=False)
+    monkeypatch.setattr(native, "_library", libraries[request.param])
+    monkeypatch.setattr(native, "_why", "")
+    return request.param
+
+
+def filled(plan, n, b=1, h=2, d=64, dv=None, dtype=torch.float32, group=2, seed=0, piece=None):
+    g = torch.Generator().manual_seed(seed)
+    kv = PackedKV(plan)
+    for at in range(0, n, piece or max(n, 1)):
+        m = min(piece or n, n - at)
+        k = torch.randn(b, h, m, d, generator=g) * torch.linspace(0.3, 3, d) + 1
+        kv.append(k.to(dtype), torch.randn(b, h, m, dv or d, generator=g).to(dtype))
+        kv.observe(torch.randn(b, h * group, m, d, generator=g).to(dtype))
+        kv.settle()
+    return kv
+
+
+def both(kv, q, **options):
+    """Native and torch; the native one must really have run."""
+    ran = []
+    run = native._run
+    native._run = lambda *args: ran.append(1) or run(*args)
+    try:
+        fast = attend(q, kv, **options)
+    finally:
+        native._run = run
+    assert bool(ran) == bool(kv.segments)
+    slow = attend(q, kv, native=False, **options)
+    assert fast.dtype == slow.dtype
+    return fast.float(), slow.float()
+
+
+def close(fast, slow, dtype):
+    """Within the rounding of bf16; fp32 queries come nearer, by what 13-bit levels leave."""
+    assert fast.isfinite().all()
+    limit = 1e-3 if dtype == torch.float32 else 4e-3
+    assert float((fast - slow).norm()) <= limit * float(slow.norm()) + 1e-6
+
+
+@compiler
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.tuples(st.sampled_from(BITS), st.sampled_from(BITS)),
+    d=st.sampled_from([32, 64, 96, 128, 160, 256]), dv=st.sampled_from([32, 64, 96, 128]),
+    h=st.integers(1, 3), group=st.integers(1, 9), b=st.integers(1, 2), count=st.integers(1, 3),
+    n=st.sampled_from([0, 1, 3, 32, 33, 65, 100, 129, 1100]), sink=st.integers(0, 4), recent=st.sampled_from([0, 1, 7, 32, 100]),
+    calibrate=st.sampled_from([0, 20]), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    kind=st.sampled_from(sorted(KINDS)), softcap=st.sampled_from([None, 20.0]), aux=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_native_equals_torch(libraries, bits, d, dv, h, group, b, count, n, sink, recent, calibrate, dtype, kind, softcap, aux, seed):
+    kept, native._library = native._library, libraries[kind]
+    try:
+        kv = filled(Plan(*bits, sink=sink, recent=recent, calibrate=calibrate), n, b, h, d, dv, dtype, group, seed, piece=70)
+        g = torch.Generator().manual_seed(seed + 1)
+        kv.append(torch.randn(b, h, count, d, generator=g).to(dtype), torch.randn(b, h, count, dv, generator=g).to(dtype))
+        q = torch.randn(b, h * group, count, d, generator=g).to(dtype)
+        more = torch.randn(h * group, generator=g) if aux else None
+        close(*both(kv, q, scaling=d**-0.5, softcap=softcap, aux=more), dtype)
+    finally:
+        native._library = kept
+
+
+@compiler
+@pytest.mark.parametrize("bits", BITS)
+def test_masks_and_queries_that_do_not_see_all(kernel, bits):
+    kv = filled(Plan(bits, bits, recent=32), 400, b=2)
+    n, q = kv.length, torch.randn(2, 4, 3, 64, generator=torch.Generator().manual_seed(5))
+    pad = torch.arange(n)[None] <= torch.arange(n - 3, n)[:, None]
+    left = pad[None, None].repeat(2, 1, 1, 1)
+    left[0, :, :, :90] = False
+    per_head = left.repeat(1, 4, 1, 1)
+    per_head[:, 1, :, 100:200] = False
+    added = torch.zeros(left.shape).masked_fill(~left, torch.finfo(torch.float32).min)
+    strided = left.transpose(2, 3).contiguous().transpose(2, 3)
+    for mask in (None, left, per_head, added, added.bfloat16(), strided, left[:, :, :1], left[:1]):
+        close(*both(kv, q, scaling=0.3, mask=mask), torch.float32)
+    hidden = left.clone()
+    hidden[1] = False
+    fast, _ = both(kv, q, scaling=0.3, mask=hidden)
+    assert torch.equal(fast[1], torch.zeros(4, 3, 64))
+    early = filled(Plan(bits, bits, recent=0, sink=0), 300)
+    close(*both(early, torch.randn(1, 4, 5, 64), scaling=0.3), torch.float32)  # the first of five does not see the last four
+
+
+@compiler
+def test_extreme_scores_and_values(kernel):
+    """Weights of one token against thousands, gains of any size, zeros."""
+    g = torch.Generator().manual_seed(0)
+    for size, grow in ((1e-12, 1.0), (1e8, 1.0), (1.0, 40.0), (0.0, 1.0)):
+        kv = PackedKV(Plan(recent=4, calibrate=0))
+        v = torch.randn(1, 1, 2000, 64, generator=g) * size
+        kv.append(torch.randn(1, 1, 2000, 64, generator=g) * grow, v)
+        kv.settle()
+        fast, slow = both(kv, torch.randn(1, 3, 1, 64, generator=g), scaling=1.0)
+        assert float((fast - slow).norm()) <= 3e-3 * float(slow.norm()) + 1e-30
+    kv = filled(Plan(recent=32), 400)
+    q = torch.randn(1, 4, 1, 64)
+    q[0, 1, 0, 3] = float("nan")
+    fast, slow = attend(q, kv, scaling=1.0), attend(q, kv, scaling=1.0, native=False)
+    assert torch.equal(fast.isnan(), slow.isnan())
+    assert fast[:, 1].isnan().all()
+
+
+@compiler
+def test_threads_share_the_tokens(kernel, monkeypatch):
+    monkeypatch.setattr(native, "PARALLEL", 1)
+    kv = filled(Plan(recent=32), 5000, b=2)
+    q = torch.randn(2, 4, 1, 64)
+    one = attend(q, kv, scaling=0.3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    mask = torch.rand(2, 4, 1, 5000) > 0.3
+    for options in ({}, {"mask": mask}, {"aux": torch.randn(4)}):
+        close(*both(kv, q, scaling=0.3, **options), torch.float32)
+    assert torch.allclose(attend(q, kv, scaling=0.3), one, atol=1e-5)
+
+
+@compiler
+def test_what_it_leaves_to_torch(kernel, monkeypatch):
+    monkeypatch.setattr(native, "_run", lambda *a: pytest.fail("native ran"))
+    attend(torch.randn(1, 2, 1, 48), filled(Plan(recent=32), 400, d=48), scaling=1.0)
+    attend(torch.randn(1, 4, 40, 64), filled(Plan(recent=32), 400), scaling=1.0)
+    kv = filled(Plan(recent=32), 400)
+    attend(torch.randn(1, 4, 1, 64), kv, scaling=1.0, native=False)
+    monkeypatch.setenv("TQAI_NATIVE", "0")
+    attend(torch.randn(1, 4, 1, 64), kv, scaling=1.0)
+    assert "TQAI_NATIVE=0" in native.status()
+
+
+# -- building and falling back
+
+
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.delenv("TQAI_NATIVE", raising=False)
+    monkeypatch.setenv("TQAI_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "_why", "")
+
+
+@compiler
+def test_it_is_built_once_and_found_again(monkeypatch, tmp_path):
+    fresh(monkeypatch, tmp_path / "sub")
+    assert native.ready()
+    assert native.status() == ""
+    assert native.kind() in ("avx512", "avx2", "plain C")
+    (made,) = (tmp_path / "sub").iterdir()
+    before = made.stat().st_mtime_ns
+    native.forget()
+    assert native.ready()
+    assert made.stat().st_mtime_ns == before
+    assert native.build(tmp_path / "sub", ("-DTQAI_PLAIN",)) != made
+
+
+@pytest.mark.parametrize("what", ["missing", "fails", "wrong", "read only"])
+def test_any_failure_leaves_torch_and_one_line(what, monkeypatch, tmp_path):
+    fresh(monkeypatch, tmp_path)
+    if what == "missing":
+        monkeypatch.setenv("CC", "no-such-compiler")
+    elif what == "fails":
+        monkeypatch.setenv("CC", shutil.which("false"))
+    elif what == "wrong":
+        if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+            pytest.skip("no C compiler here")
+        broken = tmp_path / "broken.c"
+        broken.write_text(native.SOURCE.read_text().replace("#define LEVEL 8191", "#define LEVEL 5"))
+        monkeypatch.setattr(native, "SOURCE", broken)
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("TQAI_CACHE", str(tmp_path / "file"))
+    kv, q = filled(Plan(recent=32), 400), torch.randn(1, 4, 1, 64)
+    assert torch.equal(attend(q, kv, scaling=1.0), attend(q, kv, scaling=1.0, native=False))
+    assert native.status().startswith("native kernel not used (")
+    assert "\n" not in native.status()
+    assert not native.ready()
+
+
+def test_import_builds_nothing(tmp_path):
+    code = "import tqai_core.attention.packed, sys; print('triton' in sys.modules)"
+    env = {**os.environ, "TQAI_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert run.stdout.strip() == "False"
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- Triton
+
+
+def test_triton_in_its_interpreter_equals_torch():
+    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "TQAI_TRITON": "1", "TQAI_NATIVE": "0"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("equal") == 8
+
+
+def _interpret() -> None:
+    from tqai_core.attention import triton_packed
+
+    seen = []
+    inner = triton_packed.attend
+    triton_packed.attend = lambda *a, **k: seen.append(1) or inner(*a, **k)
+    g = torch.Generator().manual_seed(1)
+    sizes = ((64, 64, 1, 1, 400), (96, 32, 3, 2, 397), (128, 64, 4, 1, 365), (32, 32, 9, 3, 321))
+    for i, (bits_k, bits_v) in enumerate(((2, 3), (3, 2), (4, 4), (8, 8))):
+        for d, dv, group, count, n in (sizes[i], sizes[(i + 1) % 4]):
+            kv = filled(Plan(bits_k, bits_v, recent=32), n, b=2, d=d, dv=dv, group=group)
+            q = torch.randn(2, 2 * group, count, d, generator=g)
+            mask = torch.rand(2, 1, count, n, generator=g) > 0.2
+            for options in ({}, {"mask": mask, "softcap": 15.0, "aux": torch.randn(2 * group, generator=g)}):
+                fast, slow = attend(q, kv, scaling=0.2, **options), attend(q, kv, scaling=0.2, native=False, **options)
+                assert torch.allclose(fast, slow, atol=2e-5), (bits_k, bits_v, d, float((fast - slow).abs().max()))
+            print("equal")
+    assert len(seen) == 16
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _interpret()
