@@ -1,9 +1,10 @@
 /* Decode attention over packed rows (codecs/rows.py has the bytes of a row), for a few query rows a head.
  *
  * Levels and queries are 16-bit integers while they meet: a byte shuffle looks 32 levels up at once, and one instruction
- * multiplies and adds pairs. Levels keep 13 bits, queries and weights 15 with a scale of their own (weights a new one every
- * 64 tokens), sums go to fp32 before 32 bits could overflow. What this rounds away is a few 1e-5 of a score, a hundredth of
- * what 8 bits round away. The softmax is online (1805.02867) and in fp32.
+ * multiplies and adds pairs. They keep 13 to 15 bits, each query and every 64 weights with a scale of their own; sums go to
+ * fp32 before 32 bits could overflow. What this rounds away is below 1e-4 of the result; 8 bits a code round away 1e-2. The softmax is online (1805.02867) and in fp32.
+ *
+ * Queries that come in fp32 stay that, at two thirds of the speed.
  *
  * Each instruction set unpacks coordinates in the order that suits it. Nothing here knows that order: it is read off once a
  * call by unpacking rows whose levels spell the number of the coordinate.
@@ -27,8 +28,10 @@
 #define INLINE static inline __attribute__((always_inline))
 #define TOKENS 64 /* that share one rescaling */
 #define UNIT 32   /* coordinates unpacked together */
-#define LEVEL 8191
-#define FULL 32767
+#define LEVEL_K 16383
+#define QUERY(top) ((top) > 255 ? 16383 : 32767) /* 8 x 16383 x 16383 < 2^31 */
+#define LEVEL_V 8191
+#define WEIGHT 32767
 #define TINY 1e-33f
 #define NEGLIGIBLE 1e-6f
 
@@ -60,6 +63,7 @@ typedef struct {
   int64_t mask_kind, mask_batch, mask_head, mask_row; /* 1: bytes, 0 hides; 2: fp32, added; strides in elements */
   int64_t seen;                                       /* columns that the first query sees, the next one more; 0: all */
   int64_t after;                                      /* column of the exact row number front */
+  int64_t precise;                                    /* fp32 where the products are taken */
   float softcap;                                      /* 0: none */
   float *top, *weight;     /* [heads, rows]: where the softmax stands; changed */
   float *sum, *sum_exact;  /* [heads, rows, dv]: written; the first rotated */
@@ -96,7 +100,8 @@ INLINE Floats small_exp(Floats x) {
   return choose(x < least, (Floats){0}, p * (Floats)bits);
 }
 
-static Book book(int64_t bits, const float *level) {
+/* Levels as integers up to limit, by the scale near it that rounds them least */
+static Book book(int64_t bits, const float *level, int limit) {
   Book b;
   memset(&b, 0, sizeof b);
   b.bits = (int)bits;
@@ -108,8 +113,16 @@ static Book book(int64_t bits, const float *level) {
   float most = 0;
   int n = 1 << bits;
   for (int i = 0; i < n; i++) most = fmaxf(most, fabsf(level[i]));
-  b.unit = most / LEVEL;
-  b.top = LEVEL;
+  float least = INFINITY;
+  for (int top = limit; top > limit - 512; top--) {
+    float unit = most / top, off = 0;
+    for (int i = 0; i < n; i++) {
+      float x = level[i] / unit, y = x - ((x + 12582912.0f) - 12582912.0f);
+      off += y * y;
+    }
+    off *= unit * unit;
+    if (off < least) least = off, b.unit = unit, b.top = top;
+  }
   for (int i = 0; i < n; i++) b.level[i] = (int16_t)lrintf(level[i] / b.unit);
   for (int i = 0; i < 16; i++) b.low[i] = (uint8_t)b.level[i], b.high[i] = (uint8_t)((uint16_t)b.level[i] >> 8);
   return b;
@@ -184,7 +197,7 @@ INLINE float total(__m256 x) {
   return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
 
-/* out[i] = row . q[i], integers; 64 coordinates never overflow: 8 x 8191 x 32767 < 2^31 */
+/* out[i] = row . q[i], integers; 64 coordinates never overflow 8 sums */
 INLINE void dots(const int16_t *row, const int16_t *q, int64_t d, const int n, float *out) {
 #ifdef WIDE
   __m512 f[4];
@@ -403,6 +416,51 @@ INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t 
   }
 }
 
+/* ---- the same with fp32 queries and weights: only levels are rounded, to 15 bits */
+
+typedef int16_t Shorts __attribute__((vector_size(16), aligned(2), may_alias));
+
+INLINE void floats(const int16_t *x, int64_t d, float *out) {
+  for (int64_t j = 0; j < d; j += 8) *(Floats *)(out + j) = __builtin_convertvector(*(const Shorts *)(x + j), Floats);
+}
+
+INLINE float dot(const float *x, const float *y, int64_t d) {
+  Floats a = {0}, b = {0};
+  for (int64_t j = 0; j < d; j += 16) {
+    a += *(const Floats *)(x + j) * *(const Floats *)(y + j);
+    b += *(const Floats *)(x + j + 8) * *(const Floats *)(y + j + 8);
+  }
+  return add_up(a + b);
+}
+
+INLINE void scores_fp32(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const float *q, int64_t rows,
+                        int64_t d, int16_t *row, float *wide_row, float *s) {
+  for (int64_t t = 0; t < n; t++) {
+    unpack_row(b, bits, codes + t * bytes, d, row);
+    floats(row, d, wide_row);
+    for (int64_t r = 0; r < rows; r++) s[r * TOKENS + t] = dot(wide_row, q + r * d, d);
+  }
+}
+
+/* p: weights times gains, 0 after the last token */
+INLINE void values_fp32(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const float *p, int64_t rows,
+                        int64_t d, int16_t *row, float *wide_row, float *sum) {
+  for (int64_t t = 0; t < n; t += 4) {
+    for (int64_t i = 0; i < 4; i++) {
+      unpack_row(b, bits, codes + (t + i < n ? t + i : t) * bytes, d, row);
+      floats(row, d, wide_row + i * d);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      const float *x = p + r * TOKENS + t;
+      for (int64_t j = 0; j < d; j += 8) {
+        const float *y = wide_row + j;
+        *(Floats *)(sum + r * d + j) += (x[0] * *(const Floats *)y + x[1] * *(const Floats *)(y + d)) +
+                                        (x[2] * *(const Floats *)(y + 2 * d) + x[3] * *(const Floats *)(y + 3 * d));
+      }
+    }
+  }
+}
+
 /* Softcap and mask of n scores from a column on; -inf up to a multiple of 8 */
 static void finish(const Job *job, int64_t head, int64_t r, int64_t column, int64_t n, float *s) {
   if (job->softcap > 0)
@@ -458,7 +516,7 @@ static float integers(const float *p, const float *gain, int64_t n, const Book *
     memset(w, 0, TOKENS * sizeof *w);
     return 0;
   }
-  float limit = 2147000000.0f / (float)b->top - TOKENS, up = FULL / most;
+  float limit = 2147000000.0f / (float)b->top - TOKENS, up = WEIGHT / most;
   if (all * up > limit) up = limit / all;
   for (int64_t t = 0; t < n / 8; t++) {
     Ints z = __builtin_convertvector(rounded(y[t] * up), Ints);
@@ -483,9 +541,7 @@ static void exact(const Job *job, int64_t head, int64_t a, int64_t b, int64_t co
       const float *k = exact_row(job->exact_k, job->exact_kind, at + t, d, row);
       for (int64_t r = 0; r < rows; r++) {
         const float *q = job->q_exact + (head * rows + r) * d;
-        Floats x = {0}, y = {0};
-        for (int64_t j = 0; j < d; j += 16) x += *(const Floats *)(k + j) * *(const Floats *)(q + j), y += *(const Floats *)(k + j + 8) * *(const Floats *)(q + j + 8);
-        s[r * TOKENS + t] = add_up(x + y);
+        s[r * TOKENS + t] = dot(k, q, d);
       }
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -505,31 +561,32 @@ static void exact(const Job *job, int64_t head, int64_t a, int64_t b, int64_t co
 /* 0, or 1 where memory ran out and nothing was changed. */
 int tqai_attend(const Job *job) {
   const int64_t d = job->d, dv = job->dv, rows = job->group * job->count, wide_d = d > dv ? d : dv;
-  const Book bk = book(job->bits_k, job->level_k), bv = book(job->bits_v, job->level_v);
+  const Book bk = book(job->bits_k, job->level_k, job->precise ? 32767 : LEVEL_K),
+             bv = book(job->bits_v, job->level_v, job->precise ? 32767 : LEVEL_V);
   const int64_t bytes_k = d * job->bits_k / 8, bytes_v = dv * job->bits_v / 8;
-  const int64_t sizes[] = {rows * d * 2, rows * dv * 4, rows * TOKENS * 4, rows * TOKENS * 2, rows * 4, rows * 4, rows,
-                           wide_d * 4,   TOKENS * 64,   d * 4,             dv * 4,            wide_d * 4, wide_d};
+  const int64_t sizes[] = {rows * d * 4, rows * dv * 4, rows * TOKENS * 4, rows * TOKENS * 2, rows * 4, rows * 4, rows,
+                           wide_d * 16,  TOKENS * 64,   d * 4,             dv * 4,            wide_d * 4, wide_d};
   int64_t at[13], need = 64;
   for (int i = 0; i < 13; i++) at[i] = need, need += (sizes[i] + 63) / 64 * 64;
   uint8_t *memory = malloc((size_t)need);
   if (!memory) return 1;
   uint8_t *base = (uint8_t *)(((uintptr_t)memory + 63) / 64 * 64) - 64;
 #define PART(type, i) ((type *)(base + at[i]))
-  int16_t *q = PART(int16_t, 0), *w = PART(int16_t, 3), *row = PART(int16_t, 7), *pairs = PART(int16_t, 8);
-  float *sum = PART(float, 1), *s = PART(float, 2), *unit = PART(float, 4), *scale = PART(float, 5);
+  int16_t *q = PART(int16_t, 0), *w = PART(int16_t, 3), *row = PART(int16_t, 11), *pairs = PART(int16_t, 8);
+  float *q_fp32 = PART(float, 0), *wide_row = PART(float, 7), *sum = PART(float, 1), *s = PART(float, 2), *unit = PART(float, 4), *scale = PART(float, 5);
   uint8_t *bad = PART(uint8_t, 6), *probe = PART(uint8_t, 12);
-  int32_t *order_k = PART(int32_t, 9), *order_v = PART(int32_t, 10), *other = PART(int32_t, 11);
+  int32_t *order_k = PART(int32_t, 9), *order_v = PART(int32_t, 10), *other = PART(int32_t, 7);
   float gain_k[TOKENS], gain_v[TOKENS];
   orders(bk.bits, d, order_k, other, row, pairs, probe);
-  orders(bv.bits, dv, other, order_v, row, pairs, probe);
+  orders(bv.bits, dv, job->precise ? order_v : other, job->precise ? other : order_v, row, pairs, probe);
 
   for (int64_t head = 0; head < job->heads; head++) {
     float *top = job->top + head * rows, *weight = job->weight + head * rows;
     float *out = job->sum + head * rows * dv, *out_exact = job->sum_exact + head * rows * dv;
     memset(sum, 0, (size_t)(rows * dv) * 4);
     memset(out_exact, 0, (size_t)(rows * dv) * 4);
-    exact(job, head, 0, job->front, 0, s, PART(float, 7), out_exact);
-    exact(job, head, job->front, job->exact, job->after, s, PART(float, 7), out_exact);
+    exact(job, head, 0, job->front, 0, s, wide_row, out_exact);
+    exact(job, head, job->front, job->exact, job->after, s, wide_row, out_exact);
     for (int64_t r = 0; r < rows; r++) {
       const float *x = job->q + (head * rows + r) * d;
       float most = 0;
@@ -538,8 +595,13 @@ int tqai_attend(const Job *job) {
         most = fmaxf(most, fabsf(x[j]));
         bad[r] |= !isfinite(x[j]);
       }
-      float up = bad[r] || !(most > TINY) ? 0 : FULL / most;
+      float up = bad[r] || !(most > TINY) ? 0 : QUERY(bk.top) / most;
       unit[r] = up > 0 ? bk.unit / up : 0;
+      if (job->precise) {
+        unit[r] = bk.unit;
+        for (int64_t j = 0; j < d; j++) q_fp32[r * d + j] = x[order_k[j]];
+        continue;
+      }
       for (int64_t j = 0; j < d; j++) q[r * d + j] = up > 0 ? (int16_t)lrintf(x[order_k[j]] * up) : 0;
     }
     int64_t column = job->first;
@@ -550,8 +612,13 @@ int tqai_attend(const Job *job) {
         const int64_t at = head * seg->tokens + t0;
         for (int64_t t = 0; t < n; t++) gain_k[t] = wide(seg->gain_k[at + t]), gain_v[t] = wide(seg->gain_v[at + t]);
         for (int64_t t = n; t < even; t++) gain_k[t] = gain_v[t] = 0;
-#define SCORES(bits) scores(&bk, bits, seg->codes_k + at * bytes_k, bytes_k, n, q, rows, d, row, s, seg->codes_v + at * bytes_v, bytes_v)
-        PICK(job->bits_k, SCORES);
+        const uint8_t *codes_k = seg->codes_k + at * bytes_k, *codes_v = seg->codes_v + at * bytes_v;
+#define SCORES(bits) scores(&bk, bits, codes_k, bytes_k, n, q, rows, d, row, s, codes_v, bytes_v)
+#define SCORES_FP32(bits) scores_fp32(&bk, bits, codes_k, bytes_k, n, q_fp32, rows, d, row, wide_row, s)
+        if (job->precise)
+          PICK(job->bits_k, SCORES_FP32);
+        else
+          PICK(job->bits_k, SCORES);
         int needed = 0;
         for (int64_t r = 0; r < rows; r++) {
           float *x = s + r * TOKENS, more = job->shift ? job->shift[head * rows + r] : 0.0f;
@@ -559,15 +626,18 @@ int tqai_attend(const Job *job) {
           finish(job, head, r, column + t0, n, x);
           float share = weigh(x, even, top + r, weight + r, sum + r * dv, dv, out_exact + r * dv, dv);
           needed |= share > weight[r] * NEGLIGIBLE;
-          scale[r] = integers(x, gain_v, even, &bv, w + r * TOKENS);
+          if (job->precise)
+            for (int64_t t = 0; t < even; t++) x[t] *= gain_v[t] * bv.unit;
+          else
+            scale[r] = integers(x, gain_v, even, &bv, w + r * TOKENS);
         }
         if (!needed) continue;
-        /* the keys that come next in this segment; elsewhere the processor sees it coming */
-        const uint8_t *next = seg->codes_k + (at + n) * bytes_k;
-        if (t0 + 2 * TOKENS <= seg->tokens)
-          for (int64_t i = 0; i < TOKENS * bytes_k; i += 64) __builtin_prefetch(next + i);
-#define VALUES(bits) values(&bv, bits, seg->codes_v + at * bytes_v, bytes_v, n, w, scale, rows, dv, pairs, sum)
-        PICK(job->bits_v, VALUES);
+#define VALUES(bits) values(&bv, bits, codes_v, bytes_v, n, w, scale, rows, dv, pairs, sum)
+#define VALUES_FP32(bits) values_fp32(&bv, bits, codes_v, bytes_v, n, s, rows, dv, row, wide_row, sum)
+        if (job->precise)
+          PICK(job->bits_v, VALUES_FP32);
+        else
+          PICK(job->bits_v, VALUES);
       }
       column += seg->tokens;
     }

@@ -60,7 +60,8 @@ def _attend(
     h, dv = kv.keys.shape[1], kv.values.shape[-1]
     q = (query.float() * scaling).reshape(b, h, heads // h * count, d)
     if native and kv.segments:
-        done = kernel.attend(q, kv, count=count, mask=seen.mask, seen=seen.first, softcap=softcap, aux=aux)
+        precise = query.dtype == torch.float32
+        done = kernel.attend(q, kv, count=count, mask=seen.mask, seen=seen.first, softcap=softcap, aux=aux, precise=precise)
         if done is not None:
             return done.view(b, heads, count, dv)
     run = _Softmax(q, dv, aux, heads // h, count)

@@ -24,7 +24,7 @@ ROWS = 64  # queries of one kv head, group included
 
 def wanted(q: Tensor) -> bool:
     """Whether to run for ``q [B, H, rows, D]``: asked for, installed, and on a device that Triton (or its interpreter) knows."""
-    if os.environ.get("TQAI_TRITON") != "1" or q.shape[2] > ROWS or (torch.is_grad_enabled() and q.requires_grad):
+    if os.environ.get("TQAI_TRITON") != "1" or q.shape[2] > ROWS:
         return False
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
