@@ -4,7 +4,7 @@
  * multiplies and adds pairs. They keep 13 to 15 bits, each query and every 64 weights with a scale of their own; sums go to
  * fp32 before 32 bits could overflow. What this rounds away is below 1e-4 of the result; 8 bits a code round away 1e-2. The softmax is online (1805.02867) and in fp32.
  *
- * Queries that come in fp32 stay that, at two thirds of the speed.
+ * Queries that come in fp32 stay that, at less than half the speed.
  *
  * Each instruction set unpacks coordinates in the order that suits it. Nothing here knows that order: it is read off once a
  * call by unpacking rows whose levels spell the number of the coordinate.
