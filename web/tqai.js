@@ -6,6 +6,7 @@ import { BYPASSED, COMPUTED, FORECAST, UNKNOWN, advance, describe } from "./pane
 
 const EVENT = "tqai.step";
 const SETTING = "tqai.panel";
+const PANEL = 96; // pixels
 const COLOURS = { [COMPUTED]: "#5b8fd0", [FORECAST]: "#9a9a9a", [BYPASSED]: "#c98a3a", [UNKNOWN]: "#666666" };
 const TEXT_NODES = { TQAIReport: 160, TQAISavePipeline: 110 };
 
@@ -47,13 +48,13 @@ function attach(node, name, root, height) {
 }
 
 function panel(node) {
-  const root = element("div", { font: "12px/1.4 sans-serif", color: "var(--input-text, #ddd)", padding: "4px 6px", overflow: "hidden" });
+  const root = element("div", { font: "12px/1.4 sans-serif", color: "var(--input-text, #ddd)", padding: "4px 6px", overflow: "hidden", minHeight: "80px" });
   root.className = "tqai-panel";
   const head = element("div", { fontWeight: "600" }, root);
   const strip = element("div", { display: "flex", gap: "1px", height: "10px", margin: "3px 0" }, root);
-  const figures = element("div", {}, root);
+  const figures = element("div", { fontSize: "11px", minHeight: "15px" }, root);
   const why = element("div", { opacity: "0.75", whiteSpace: "nowrap", overflow: "hidden", textOverflow: "ellipsis" }, root);
-  attach(node, "tqai_panel", root, 84);
+  attach(node, "tqai_panel", root, PANEL);
   return (view) => {
     const text = describe(view);
     head.textContent = text.head;
@@ -94,6 +95,7 @@ function onExecuted({ detail }) {
     const root = element("pre", {
       font: "11px/1.35 monospace", color: "var(--input-text, #ddd)", margin: "0", padding: "4px 6px", overflow: "auto", whiteSpace: "pre-wrap",
     });
+    root.style.maxHeight = `${height}px`; // Nodes 2.0 grows a node with its content
     root.className = "tqai-text";
     attach(node, "tqai_text", root, height);
     texts.set(node, root);
@@ -101,7 +103,6 @@ function onExecuted({ detail }) {
   texts.get(node).textContent = [text].flat().join("\n");
 }
 
-/** A run that breaks off sends no more steps; what the panel shows last stays, and the next run starts a new one. */
 app.registerExtension({
   name: "tqai",
   settings: [

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALL = 8  # latents are that much smaller each way: the toy models attend over all of it
 SAMPLERS, SCHEDULERS = list(comfy_fake.SAMPLERS), ["simple", "sgm_uniform"]
 SEED = ("INT", {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True})
 MODELS = {
@@ -162,13 +163,13 @@ CORE: dict[str, Core] = {
     "EmptySD3LatentImage": Core(
         ("LATENT",),
         {**SIZE, "batch_size": number("INT", 1, 1, 4096)},
-        lambda width, height, batch_size: ({"samples": torch.zeros(batch_size, 16, height // 8, width // 8)},),
+        lambda width, height, batch_size: ({"samples": torch.zeros(batch_size, 16, height // SMALL // 8, width // SMALL // 8)},),
     ),
     "EmptyHunyuanLatentVideo": Core(
         ("LATENT",),
         {**SIZE, "length": number("INT", 25, 1, 16384, step=4), "batch_size": number("INT", 1, 1, 4096)},
         lambda width, height, length, batch_size: (
-            {"samples": torch.zeros(batch_size, 16, (length - 1) // 4 + 1, height // 8, width // 8)},
+            {"samples": torch.zeros(batch_size, 16, (length - 1) // 4 // SMALL + 1, height // SMALL // 8, width // SMALL // 8)},
         ),
     ),
     "Wan22ImageToVideoLatent": Core(
@@ -181,7 +182,7 @@ CORE: dict[str, Core] = {
             "batch_size": number("INT", 1, 1, 4096),
         },
         lambda vae, width, height, length, batch_size, start_image=None: (
-            {"samples": torch.zeros(batch_size, 48, (length - 1) // 4 + 1, height // 16, width // 16)},
+            {"samples": torch.zeros(batch_size, 48, (length - 1) // 4 // SMALL + 1, height // SMALL // 16, width // SMALL // 16)},
         ),
         {"start_image": link("IMAGE")},
     ),

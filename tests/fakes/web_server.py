@@ -24,7 +24,7 @@ PAGE = Path(comfyui_frontend_package.__file__).with_name("static")
 EMPTY: dict[str, Any] = {
     "/queue": {"queue_running": [], "queue_pending": []},
     "/history": {},
-    "/jobs": {"jobs": [], "pagination": {"offset": 0, "limit": None, "total": 0, "has_more": False}},
+    "/jobs": {"jobs": [], "pagination": {"offset": 0, "limit": 100, "total": 0, "has_more": False}},
     "/embeddings": [],
     "/experiment/models": [],
     "/models": [],
