@@ -9,6 +9,7 @@ import asyncio
 import io
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ EMPTY: dict[str, Any] = {
         "devices": [{"name": "cpu", "type": "cpu", "index": 0, "vram_total": 1, "vram_free": 1, "torch_vram_total": 1, "torch_vram_free": 1}],
     },
 }  # fmt: skip
+
+
+def give(make: Callable[[], Any]) -> Any:
+    """A handler that answers with what ``make`` returns, as JSON."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response(make())
+
+    return handler
 
 
 class Server:
@@ -82,20 +92,20 @@ class Server:
         app = web.Application(client_max_size=10**8)
         for prefix in ("", "/api"):
             for path, answer in EMPTY.items():
-                app.router.add_get(prefix + path, lambda request, answer=answer: web.json_response(answer))
+                app.router.add_get(prefix + path, give(lambda answer=answer: answer))
             app.router.add_get(f"{prefix}/ws", self._socket)
-            app.router.add_get(f"{prefix}/object_info", lambda request: web.json_response(self.info))
-            app.router.add_get(f"{prefix}/settings", lambda request: web.json_response(self.settings))
+            app.router.add_get(f"{prefix}/object_info", give(lambda: self.info))
+            app.router.add_get(f"{prefix}/settings", give(lambda: self.settings))
             app.router.add_post(f"{prefix}/settings", self._set)
             app.router.add_post(f"{prefix}/settings/{{id}}", self._set)
-            app.router.add_get(f"{prefix}/extensions", lambda request: web.json_response(self._scripts()))
-            app.router.add_get(f"{prefix}/i18n", lambda request: web.json_response(self._locales()))
-            app.router.add_get(f"{prefix}/workflow_templates", lambda request: web.json_response({"tqai": self._templates()}))
+            app.router.add_get(f"{prefix}/extensions", give(self._scripts))
+            app.router.add_get(f"{prefix}/i18n", give(self._locales))
+            app.router.add_get(f"{prefix}/workflow_templates", give(lambda: {"tqai": self._templates()}))
             app.router.add_post(f"{prefix}/prompt", self._prompt)
             app.router.add_get(f"{prefix}/view", self._view)
-            app.router.add_static(f"{prefix}/workflow_templates/tqai", ROOT / "workflows") if (ROOT / "workflows").exists() else None
+            app.router.add_static(f"{prefix}/workflow_templates/tqai", ROOT / "workflows")
         app.router.add_static("/extensions/tqai", ROOT / "web")
-        app.router.add_get("/", lambda request: web.FileResponse(PAGE / "index.html"))
+        app.router.add_get("/", self._index)
         app.router.add_static("/", PAGE)
         return app
 
@@ -111,6 +121,9 @@ class Server:
 
     def _templates(self) -> list[str]:
         return sorted(p.stem for p in (ROOT / "workflows").glob("*.json"))
+
+    async def _index(self, request: web.Request) -> web.FileResponse:
+        return web.FileResponse(PAGE / "index.html")
 
     async def _set(self, request: web.Request) -> web.Response:
         value = await request.json()
