@@ -1,6 +1,6 @@
 // Drives the real ComfyUI page. Reads a job as JSON from stdin, prints what it saw as JSON.
 //
-// Job: {url, chromium, open: {name: workflow}, run: {name, ui | api}, vue, picture, size: [w, h], types}
+// Job: {url, chromium, open: {name: workflow}, run: {name, ui | api, places: {id: [x, y]}}, vue, picture, size: [w, h], types}
 // needs playwright-core (NODE_PATH) and a chromium.
 const { readFileSync } = require("fs");
 const { chromium } = require("playwright-core");
@@ -48,9 +48,13 @@ const LIMIT = 120000;
     }
 
     if (job.run) {
-      await page.evaluate(async ({ name, ui, api }) => {
+      await page.evaluate(async ({ name, ui, api, places }) => {
         if (ui) await window.app.loadGraphData(ui, true, true, null);
         else await window.app.loadApiJson(api, name);
+        for (const [id, place] of Object.entries(places ?? {})) {
+          const node = window.app.graph.getNodeById(id);
+          if (node) node.pos = place;
+        }
       }, job.run);
       await page.keyboard.press("Escape");
       await page.waitForTimeout(800);

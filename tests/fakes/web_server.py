@@ -1,6 +1,6 @@
 """ComfyUI's web server in front of the fake host: enough for the real page (comfyui-frontend-package) to load, queue and show.
 
-    python tests/fakes/web_server.py [--port 8188]       then open the printed address
+python tests/fakes/web_server.py [--port 8188]       then open the printed address
 """
 
 from __future__ import annotations
@@ -35,8 +35,15 @@ EMPTY: dict[str, Any] = {
     "/users": {"storage": "server", "migrated": True},
     "/features": {"supports_preview_metadata": True, "max_upload_size": 10**8},
     "/system_stats": {
-        "system": {"os": "linux", "comfyui_version": "0.33.0", "python_version": "3", "pytorch_version": "2", "embedded_python": False, "argv": [], "ram_total": 1, "ram_free": 1},
-        "devices": [{"name": "cpu", "type": "cpu", "index": 0, "vram_total": 1, "vram_free": 1, "torch_vram_total": 1, "torch_vram_free": 1}],
+        "system": {
+            "os": "linux", "comfyui_version": "0.33.0", "python_version": "3", "pytorch_version": "2", "embedded_python": False, "argv": [],
+            "ram_total": 1, "ram_free": 1,
+        },
+        "devices": [
+            {
+                "name": "cpu", "type": "cpu", "index": 0, "vram_total": 1, "vram_free": 1, "torch_vram_total": 1, "torch_vram_free": 1,
+            }
+        ],
     },
 }  # fmt: skip
 
@@ -56,7 +63,11 @@ class Server:
     def __init__(self, host: Any) -> None:
         self.ours = host.pack.NODE_CLASS_MAPPINGS
         self.info = json.loads(json.dumps(executor.info(self.ours)))
-        self.host, self.prompts, self.settings = host, [], {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+        self.host, self.prompts, self.settings = (
+            host,
+            [],
+            {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False},
+        )
         self.sockets: list[web.WebSocketResponse] = []
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.ready = threading.Event()
@@ -145,7 +156,10 @@ class Server:
         prompt = (await request.json())["prompt"]
         found = executor.errors(prompt, self.info, self.ours)
         if found:
-            told = {key: {"class_type": prompt[key]["class_type"], "errors": [{"type": "x", "message": m, "details": m} for m in messages]} for key, messages in found.items()}  # fmt: skip
+            told = {}
+            for node, messages in found.items():
+                told[node] = {"class_type": prompt[node]["class_type"], "errors": []}
+                told[node]["errors"] = [{"type": "value", "message": m, "details": m} for m in messages]
             error = {"type": "prompt_outputs_failed_validation", "message": json.dumps(found), "details": "", "extra_info": {}}
             return web.json_response({"error": error, "node_errors": told}, status=400)
         self.prompts.append(prompt)
@@ -158,7 +172,8 @@ class Server:
         try:
             executor.execute(prompt, self.ours, self.send, key)
         except Exception as error:
-            self.send("execution_error", {"prompt_id": key, "node_id": "", "node_type": "", "exception_message": str(error), "exception_type": type(error).__name__, "traceback": []})  # fmt: skip
+            told = {"exception_message": str(error), "exception_type": type(error).__name__, "traceback": []}
+            self.send("execution_error", {"prompt_id": key, "node_id": "", "node_type": "", **told})
             raise
         self.send("executing", {"node": None, "prompt_id": key})
         self.send("execution_success", {"prompt_id": key})
