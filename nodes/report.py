@@ -44,7 +44,8 @@ class TQAIReport(io.ComfyNode):
     @classmethod
     def execute(cls, samples: dict[str, Any]) -> io.NodeOutput:
         before = upstream(cls.hidden.prompt, cls.hidden.unique_id)
-        entries = LEDGER.of(before) or ([] if before else LEDGER.last())
+        # another workflow of this session may have used the same ids for other nodes
+        entries = [e for e in LEDGER.of(before) if e.patch in upstream(cls.hidden.prompt, e.sampler)] if before else LEDGER.last()
         text, chart = _text(entries), draw(entries)
         data = json.dumps([{"node": e.patch, "sampler": e.sampler, "model": e.family, "done": e.done, **e.report} for e in entries])
         shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(chart, cls=cls).as_dict()}

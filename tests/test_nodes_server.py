@@ -81,6 +81,7 @@ def server(host, tmp_path_factory):
                 time.sleep(0.3)
         made.log = lambda: (base / "log.txt").read_text()
         made.output = base / "output"
+        made.input = base / "input"
         yield made
     finally:
         process.terminate()
@@ -91,12 +92,14 @@ def server(host, tmp_path_factory):
 def shrink(name: str) -> dict[str, Any]:
     """A twin with tiny checkpoints: random prompts and latents in place of encoders and decoders, 18 steps."""
     graph = json.loads((ROOT / "workflows/api" / f"{name}.json").read_text())
-    model = next(v for k, v in MODELS.items() if k in graph["1"]["inputs"]["unet_name"])
+    model = next(v for k, v in MODELS.items() if k in str(graph["1"]["inputs"]))
     width, pooled = {"flux": (64, 64), "sd35m": (4096, 2048)}.get(model, (4096, 0))
     for i, node in list(graph.items()):
         kind, inputs = node["class_type"], node["inputs"]
         if kind == "UNETLoader":
             inputs["unet_name"] = f"tiny_{next(v for k, v in MODELS.items() if k in inputs['unet_name'])}.safetensors"
+        elif kind == "CheckpointLoaderSimple":
+            graph[i] = {"class_type": "UNETLoader", "inputs": {"unet_name": f"tiny_{model}.safetensors", "weight_dtype": "default"}}
         elif kind == "CLIPTextEncode":
             graph[i] = {"class_type": "TestConditioning", "inputs": {"seed": int(i), "width": width, "pooled": pooled}}
         elif i == "6":
@@ -197,3 +200,39 @@ def test_interrupt_leaves_a_clean_server(server):
     assert "interrupted" in json.dumps(entry["status"])
     after = server.run(shrink("wan22_ti2v_5b"))
     assert after["status"]["status_str"] == "success"
+
+
+@pytest.mark.parametrize("nodes2", [False, True], ids=["canvas", "nodes2"])
+def test_the_page_shows_a_trained_model_live(server, nodes2, tmp_path):
+    """The Flux workflow with the trained mini draws digits. PICTURE names a file for the README's picture."""
+    import convert
+    import page
+    import torch
+    from safetensors.torch import save_file
+
+    why = page.missing()
+    if why:
+        pytest.skip(why)
+    text, pooled = convert.conditioning("flux", list(range(11)))
+    save_file({"text": text.contiguous(), "pooled": torch.as_tensor(pooled).contiguous()}, str(server.input / "digits.safetensors"))
+    graph = json.loads((ROOT / "workflows/api/flux_txt2img.json").read_text())
+    graph["1"]["inputs"]["unet_name"] = "mini_flux.safetensors"
+    graph["3"] = {"class_type": "TestDigits", "inputs": {"prompt": "3 1 4 1 5", "file": "digits.safetensors"}}
+    graph["4"] = {"class_type": "TestDigits", "inputs": {"prompt": "", "file": "digits.safetensors"}}
+    graph["6"]["inputs"].update(width=128, height=128, batch_size=5)
+    graph["20"]["inputs"].update(cfg=2.0, seed=int(nodes2))  # the same prompt again would come from the cache, unseen
+    graph["31"] = {"class_type": "TestPixels", "inputs": {"samples": ["30", 0]}}
+    graph["32"] = {"class_type": "PreviewImage", "inputs": {"images": ["31", 0]}}
+    del graph["2"], graph["5"]
+    ui = json.loads((ROOT / "workflows/flux_txt2img.json").read_text())
+    places = {str(node["id"]): node["pos"] for node in ui["nodes"]}
+    places |= {"3": [0, 130], "4": [0, 260], "6": [0, 390], "8": [340, 130], "10": [340, 250], "20": [720, 0], "30": [1040, 0]}
+    places |= {"31": [1040, 480], "32": [1400, 0], "33": [1400, 370]}
+    picture = os.environ.get("PICTURE") if nodes2 else None
+    seen = page.drive(
+        url=server.base, run={"name": "flux", "api": graph, "places": places}, vue=nodes2, picture=picture, size=[1600, 900],
+        types=["TQAICompress", "KSampler", "TestDigits"],
+    )  # fmt: skip
+    assert seen["vue"] is nodes2
+    page.check_run(seen, 24)
+    assert not [e for e in seen["errors"] if "tqai" in e]

@@ -30,6 +30,7 @@ class Host:
     folder: Path
     pack: Any
     sent: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    server: Any = None
 
     def part(self, name: str) -> Any:
         """A module of the pack, as in ``part("nodes.patch")``."""
@@ -140,7 +141,8 @@ def fake(profile: str, folder: Path) -> Iterator[Host]:
     sys.modules.update(made)
     name = f"tqai_pack_{profile.replace('.', '_')}"
     try:
-        yield Host(profile, False, folder, load_pack(name), made["server"].PromptServer.instance.sent)
+        server = made["server"].PromptServer.instance
+        yield Host(profile, False, folder, load_pack(name), server.sent, server)
     finally:
         for key in [k for k in sys.modules if k == name or k.startswith(f"{name}.")]:
             del sys.modules[key]

@@ -25,6 +25,8 @@ class Input:
 
 
 class Output:
+    type = "*"
+
     def __init__(self, id: Any = None, display_name: Any = None, tooltip: Any = None, is_output_list: bool = False) -> None:
         self.id, self.display_name, self.tooltip = id, display_name, tooltip
 
@@ -131,6 +133,8 @@ class ComfyNode:
         found: dict[str, dict[str, Any]] = {"required": {}}
         for i in cls.define_schema().inputs:
             found.setdefault("optional" if i.optional else "required", {})[i.id] = i.v1()
+        if hidden := cls.define_schema().hidden:
+            found["hidden"] = {h.name: (h.value,) for h in hidden}
         return found
 
     @classmethod

@@ -154,6 +154,7 @@ MODELS: dict[str, tuple[type[Transformer], int, float]] = {
 class BaseModel(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
+        self.name = name
         cls, channels, shift = MODELS[name]
         self.diffusion_model = cls(channels, 2, sum(map(ord, name)))
         self.model_sampling = (Eps if cls is UNet else Flow)(shift)
@@ -185,6 +186,7 @@ class ModelPatcher:
     load_device = offload_device = torch.device("cpu")
 
     def __init__(self, model: BaseModel) -> None:
+        self.name = model.name
         self.model, self.wrappers, self.object_patches = model, {}, {}
         self.model_options: dict[str, Any] = {"transformer_options": {}}
 
@@ -380,6 +382,9 @@ def sample_custom(
     return guider.sample(noise, latent, sampler, sigmas, noise_mask, told if callback else None, seed)
 
 
+EXECUTING: list[Any] = []  # the node that runs, innermost last
+
+
 # --- installation ------------------------------------------------------------------------------------------------------
 @dataclass
 class FakeServer:
@@ -402,7 +407,7 @@ def modules(profile: str, folder: Path) -> dict[str, ModuleType]:
         "comfy.sample": {"sample_custom": sample_custom},
         "comfy_api": {},
         "comfy_execution": {},
-        "comfy_execution.utils": {"get_executing_context": lambda: None},
+        "comfy_execution.utils": {"get_executing_context": lambda: EXECUTING[-1] if EXECUTING else None},
         "folder_paths": {
             "get_output_directory": lambda: str(folder / "output"),
             "get_input_directory": lambda: str(folder / "input"),

@@ -1,0 +1,57 @@
+// node --test tests/browser/panel.test.mjs
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import test from "node:test";
+
+// by its text: a .js file is a module to a browser and, without a package.json, not to every node
+const source = readFileSync(new URL("../../web/panel.js", import.meta.url));
+const { advance, describe, percent, size } = await import(`data:text/javascript;base64,${source.toString("base64")}`);
+
+const event = (step, skipped, more = {}) => ({ state: "active", why: "w", step, total: 4, skipped, error: null, bytes: 100 * step, ...more });
+const play = (...events) => events.reduce(advance, undefined);
+
+test("each step is one cell, told apart by the count of skipped steps", () => {
+  const view = play(event(1, 0), event(2, 0), event(3, 1), event(4, 1));
+  assert.deepEqual(view.cells, ["computed", "computed", "forecast", "computed"]);
+  assert.equal(view.ended, false);
+});
+
+test("the repeated last step ends the run and shows the most that was held", () => {
+  const view = play(event(1, 0), event(2, 1), event(2, 1, { bytes: 0 }));
+  assert.equal(view.ended, true);
+  assert.deepEqual(view.cells, ["computed", "forecast"]);
+  assert.match(describe(view).head, /^active, done: step 2 of 4$/);
+  assert.match(describe(view).figures, /200 B at most$/);
+});
+
+test("the next run starts anew, even one of a single step", () => {
+  assert.deepEqual(play(event(1, 0), event(2, 1), event(2, 1), event(1, 0)).cells, ["computed"]);
+  assert.deepEqual(play(event(1, 0), event(1, 0), event(1, 0)).cells, ["computed"]);
+  assert.deepEqual(play(event(1, 0), event(2, 1), event(3, 1), event(1, 0)).cells, ["computed"], "a run that was interrupted");
+});
+
+test("a dropped event leaves an unknown step, and no wrong one", () => {
+  assert.deepEqual(play(event(1, 0), event(4, 1)).cells, ["computed", "unknown", "unknown", "unknown"]);
+  assert.deepEqual(play(event(1, 0), event(3, 2)).cells, ["computed", "unknown", "forecast"]);
+});
+
+test("bypassed steps say so, with the reason", () => {
+  const view = play(event(1, 0, { state: "bypassed", why: "EasyCache is on this model too" }));
+  assert.deepEqual(view.cells, ["bypassed"]);
+  const { head, why } = describe(view);
+  assert.equal(head, "bypassed: step 1 of 4");
+  assert.equal(why, "EasyCache is on this model too");
+});
+
+test("samplers may evaluate more often than they step", () => {
+  assert.equal(describe(play(event(5, 0))).head, "active: evaluation 5");
+  assert.equal(describe(play(event(5, 0, { total: null }))).head, "active: evaluation 5");
+});
+
+test("figures are short", () => {
+  assert.equal(describe(undefined).head, "not run yet");
+  assert.match(describe(play(event(1, 0))).figures, /^skipped 0 \(0 %\) · error not measured yet · 100 B held$/);
+  assert.match(describe(play(event(4, 1, { error: 0.0123 }))).figures, /skipped 1 \(25 %\) · error 1\.2 %/);
+  assert.deepEqual([0.5, 0.0123, 0.00123, 0].map(percent), ["50 %", "1.2 %", "0.12 %", "0.0 %"]);
+  assert.deepEqual([12, 2048, 3 * 2 ** 20, 5000 * 2 ** 30].map(size), ["12 B", "2.0 kB", "3.0 MB", "5000.0 GB"]);
+});

@@ -1,0 +1,58 @@
+// What the live panel shows, worked out of the events of a run. No page and no ComfyUI in here.
+
+export const COMPUTED = "computed";
+export const FORECAST = "forecast";
+export const BYPASSED = "bypassed";
+export const UNKNOWN = "unknown";
+
+/**
+ * The view after one more event; the run's first step starts a new one.
+ * An event: {state, why, step, total, skipped, error, bytes}; the one that ends a run repeats its last step.
+ */
+export function advance(view, event) {
+  const again = view === undefined || event.step < view.step || (view.ended && event.step <= view.step);
+  const past = again ? { step: 0, skipped: 0, cells: [], peak: 0 } : view;
+  const fresh = event.step - past.step;
+  const cells = past.cells.slice();
+  // a dropped event leaves steps of which only the number is known
+  for (let i = 1; i < fresh; i++) cells.push(UNKNOWN);
+  if (fresh > 0) {
+    const skipped = event.skipped - past.skipped;
+    cells.push(event.state === "bypassed" ? BYPASSED : skipped === fresh ? FORECAST : skipped === 0 ? COMPUTED : UNKNOWN);
+  }
+  return {
+    ...event,
+    cells,
+    peak: Math.max(past.peak, event.bytes),
+    ended: fresh === 0,
+  };
+}
+
+/** Lines of text for a view: head, figures, reason. */
+export function describe(view) {
+  if (view === undefined) return { head: "not run yet", figures: "", why: "" };
+  const place = view.total && view.step <= view.total ? `step ${view.step} of ${view.total}` : `evaluation ${view.step}`;
+  const head = `${view.state}${view.ended ? ", done" : ""}: ${place}`;
+  const share = view.step ? Math.round((100 * view.skipped) / view.step) : 0;
+  const error = view.error === null || view.error === undefined ? "not measured yet" : percent(view.error);
+  const held = view.ended ? `${size(view.peak)} at most` : `${size(view.bytes)} held`;
+  return { head, figures: `skipped ${view.skipped} (${share} %) · error ${error} · ${held}`, why: view.why ?? "" };
+}
+
+/** 0.0123 -> "1.2 %" */
+export function percent(x) {
+  const value = 100 * x;
+  return `${value >= 10 ? value.toFixed(0) : value >= 1 ? value.toFixed(1) : value.toPrecision(2)} %`;
+}
+
+/** Bytes for people. */
+export function size(bytes) {
+  const units = ["B", "kB", "MB", "GB"];
+  let i = 0;
+  let value = bytes;
+  while (value >= 1024 && i < units.length - 1) {
+    value /= 1024;
+    i++;
+  }
+  return `${i === 0 ? value : value.toFixed(1)} ${units[i]}`;
+}
