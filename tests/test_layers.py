@@ -91,3 +91,20 @@ def test_one_new_file_shows_up_everywhere(tmp_path):
     assert "zeta:schedule=cosine" in run.stdout
     run = subprocess.run([sys.executable, "-m", "tqai_core.cli", "methods"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "zeta" in run.stdout
+
+
+def test_the_registry_finds_its_fields_and_the_manager_nothing_to_install():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    comfy = data["tool"]["comfy"]
+    assert {"PublisherId", "DisplayName", "Icon", "requires-comfyui"} <= comfy.keys()
+    assert "web" not in comfy, "beside WEB_DIRECTORY it would load each script twice"
+    assert comfy["Icon"].rpartition("/main/")[2] == "docs/img/icon.png"
+    assert (ROOT / "docs/img/icon.png").exists()
+    assert data["project"]["urls"]["Repository"]
+    # the Manager installs these over the user's own; what the nodes import comes with ComfyUI
+    assert not (ROOT / "requirements.txt").exists()
+    assert not (ROOT / "install.py").exists()
+    with_comfyui = {"torch", "numpy", "PIL", "safetensors", "einops"} | COMFY
+    ours = {name for path in (ROOT / "nodes").rglob("*.py") for name in imports(path)} - set(sys.stdlib_module_names)
+    assert ours <= with_comfyui | {"tqai_core"}

@@ -352,6 +352,15 @@ def test_report_finds_the_samplings_before_it(host, model):
     other = host.run("TQAIReport", unique_id="10", prompt=prompt, samples=latent)
     assert "has run before this node" in other.result[1]
     assert json.loads(other.result[3]) == []
+    # another workflow in the same session, where 7 and 8 are other nodes
+    foreign = {
+        "7": {"class_type": "CLIPTextEncode", "inputs": {}},
+        "8": {"class_type": "KSampler", "inputs": {"model": ["1", 0]}},
+        "9": {"class_type": "VAEDecode", "inputs": {"a": ["7", 0], "b": ["8", 0]}},
+        "10": {"class_type": "TQAIReport", "inputs": {"samples": ["9", 0]}},
+    }
+    other = host.run("TQAIReport", unique_id="10", prompt=foreign, samples=latent)
+    assert json.loads(other.result[3]) == []
 
 
 def test_pipelines_are_saved_and_loaded(host):

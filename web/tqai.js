@@ -110,6 +110,7 @@ app.registerExtension({
       id: SETTING,
       category: ["tqai", "Nodes", "Live panel"],
       name: "Live panel on TQAI Compress, text on TQAI Report",
+      tooltip: "Takes effect for nodes that are added or opened afterwards.",
       type: "boolean",
       defaultValue: true,
     },
