@@ -119,7 +119,7 @@ def shrink(name: str) -> dict[str, Any]:
 
 def test_the_pack_loads_and_says_next_to_nothing(server):
     log = server.log()
-    assert "IMPORT FAILED" not in log
+    assert not [line for line in log.splitlines() if "IMPORT FAILED" in line and "custom_nodes" in line]
     lines = [line for line in log.splitlines() if "tqai" in line and "seconds" not in line and "/tqai" not in line]
     assert len(lines) <= 1, lines
     info = server.get("/object_info")
