@@ -74,11 +74,13 @@ class Server:
         self.port = 0
 
     def __enter__(self) -> Server:
+        self.host.server.send_sync = self.send
         self.thread.start()
         assert self.ready.wait(30), "the fake server did not start"
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        del self.host.server.send_sync  # the class's own again
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(10)
 
@@ -168,7 +170,6 @@ class Server:
         return web.json_response({"prompt_id": key, "number": len(self.prompts), "node_errors": {}})
 
     def _run(self, prompt: dict[str, Any], key: str) -> None:
-        self.host.server.send_sync = self.send
         try:
             executor.execute(prompt, self.ours, self.send, key)
         except Exception as error:
