@@ -26,7 +26,8 @@ class Config:
     (each attention's output), ``kv`` (the KV cache of a language model). ``skip_layers`` are blocks that must stay exact:
     numbers (-1 is the last), ranges ``"0-2"``, names of modules (``"blocks.3.attn2"``). At level ``kv``: ``sink`` first and
     ``recent`` last tokens stay exact, up to ``protect`` first and last layers (at most an eighth of them each) are held
-    at 8 bits, ``calibrate`` tokens are waited for before keys are scaled (0: never). Stages are stored in their shortest
+    at 8 bits, ``calibrate`` tokens are waited for before keys are scaled (0: never); without a scorer, strategy and monitor
+    it is a plain packed cache. Stages are stored in their shortest
     spec form, so that equal pipelines are equal and hash alike.
     """
 
@@ -55,10 +56,13 @@ class Config:
             absent = spec is None or (isinstance(spec, str) and spec.strip().lower() in ("", "none"))
             method = None if absent else build(role, spec)
             if method is not None and self.level not in method.levels:
+                why = f" ({method.elsewhere})" if method.elsewhere else ""
                 raise ValueError(
-                    f"{role} {method.name!r} works at level {', '.join(method.levels)}, asked at {self.level!r}: "
+                    f"{role} {method.name!r} works at level {', '.join(method.levels)}, asked at {self.level!r}{why}: "
                     f"give level={method.levels[0]!r} or another {role}"
                 )
+            if method is not None:
+                method.check(self.level)
             object.__setattr__(self, role, method.spec if method else None)
         if self.codec is None:
             object.__setattr__(self, "codec", "exact")

@@ -8,6 +8,9 @@ Keys are stored as (k - mean) / scale, per sequence, head and channel: softmax i
 query, and q.k is unchanged when q takes the scale. scale = (E k^2 / E q^2)^(1/4), pooled over rotary pairs (i, i + d/2),
 takes away outlier channels and key biases, which make plain quantisers fail (Qwen2 at 4 bits). Its statistics need 256
 tokens: with 64 they cost more than they gain. Until then everything is held exact.
+
+A scorer, strategy or monitor (:mod:`kv_methods`) may give some tokens finer rows, which then lie in segments of their own,
+store keys as residuals, or choose what a step reads.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .codecs.rows import Rows, rows
 from .types import nbytes
+
+if TYPE_CHECKING:
+    from .kv_methods import Policy
 
 SEGMENT = 1024  # tokens of a full segment
 FLUSH = 32  # tokens that leave the recent window together
@@ -69,13 +75,14 @@ class PackedKV:
     not depend on who asks when. ``observe`` gives it queries until the statistics are taken.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, policy: Policy | None = None) -> None:
+        self.plan, self.policy = plan, policy
         self.clear()
 
     def clear(self) -> None:
         """Empty, ready for other sequences."""
         self.segments: list[Segment] = []
+        self.fine: list[Segment] = []  # rows of more bits, where a policy gives some tokens those
         self.keys: Tensor | None = None  # exact rows [B, H, sinks + recent, D]
         self.values: Tensor | None = None
         self.length = 0
@@ -84,23 +91,26 @@ class PackedKV:
         self._q2: Tensor | None = None  # running sum of squares of the queries of each kv head [B, H, 1, D]
         self.exact_why: str | None = None  # set when this layer can no longer pack
         self.decoded = 0  # times dense values were made
+        if self.policy is not None:
+            self.policy.clear()
 
     # -- sizes
 
     @property
     def sinks(self) -> int:
         """Exact rows before the packed ones."""
-        return self.plan.sink if self.segments else self.length
+        return self.plan.sink if self.packed else self.length
 
     @property
     def packed(self) -> int:
         """Packed tokens."""
-        return sum(len(segment) for segment in self.segments)
+        return sum(map(len, self.segments)) + sum(map(len, self.fine))
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept, statistics included."""
-        return nbytes([[vars(s) for s in self.segments], self.keys, self.values, self.mean, self.scale, self._q2])
+        methods = None if self.policy is None else [self.policy.tensors, self.policy.states]
+        return nbytes([[vars(s) for s in (*self.segments, *self.fine)], self.keys, self.values, self.mean, self.scale, self._q2, methods])
 
     def coder_k(self) -> Rows:
         assert self.keys is not None
@@ -136,13 +146,22 @@ class PackedKV:
         self.length += k.shape[2]
 
     @property
-    def wants_queries(self) -> bool:
+    def wants_statistics(self) -> bool:
         """Whether statistics are still to be taken."""
         return self.plan.calibrate > 0 and self.mean is None and self.exact_why is None
 
+    @property
+    def wants_queries(self) -> bool:
+        """Whether queries are asked for: by the statistics, or by a method at all times."""
+        return self.wants_statistics or (self.exact_why is None and self.policy is not None and self.policy.queries_wanted > 0)
+
     def observe(self, q: Tensor) -> None:
-        """Queries ``[B, heads, n, D]`` that go with the keys; ignored once the statistics are taken."""
+        """Queries ``[B, heads, n, D]`` that go with the keys; ignored once nobody asks for them."""
         if not self.wants_queries or self.keys is None or q.shape[-1] != self.keys.shape[-1]:
+            return
+        if self.policy is not None:
+            self.policy.observe(q)
+        if not self.wants_statistics:
             return
         q = q.detach()[:, :, :: -(-q.shape[2] // SAMPLE)]
         h = self.keys.shape[1]
@@ -156,10 +175,14 @@ class PackedKV:
             return
         front = plan.sink
         due = self.keys.shape[2] - front - plan.recent
+        due -= due % (self.policy.span if self.policy is not None else 1)
         if due < FLUSH:
             return
-        if self.wants_queries:
+        if self.wants_statistics:
             self._calibrate(self.keys[:, :, min(plan.sink, self.length - 1) :])
+        if self.policy is not None:
+            self._pack_by(self.policy, front, due)
+            return
         made = []
         for at in range(front, front + due, SEGMENT):
             size = min(SEGMENT, front + due - at)
@@ -171,22 +194,62 @@ class PackedKV:
                 return
             made.append(segment)
         for segment in made:
-            self._add(segment)
-        keep = lambda x: torch.cat([x[:, :, :front], x[:, :, front + due :]], dim=2)  # noqa: E731
+            self.add(self.segments, segment)
+        self._forget(front, due)
+
+    def _pack_by(self, policy: Policy, front: int, due: int) -> None:
+        """The same as the methods want it, a flush at a time."""
+        done = 0
+        while done < due:
+            size = min(policy.flush, due - done)
+            if not policy.pack(self, front + done, size):
+                assert self.keys is not None
+                self.exact_why = f"keys or values of tokens {self.length - self.keys.shape[2] + front} and on hold NaN or inf"
+                break
+            done += size
+        self._forget(front, done)
+        if not self.packed:
+            self.mean = self.scale = self._q2 = None
+
+    def _forget(self, front: int, count: int) -> None:
+        """Drop ``count`` exact rows after the first ``front``."""
+        assert self.keys is not None
+        assert self.values is not None
+        keep = lambda x: torch.cat([x[:, :, :front], x[:, :, front + count :]], dim=2)  # noqa: E731
         self.keys, self.values = keep(self.keys), keep(self.values)
 
-    def _add(self, new: Segment) -> None:
-        tail = self.segments[-1] if self.segments else None
+    @staticmethod
+    def add(segments: list[Segment], new: Segment) -> None:
+        """Put rows at the end of ``segments``."""
+        tail = segments[-1] if segments else None
         if tail is not None and len(tail) + len(new) <= SEGMENT:
             tail.join(new)
         else:
-            self.segments.append(new)
+            segments.append(new)
+
+    @staticmethod
+    def cut(segments: list[Segment], count: int) -> None:
+        """Keep the first ``count`` rows of ``segments``."""
+        extra = sum(map(len, segments)) - count
+        while extra > 0:
+            last = segments[-1]
+            if extra >= len(last):
+                extra -= len(segments.pop())
+            else:
+                last.map(partial(_first, count=len(last) - extra))
+                extra = 0
+
+    def stored(self, k: Tensor) -> Tensor:
+        """Keys as they are packed, fp32: centred and scaled."""
+        return k.float() if self.mean is None or self.scale is None else (k.float() - self.mean) / self.scale
 
     def _encode(self, k: Tensor, v: Tensor) -> tuple[Segment, bool]:
-        k = k.float()
-        if self.mean is not None and self.scale is not None:
-            k = (k - self.mean) / self.scale
-        segment = Segment(*self.coder_k().encode(k), *self.coder_v().encode(v.float()))
+        return self.rows_of(self.stored(k), v.float(), self.coder_k(), self.coder_v())
+
+    @staticmethod
+    def rows_of(k: Tensor, v: Tensor, coder_k: Rows, coder_v: Rows) -> tuple[Segment, bool]:
+        """Rows of keys in their stored form and of values, and whether all of them are numbers."""
+        segment = Segment(*coder_k.encode(k), *coder_v.encode(v))
         return segment, bool((segment.gain_k.isfinite().all() & segment.gain_v.isfinite().all()).item())
 
     def _calibrate(self, k: Tensor) -> None:
@@ -212,24 +275,34 @@ class PackedKV:
         if count == 0 or self.keys is None or self.values is None:
             return
         self.length -= count
-        exact = self.keys.shape[2] - (self.plan.sink if self.segments else 0)
+        exact = self.keys.shape[2] - (self.plan.sink if self.packed else 0)
         own = min(count, exact)
         self._trim(own)
         count -= own
-        while count and self.segments:
-            last = self.segments[-1]
-            if count >= len(last):
-                count -= len(self.segments.pop())
-            else:
-                left = len(last) - count
-                last.map(partial(_first, count=left))
-                count = 0
+        if count and self.packed:
+            gone = min(count, self.packed)
+            self._crop_packed(self.packed - gone)
+            count -= gone
         if count:
             self._trim(count)
         if self.length == 0:
             k, v = self.keys, self.values
             self.clear()
             self.keys, self.values = k, v
+
+    def _crop_packed(self, left: int) -> None:
+        """Keep ``left`` packed tokens. Where a policy can cut only before that, the tokens between become exact rows again,
+        decoded."""
+        if self.policy is None:
+            self.cut(self.segments, left)
+            return
+        assert self.keys is not None
+        assert self.values is not None
+        whole, front = self.policy.boundary(left), self.plan.sink
+        between = [self.dense(which)[:, :, front + whole : front + left] for which in "kv"] if whole < left else []
+        self.policy.crop(self, whole)
+        if between:
+            self.keys, self.values = (torch.cat(pair, 2) for pair in zip((self.keys, self.values), between, strict=True))
 
     def _trim(self, count: int) -> None:
         assert self.keys is not None
@@ -241,8 +314,10 @@ class PackedKV:
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Reorder, repeat or select sequences: ``change`` is applied to every tensor, whose first dimension is the batch."""
         self.settle()
-        for segment in self.segments:
+        for segment in (*self.segments, *self.fine):
             segment.map(change)
+        if self.policy is not None:
+            self.policy.map_batch(change)
         for name in ("keys", "values", "mean", "scale", "_q2"):
             tensor = getattr(self, name)
             if tensor is not None:
@@ -254,24 +329,44 @@ class PackedKV:
         """All keys (``"k"``) or values (``"v"``) ``[B, H, tokens, D]`` in the model's dtype, decoded."""
         exact = self.keys if which == "k" else self.values
         assert exact is not None
-        if not self.segments:
+        if not self.packed:
             return exact
         self.decoded += 1
         front = self.plan.sink
         out = exact.new_empty(*exact.shape[:2], self.length, exact.shape[3])
         out[:, :, :front] = exact[:, :, :front]
-        at = front
+        end = front + self.packed
+        if self.policy is None:
+            self._decode(which, out[:, :, front:end])
+        else:
+            guess = self.policy.predicted(self) if which == "k" else None
+            middle = out.new_empty(*out.shape[:2], self.packed, out.shape[3], dtype=torch.float32)
+            for band, places in zip(self.policy.bands(self), self.policy.places(), strict=False):
+                own = middle.new_empty(*middle.shape[:2], band.packed, middle.shape[3])
+                band._decode(which, own, plain=False)
+                if places is None:
+                    middle = own
+                else:
+                    middle.scatter_(2, places[:, None, :, None].expand_as(own), own)
+            middle = middle if guess is None else middle + guess
+            out[:, :, front:end] = middle if which == "v" else self._plain(middle)
+        out[:, :, end:] = exact[:, :, front:]
+        return out
+
+    def _decode(self, which: str, out: Tensor, plain: bool = True) -> None:
+        """Rows of ``segments`` into ``out``; keys as they came, or (``plain=False``) as they are stored."""
+        at = 0
         for segment in self.segments:
             if which == "k":
                 x = self.coder_k().decode(segment.codes_k, segment.gain_k)
-                if self.mean is not None and self.scale is not None:
-                    x = x * self.scale + self.mean
+                x = self._plain(x) if plain else x
             else:
                 x = self.coder_v().decode(segment.codes_v, segment.gain_v)
             out[:, :, at : at + len(segment)] = x
             at += len(segment)
-        out[:, :, at:] = exact[:, :, front:]
-        return out
+
+    def _plain(self, k: Tensor) -> Tensor:
+        return k if self.mean is None or self.scale is None else k * self.scale + self.mean
 
     # -- files
 
@@ -280,9 +375,16 @@ class PackedKV:
         self.settle()
         names = ("keys", "values", "mean", "scale", "_q2")
         tensors = {name: t for name in names if (t := getattr(self, name)) is not None}
-        for i, segment in enumerate(self.segments):
-            tensors |= {f"segments.{i}.{name}": t for name, t in vars(segment).items()}
-        header = {"length": self.length, "segments": len(self.segments), "exact_why": self.exact_why, "plan": vars(self.plan)}
+        for kind, segments in (("segments", self.segments), ("fine", self.fine)):
+            for i, segment in enumerate(segments):
+                tensors |= {f"{kind}.{i}.{name}": t for name, t in vars(segment).items()}
+        header = {
+            "length": self.length, "segments": len(self.segments), "fine": len(self.fine), "exact_why": self.exact_why,
+            "plan": vars(self.plan),
+        }  # fmt: skip
+        if self.policy is not None:
+            own, header["policy"] = self.policy.state()
+            tensors |= {f"policy.{name}": tensor for name, tensor in own.items()}
         return tensors, header
 
     def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -299,21 +401,32 @@ class PackedKV:
         self.start(self.keys, self.values)
         self.keys, self.values = tensors["keys"], tensors["values"]
         for i in range(header["segments"]):
-            parts = []
-            for name in ("codes_k", "gain_k", "codes_v", "gain_v"):
-                tensor, bits = tensors.get(f"segments.{i}.{name}"), self.coder_k() if name.endswith("k") else self.coder_v()
-                if tensor is None:
-                    raise ValueError(f"field 'segments.{i}.{name}' is missing: save the cache again")
-                wanted = (torch.uint8, bits.row_bytes) if name.startswith("codes") else (torch.bfloat16, None)
-                if tensor.dtype != wanted[0] or tensor.shape[:2] != self.keys.shape[:2] or wanted[1] not in (None, tensor.shape[-1]):
-                    raise ValueError(f"field 'segments.{i}.{name}' is {tensor.dtype} {tuple(tensor.shape)}: save the cache again")
-                parts.append(tensor)
-            self.segments.append(Segment(*parts))
+            self.segments.append(self._segment(tensors, f"segments.{i}", self.coder_k(), self.coder_v()))
+        for i in range(header.get("fine", 0) if self.policy is not None else 0):
+            self.fine.append(self._segment(tensors, f"fine.{i}", *self.policy.fine_coders(self)))
+        if self.policy is not None:
+            own = {name.removeprefix("policy."): tensor for name, tensor in tensors.items() if name.startswith("policy.")}
+            self.policy.restore(own, header["policy"])
+            self.policy.check(self)
         self.length, self.exact_why = header["length"], header["exact_why"]
         if self.packed + self.keys.shape[2] != self.length:
             raise ValueError(
                 f"field 'length' says {self.length}, the tensors hold {self.packed + self.keys.shape[2]}: save the cache again"
             )
+
+    def _segment(self, tensors: dict[str, Tensor], name: str, coder_k: Rows, coder_v: Rows) -> Segment:
+        """The segment of a file, checked field by field."""
+        assert self.keys is not None
+        parts = []
+        for part, coder in (("codes_k", coder_k), ("gain_k", coder_k), ("codes_v", coder_v), ("gain_v", coder_v)):
+            tensor = tensors.get(f"{name}.{part}")
+            if tensor is None:
+                raise ValueError(f"field '{name}.{part}' is missing: save the cache again")
+            wanted = (torch.uint8, coder.row_bytes) if part.startswith("codes") else (torch.bfloat16, None)
+            if tensor.dtype != wanted[0] or tensor.shape[:2] != self.keys.shape[:2] or wanted[1] not in (None, tensor.shape[-1]):
+                raise ValueError(f"field '{name}.{part}' is {tensor.dtype} {tuple(tensor.shape)}: save the cache again")
+            parts.append(tensor)
+        return Segment(*parts)
 
 
 def _first(x: Tensor, count: int) -> Tensor:

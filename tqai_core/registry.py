@@ -20,6 +20,7 @@ from torch import Tensor
 from .types import Decision, Packed, Part, Step
 
 if TYPE_CHECKING:
+    from .kv_methods import Flush
     from .memory import Stream
 
 ROLES = ("scorer", "strategy", "monitor", "codec")
@@ -41,6 +42,7 @@ class Method:
     name: ClassVar[str]
     paper: ClassVar[str]
     levels: ClassVar[tuple[str, ...]] = ("model", "block", "attention")
+    elsewhere: ClassVar[str] = ""  # why it works at no other level
 
     def __init_subclass__(cls, *, name: str | None = None, role: str | None = None, paper: str = "", **kw: Any) -> None:
         super().__init_subclass__(**kw)
@@ -63,6 +65,9 @@ class Method:
                 raise ValueError(f"{asked} must be a number from {low} to {high}")
             if (low is not None and not value >= low) or (high is not None and not value <= high):
                 raise ValueError(f"{asked} is out of range; give a value from {low} to {high}")
+
+    def check(self, level: str) -> None:
+        """Raises ValueError for options that mean nothing at ``level``."""
 
     @classmethod
     def options(cls) -> dict[str, dict[str, Any]]:
@@ -96,6 +101,20 @@ class Scorer(Method, role="scorer"):
         """
         raise NotImplementedError
 
+    # level kv
+    queries: ClassVar[int] = 0  # recent queries it looks at
+    centroids: ClassVar[bool] = False  # ranks blocks by what queries want of their centroids
+
+    def weigh(self, flush: Flush) -> Tensor | None:
+        """Importance in [0, 1] of the tokens that a cache is about to pack, ``[b, n]``; None where it has no word on them.
+        ``flush.state`` is the scorer's own; tensors in it begin with the batch and are counted."""
+        return None
+
+    def units(self, layer: int, layers: int, share: float) -> tuple[bool, bool] | None:
+        """Whether keys and values of a layer are among the ``share`` of all that matter most and get one size more; None
+        where it speaks of tokens."""
+        return None
+
 
 @dataclass(frozen=True)
 class Strategy(Method, role="strategy"):
@@ -105,8 +124,37 @@ class Strategy(Method, role="strategy"):
         "none", "difference = forecast cond - uncond on half of the computed steps", choices=("none", "difference"), kw_only=True
     )
 
+    name: ClassVar[str] = "none"
     order: ClassVar[int] = 0
     kernel: ClassVar[bool] = False  # acts inside attention, on queries, keys and values
+
+    # level kv
+    terms: ClassVar[int] = 0  # lines of a block that keys are predicted by: 1 its mean, 2 its slope too
+    sorts: ClassVar[bool] = False  # sorts tokens into tiers without a scorer too
+    reads: ClassVar[bool] = False  # reads a part of the blocks
+
+    @property
+    def span(self) -> int:
+        """Tokens of a block: they are packed together."""
+        return 1
+
+    def tiers(self, bits: int) -> tuple[float, int]:
+        """Share of the fine tier and its bits, where the codec has ``bits``: the scorer's best eighth gets one size more."""
+        return 0.125, {2: 4, 3: 4}.get(bits, 8)
+
+    def lines(self, k: Tensor) -> Tensor:
+        """Mean, and slope if ``terms`` is 2, of the blocks of ``k [b, h, n, d]``: ``[b, h, blocks, terms, d]``."""
+        raise NotImplementedError
+
+    def kept(self, blocks: int) -> int:
+        """How many of so many blocks a step reads."""
+        return blocks
+
+    def check(self, level: str) -> None:
+        if level == "kv" and self.cfg != "none":
+            raise ValueError(f"{self.name!r}: cfg={self.cfg} is about guidance, and a language model has none: leave it out at level 'kv'")
+
+    # levels model, block and attention
 
     def forecast(self, stream: Stream, step: Step) -> Tensor | None:
         """The stream's value at ``step`` from what is held, fp32, or None when the history is too short."""
@@ -136,6 +184,14 @@ class Monitor(Method, role="monitor"):
     def observe(self, step: Step, error: float | None, order: int, state: dict[str, Any]) -> None:
         """``error`` is |forecast - truth| / |truth| over all streams of a computed step, None without a forecast. What the
         door signalled is in ``state`` by its name, as ``state["entropy"]``: a list of floats."""
+        raise NotImplementedError
+
+    # level kv
+    queries: ClassVar[int] = 0  # recent queries it looks at
+
+    def judge(self, flush: Flush) -> tuple[Decision, float | None]:
+        """Whether the tokens that a cache is about to pack are all held in the fine tier (``compute``), and the error that was
+        measured, if it was. ``flush.state`` is the monitor's own: plain numbers."""
         raise NotImplementedError
 
 

@@ -49,7 +49,7 @@ class Report:
         if self.decisions:
             lines += ["", "| step | sigma | action | estimate | error | why |", "|---|---|---|---|---|---|"]
             for d in self.decisions:
-                cells = [d["step"], f"{d['sigma']:.4f}", d["action"], _figure(d["error_estimate"]), _figure(d["error"]), d["why"]]
+                cells = [d["step"], _figure(d["sigma"]), d["action"], _figure(d["error_estimate"]), _figure(d["error"]), d["why"]]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines += [f"\nwarning: {text}" for text in self.warnings]
         lines += [f"\nexact: {f['where']}: {f['why']}" for f in self.fallbacks]

@@ -21,11 +21,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..attention import native
-from ..attention.packed import attend
+from ..attention.tiers import attend
 from ..attention.view import PackedView
 from ..config import Config
 from ..handle import Handle
 from ..kv import FLUSH, PackedKV, Plan
+from ..kv_methods import Policy, policy
 from ..registry import build
 from ..report import Report
 from ..types import nbytes
@@ -39,9 +40,9 @@ class PackedLayer(DynamicLayer):
 
     is_croppable = True
 
-    def __init__(self, plan: Plan, cache: KVCache, index: int) -> None:
+    def __init__(self, plan: Plan, cache: KVCache, index: int, methods: Policy | None = None) -> None:
         super().__init__()
-        self.kv, self.index = PackedKV(plan), index
+        self.kv, self.index = PackedKV(plan, methods), index
         self.is_initialized = False
         self._cache = weakref.ref(cache)
         self._module: Any = None  # whose keys these are
@@ -160,7 +161,8 @@ class KVCache(Cache):
                     max(bits_k, 8 if i in strong else 0), max(bits_v, 8 if i in strong else 0),
                     config.sink, config.recent, config.calibrate, codec.seed,
                 )  # fmt: skip
-                layers[i] = PackedLayer(plan, self, i)
+                methods, plan = policy(config, plan, i, len(layers))
+                layers[i] = PackedLayer(plan, self, i, methods)
         for i, layer in enumerate(layers):
             if not isinstance(layer, PackedLayer):
                 why = (
@@ -225,6 +227,10 @@ class KVCache(Cache):
                 "bits_k": kv.plan.bits_k, "bits_v": kv.plan.bits_v, "tokens": kv.length, "tokens_packed": kv.packed,
                 "bytes_held": kv.nbytes, "bits_held": round(16 * kv.nbytes / exact, 4) if exact else 0.0, "materialised": kv.decoded,
             }  # fmt: skip
+            if kv.policy is not None:
+                report.per_site[f"attn.{i}"] |= kv.policy.report(kv)
+                report.decisions += kv.policy.decisions
+                report.fallbacks += [{"where": f"attn.{i}", "why": why} for why in kv.policy.fallbacks()]
             if kv.exact_why:
                 report.fallbacks.append({"where": f"attn.{i}", "why": f"{kv.exact_why}: held exact from there"})
         if self._evaluations and self.packed_layers and not any(layer.kv.packed for layer in self.packed_layers):

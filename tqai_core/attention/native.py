@@ -19,12 +19,16 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..codecs.rows import BITS
 from ..kv import PackedKV, Plan, Segment
+
+if TYPE_CHECKING:
+    from .packed import Part
 
 SOURCE = Path(__file__).with_name("packed.c")
 OPTIONS = ("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -44,7 +48,8 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q_exact", "mask")),
         *((name, ctypes.c_int64) for name in ("mask_kind", "mask_batch", "mask_head", "mask_row", "seen", "after", "precise")),
         ("softcap", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("top", "weight", "sum", "sum_exact")),
+        *((name, ctypes.c_void_p) for name in ("top", "weight", "sum", "sum_exact", "read")),
+        *((name, ctypes.c_int64) for name in ("read_head", "read_block")),
     ]  # fmt: skip
 
 
@@ -174,7 +179,7 @@ def check(library: ctypes.CDLL) -> None:
         want = s.softmax(-1) @ torch.cat([v[:, :, :3], values.decode(*_tensors(kv.segments[0])[2:])], 2)
         for precise, limit in ((False, 1e-3), (True, 1e-4)):
             got = _run(library, q, kv, 1, None, 0, None, None, 1, precise)
-            error = float("inf") if got is None else float((got - want).norm() / want.norm())
+            error = float("inf") if got is None else float((got[0] / got[1] - want).norm() / want.norm())
             if error < limit:
                 continue
             raise RuntimeError(f"its results at {bits} bits differ from torch's by {error:.1e}")
@@ -184,9 +189,11 @@ def check(library: ctypes.CDLL) -> None:
 
 
 def attend(
-    q: Tensor, kv: PackedKV, *, count: int, mask: Tensor | None, seen: int, softcap: float | None, aux: Tensor | None, precise: bool
-) -> Tensor | None:
-    """The attention of ``q fp32 [B, H, group x count, D]`` (scaled); ``fp32 [B, H, group x count, Dv]``, or None where it cannot.
+    q: Tensor, kv: PackedKV, *, count: int, mask: Tensor | None, seen: int, softcap: float | None, aux: Tensor | None, precise: bool,
+    part: Part,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """The attention of ``q fp32 [B, H, group x count, D]`` (scaled): weighted sum ``fp32 [B, H, group x count, Dv]``, weight and
+    maximum ``[..., 1]``, or None where it cannot.
 
     ``mask`` broadcasts over ``[B, H x group, count, tokens]``: bool (True = attend) or added. ``seen``: tokens that the first
     query sees, each further one sees one more; 0: all. ``aux [heads]``: logits that take weight and have no value. ``precise``
@@ -197,17 +204,32 @@ def attend(
         return None
     if mask is not None and mask.shape[-1] < kv.length:
         return None
+    if part.added is not None and softcap is not None:  # a mask is added after the cap
+        return None
     if not ready():
         return None
+    if part.added is not None:
+        mask = _with(part.added, mask, kv, count)
     assert _library is not None
     parts = min(torch.get_num_threads(), len(kv.segments), max(b * h * kv.length * d // PARALLEL, 1))
-    return _run(_library, q, kv, count, mask, seen, softcap, aux, parts, precise)
+    return _run(_library, q, kv, count, mask, seen, softcap, aux, parts, precise, part.read, part.block)
+
+
+def _with(added: Tensor, mask: Tensor | None, kv: PackedKV, count: int) -> Tensor:
+    """``added [B, H, group x count, packed]`` and a mask as one mask ``fp32 [B, heads, count, tokens]``."""
+    b, h, r, n = added.shape
+    out = added.new_zeros(b, h * (r // count), count, kv.length)
+    out[..., kv.sinks : kv.sinks + n] = added.view(b, -1, count, n)
+    if mask is None:
+        return out
+    mask = mask[..., : kv.length]
+    return out.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else out.add_(mask)
 
 
 def _run(
     library: ctypes.CDLL, q: Tensor, kv: PackedKV, count: int, mask: Tensor | None, seen: int, softcap: float | None,
-    aux: Tensor | None, parts: int, precise: bool,
-) -> Tensor | None:  # fmt: skip
+    aux: Tensor | None, parts: int, precise: bool, read: Tensor | None = None, block: int = 1,
+) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     global _pool
     assert kv.keys is not None
     assert kv.values is not None
@@ -225,6 +247,7 @@ def _run(
     if kv.mean is not None and kv.scale is not None:
         shift, turned = (q * kv.mean).sum(-1), q * kv.scale
     turned = keys.rotate(turned)
+    read = None if read is None else read.contiguous()
     states, jobs, at = [], [], 0
     for i in range(parts):
         own = kv.segments[len(kv.segments) * i // parts : len(kv.segments) * (i + 1) // parts]
@@ -242,6 +265,7 @@ def _run(
             *((exact_k.shape[2], kv.sinks) if i == 0 else (0, 0)), 1 if exact_k.dtype == torch.bfloat16 else 2,
             q.data_ptr(), None if mask is None else mask.data_ptr(), 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
             *strides, seen, kv.sinks + kv.packed, precise, softcap or 0.0, *(x.data_ptr() for x in state),
+            None if read is None else read.data_ptr() + at // block, 0 if read is None else read.shape[2], block,
         ))  # fmt: skip
         jobs[-1].table = table  # kept alive
         at += sum(map(len, own))
@@ -260,7 +284,7 @@ def _run(
         top, weight = high, weight * mine + w * theirs
         packed = packed * mine[..., None] + p * theirs[..., None]
         exact = exact * mine[..., None]
-    return values.unrotate(packed).add_(exact).div_(weight.clamp_min(1e-30)[..., None])
+    return values.unrotate(packed).add_(exact), weight[..., None], top[..., None]
 
 
 def _tensors(segment: Segment) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -67,6 +67,8 @@ typedef struct {
   float softcap;                                      /* 0: none */
   float *top, *weight;     /* [heads, rows]: where the softmax stands; changed */
   float *sum, *sum_exact;  /* [heads, rows, dv]: written; the first rotated */
+  const uint8_t *read;     /* or NULL: which blocks of packed tokens a head reads, 0 leaves one out */
+  int64_t read_head, read_block; /* blocks of a head; tokens of a block, a divisor of TOKENS and of each segment */
 } Job;
 
 INLINE float wide(uint16_t x) {
@@ -607,8 +609,10 @@ int tqai_attend(const Job *job) {
     int64_t column = job->first;
     for (int64_t g = 0; g < job->segment_count; g++) {
       const Segment *seg = job->segments + g;
-      for (int64_t t0 = 0; t0 < seg->tokens; t0 += TOKENS) {
-        const int64_t n = seg->tokens - t0 < TOKENS ? seg->tokens - t0 : TOKENS, even = (n + 7) / 8 * 8;
+      const int64_t step = job->read ? job->read_block : TOKENS;
+      for (int64_t t0 = 0; t0 < seg->tokens; t0 += step) {
+        if (job->read && !job->read[head * job->read_head + (column - job->first + t0) / step]) continue;
+        const int64_t n = seg->tokens - t0 < step ? seg->tokens - t0 : step, even = (n + 7) / 8 * 8;
         const int64_t at = head * seg->tokens + t0;
         for (int64_t t = 0; t < n; t++) gain_k[t] = wide(seg->gain_k[at + t]), gain_v[t] = wide(seg->gain_v[at + t]);
         for (int64_t t = n; t < even; t++) gain_k[t] = gain_v[t] = 0;

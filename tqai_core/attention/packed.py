@@ -9,6 +9,7 @@ millionth are not looked up ("sparse V").
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,12 +60,39 @@ def _attend(
     b, heads, count, d = query.shape
     h, dv = kv.keys.shape[1], kv.values.shape[-1]
     q = (query.float() * scaling).reshape(b, h, heads // h * count, d)
+    total, weight, _ = state(q, kv, count, seen, softcap, aux, scratch, native, query.dtype == torch.float32)
+    return (total / weight.clamp_min(1e-30)).view(b, heads, count, dv)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What methods make of the packed rows (:mod:`attention.tiers`): ``added [B, H, rows of q, packed]`` to their scores, and the
+    blocks of ``block`` tokens that are ``read``, bool ``[B, H, blocks]``."""
+
+    added: Tensor | None = None
+    read: Tensor | None = None
+    block: int = 1
+
+
+ALL = Part()
+
+
+def state(
+    q: Tensor, kv: PackedKV, count: int, seen: _Mask, softcap: float | None, aux: Tensor | None, scratch: Scratch, native: bool,
+    precise: bool, part: Part = ALL,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Where the softmax of ``q [B, H, group x count, D]`` (scaled) over ``kv`` ends: weighted sum, weight and maximum."""
+    assert kv.keys is not None
+    assert kv.values is not None
+    b, h, r, _ = q.shape
+    dv, group = kv.values.shape[-1], r // count
     if native and kv.segments:
-        precise = query.dtype == torch.float32
-        done = kernel.attend(q, kv, count=count, mask=seen.mask, seen=seen.first, softcap=softcap, aux=aux, precise=precise)
+        done = kernel.attend(
+            q, kv, count=count, mask=seen.mask, seen=seen.first, softcap=softcap, aux=aux, precise=precise, part=part
+        )  # fmt: skip
         if done is not None:
-            return done.view(b, heads, count, dv)
-    run = _Softmax(q, dv, aux, heads // h, count)
+            return done
+    run = _Softmax(q, dv, aux, group, count)
     exact = kv.keys.shape[2]
     for a in range(0, exact, 1024):
         e = min(a + 1024, exact)
@@ -73,12 +101,14 @@ def _attend(
         run.sum += p @ kv.values[:, :, a:e].float()
     if kv.segments:
         run.sum = kv.coder_v().rotate(run.sum)
-        _packed(q, kv, run, seen, softcap, scratch, native)
+        _packed(q, kv, run, seen, softcap, scratch, native, part)
         run.sum = kv.coder_v().unrotate(run.sum)
-    return (run.sum / run.weight.clamp_min(1e-30)).view(b, heads, count, dv)
+    return run.sum, run.weight, run.top
 
 
-def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool) -> None:
+def _packed(
+    q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool, part: Part
+) -> None:
     """Adds the packed tokens to ``run``."""
     keys, values = kv.coder_k(), kv.coder_v()
     shift = None
@@ -87,6 +117,9 @@ def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float 
         q = q * kv.scale
     b, h, r, _ = q.shape
     q = keys.rotate(q)
+    if part is not ALL:
+        _partly(q, kv, run, seen, softcap, scratch, shift, part)
+        return
     if native and triton_packed.wanted(q):
         triton_packed.attend(
             kv.segments, q, shift, keys, values, mask=seen.at(0, kv.length), first=kv.sinks, group=run.group, softcap=softcap,
@@ -119,6 +152,40 @@ def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float 
             codes = segment.codes_v.flatten(0, 1).split(step)
             for own, theirs, out in zip(part.split(step), codes, total.split(step), strict=True):
                 out.baddbmm_(own, values.lookup(theirs, scratch))
+
+
+def _partly(
+    q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, shift: Tensor | None, part: Part
+) -> None:
+    """The same a segment at a time; on a CPU the rows of blocks that are not read are not looked up."""
+    keys, values = kv.coder_k(), kv.coder_v()
+    total, first, at = run.sum, kv.sinks, 0
+    for segment in kv.segments:
+        n = len(segment)
+        read = None if part.read is None else part.read[:, :, at // part.block : (at + n) // part.block].repeat_interleave(part.block, 2)
+        if read is None or read.device.type != "cpu":
+            s = q @ keys.lookup(segment.codes_k, scratch).transpose(-1, -2)
+            if read is not None:
+                s.masked_fill_(~read[:, :, None], float("-inf"))
+        else:
+            chosen = [own.nonzero().view(-1) for own in read.flatten(0, 1)]
+            if not any(map(len, chosen)):
+                at += n
+                continue
+            s = q.new_full((*q.shape[:3], n), float("-inf"))
+            for own, codes, rows, out in zip(q.flatten(0, 1), segment.codes_k.flatten(0, 1), chosen, s.flatten(0, 1), strict=True):
+                out[:, rows] = own @ keys.lookup(codes[rows]).T
+        s = s * segment.gain_k[:, :, None].float()
+        s = s if shift is None else s.add_(shift)
+        s = s if part.added is None else s.add_(part.added[..., at : at + n])
+        p = run.weigh(_cap(s, softcap), seen.at(first + at, first + at + n))
+        total, p = run.sum, p * segment.gain_v[:, :, None].float()
+        if read is None or read.device.type != "cpu":
+            total += p @ values.lookup(segment.codes_v, scratch)
+        else:
+            for own, codes, rows, out in zip(p.flatten(0, 1), segment.codes_v.flatten(0, 1), chosen, total.flatten(0, 1), strict=True):
+                out += own[:, rows] @ values.lookup(codes[rows])
+        at += n
 
 
 def _groups(kv: PackedKV, tokens: int) -> Iterator[list[Segment]]:

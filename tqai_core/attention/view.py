@@ -59,7 +59,7 @@ class PackedView(Tensor):
         """The values, decoded."""
         if self.fresh is not None:
             return self.fresh
-        if self.layer.kv.segments:
+        if self.layer.kv.packed:
             self.layer.made_dense()
         return self.layer.kv.dense(self.which)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..registry import Monitor, param
 from ..types import Decision, Step
 from . import forced
+
+if TYPE_CHECKING:
+    from ..kv_methods import Flush
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Fixed(Monitor, name="fixed"):
     warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
 
+    levels = (*Monitor.levels, "kv")
+
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         seen = state["seen"] = state.get("seen", 0) + 1
         if why := forced(step, seen, self.warmup):
@@ -32,3 +37,8 @@ class Fixed(Monitor, name="fixed"):
 
     def observe(self, step: Step, error: float | None, order: int, state: dict[str, Any]) -> None:
         pass
+
+    def judge(self, flush: Flush) -> tuple[Decision, float | None]:
+        """Level kv: one flush in ``interval`` is held finer."""
+        seen = flush.state["seen"] = flush.state.get("seen", 0) + 1
+        return Decision(int(seen / self.interval) > int((seen - 1) / self.interval), f"one in {self.interval:g}"), None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..registry import Monitor, param
 from ..types import Decision, Step
 from . import forced
+
+if TYPE_CHECKING:
+    from ..kv_methods import Flush
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Lyapunov(
     warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)
     max_gap: int = param(6, "most evaluations forecast in a row", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
+
+    levels = (*Monitor.levels, "kv")
+    queries = 4
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         seen = state["seen"] = state.get("seen", 0) + 1
@@ -62,6 +68,26 @@ class Lyapunov(
         nodes.append(step.sigma)
         del nodes[: -order - 1]
         state["gap"] = 0
+
+    def judge(self, flush: Flush) -> tuple[Decision, float | None]:
+        """Level kv: the error that packing these tokens makes in the recent queries' attention, measured against the exact rows
+        while both are there: at the first ``warmup`` flushes, every ``max_gap``-th one, and whenever the last error, grown by its
+        exponent, would pass tau. Held finer where the measured error does."""
+        state = flush.state
+        seen = state["seen"] = state.get("seen", 0) + 1
+        gap = state["gap"] = state.get("gap", 0) + 1
+        estimate = None
+        if state.get("error") is not None:
+            estimate = state["error"] * math.exp(min(max(state.get("exponent", 0.0), 0.0) * gap, 50.0))
+        if seen > self.warmup and gap < self.max_gap and estimate is not None and estimate <= self.tau:
+            return Decision(False, "estimate within the tolerance", estimate), None
+        if flush.error is None:
+            return Decision(False, "this attention hides its queries", estimate), None
+        error = float(flush.error)
+        if state.get("error") and error > 0:
+            state["exponent"] = math.log(error / state["error"]) / gap
+        state["error"], state["gap"] = error, 0
+        return Decision(error > self.tau, "measured over the tolerance" if error > self.tau else "measured", estimate), error
 
 
 def _remainder(sigma: float, nodes: Sequence[float], order: int) -> float:

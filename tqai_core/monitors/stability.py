@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..registry import Monitor, param
 from ..types import Decision, Step
 from . import forced
+
+if TYPE_CHECKING:
+    from ..kv_methods import Flush
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,11 @@ class Stability(Monitor, name="stability", paper="attention entropy as a sign of
     max_gap: int = param(6, "most evaluations forecast in a row", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
 
+    flush_tau: float = param(0.1, "level kv: the same between two flushes that base bits may miss", low=0.0, high=1.0)
+
+    levels = (*Monitor.levels, "kv")
     probes = ("entropy",)
+    queries = 4
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         seen = state["seen"] = state.get("seen", 0) + 1
@@ -62,3 +72,28 @@ class Stability(Monitor, name="stability", paper="attention entropy as a sign of
         else:
             state["mean"] = list(now)
         state["before"], state["at"] = now, step.sigma
+
+    def judge(self, flush: Flush) -> tuple[Decision, float | None]:
+        """Level kv: the entropy of the recent queries' attention to the exact tokens. A flush is held finer while a layer's
+        attention moves, and so are two after a head has collapsed."""
+        state = flush.state
+        if flush.q is None:
+            return Decision(False, "this attention hides its queries"), None
+        k, v, _ = flush.near()
+        p = flush.attention(k, v)[0]
+        entropy = torch.special.entr(p).sum(-1).mean((0, 2)) / math.log(max(p.shape[-1], 2))  # [heads]
+        now, before = entropy.tolist(), state.get("before")
+        state["before"] = now
+        if before is None or len(before) != len(now):
+            state["mean"] = now
+            return Decision(False, "first look"), None
+        move = (sum((a - b) ** 2 for a, b in zip(now, before, strict=True)) / len(now)) ** 0.5
+        if any(mean - a > self.collapse for mean, a in zip(state["mean"], now, strict=True)):
+            state["refresh"] = 2
+        state["mean"] = [mean + self.alpha * (a - mean) for mean, a in zip(state["mean"], now, strict=True)]
+        if state.get("refresh", 0) > 0:
+            state["refresh"] -= 1
+            return Decision(True, "a head's entropy collapsed", move), None
+        if move > self.flush_tau:
+            return Decision(True, "attention moves too fast", move), None
+        return Decision(False, "attention is stable", move), None

@@ -12,6 +12,7 @@ from ..registry import Scorer, param
 from ..types import Step
 
 if TYPE_CHECKING:
+    from ..kv_methods import Flush
     from ..memory import Stream
 
 
@@ -23,6 +24,10 @@ class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01
     tolerance it changes nothing on the minis.
     """
 
+    levels = (*Scorer.levels, "kv")
+    queries = 4
+    centroids = True
+
     block: int = param(16, "tokens a block", low=1, high=1024)
 
     def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | None:
@@ -32,6 +37,17 @@ class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01
         unit = F.normalize(x.float(), dim=-1) * d**0.5  # outputs have no scale of their own for a softmax
         mass = self.mass(unit[:, None], unit[:, None])[:, 0].mean(1)  # [b, blocks], what each block receives
         return (mass / mass.amax(-1, keepdim=True).clamp_min(1e-12)).repeat_interleave(self.block, 1)[:, :n]
+
+    def weigh(self, flush: Flush) -> Tensor | None:
+        """Level kv: what the recent queries give to a token's block, by its centroid, and in the block to the token. None where an
+        attention hides its queries."""
+        if flush.q is None:
+            return None
+        n, pad = flush.k.shape[2], -flush.k.shape[2] % self.block
+        blocks = (flush.q @ centroids(flush.k, self.block).transpose(-1, -2)).softmax(-1).mean(2)  # [b, h, blocks]
+        own = F.pad(flush.q @ flush.k.transpose(-1, -2), (0, pad), value=float("-inf")).unflatten(3, (-1, self.block)).softmax(-1).mean(2)
+        score = (blocks[..., None] * own).flatten(2)[..., :n].mean(1)
+        return score / score.amax(-1, keepdim=True).clamp_min(1e-30)
 
     def mass(self, q: Tensor, k: Tensor, block_q: int | None = None, block_k: int | None = None) -> Tensor:
         """Share of attention of every query block on every key block: ``q, k [b, h, n, d] -> fp32 [b, h, nq, nk]``."""

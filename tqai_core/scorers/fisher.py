@@ -24,6 +24,8 @@ class Fisher(Scorer, name="fisher", paper="Gauss-Newton Fisher by Hutchinson pro
     sensitivity of its sigma band, of a layer that of its heads, both against the largest of the table.
     """
 
+    levels = (*Scorer.levels, "kv")
+
     file: str = param("", "the table that tqai calibrate wrote")
 
     def __post_init__(self) -> None:
@@ -45,6 +47,16 @@ class Fisher(Scorer, name="fisher", paper="Gauss-Newton Fisher by Hutchinson pro
         if layer >= len(by_layer):
             raise ValueError(f"fisher table {self.file!r} has {len(by_layer)} layers, asked for layer {layer}: calibrate this model")
         return float(by_layer[layer, band] / by_layer.max())
+
+    def units(self, layer: int, layers: int, share: float) -> tuple[bool, bool]:
+        """Level kv: keys and values of a layer apart, by the damage that 4 bits do to them where the table tells it, else by
+        their sensitivity."""
+        worth = load_units(self.file)
+        if len(worth) != layers:
+            raise ValueError(f"fisher table {self.file!r} has {len(worth)} layers, this model {layers}: calibrate this model")
+        best = worth.flatten().argsort(descending=True)[: round(share * worth.numel())]
+        raised = torch.zeros(worth.numel(), dtype=torch.bool).scatter_(0, best, True).view_as(worth)[layer]
+        return bool(raised[0]), bool(raised[1])
 
     def heads(self, layer: int, sigma: float) -> Tensor:
         """Sensitivity of K and V of every head, ``fp32 [heads, 2]``, against the largest of the layer."""
@@ -71,3 +83,15 @@ def load(file: str) -> tuple[Tensor, list[float]]:
     if sigmas is None or sigmas.shape != table.shape[3:]:
         raise ValueError(f"field 'sigmas' of {file!r} must give the sigma of each of the {table.shape[3]} bands: calibrate again")
     return table.float(), sigmas.tolist()
+
+
+@lru_cache(maxsize=8)
+def load_units(file: str) -> Tensor:
+    """What keys and values of each layer are worth, ``fp32 [layers, 2]``: predicted damage at 4 bits, or mean sensitivity."""
+    from safetensors.torch import load_file
+
+    table, _ = load(file)
+    damage = load_file(file).get("damage")
+    if damage is not None and damage.ndim == 5 and damage.shape[:4] == table.shape and damage.shape[4] >= 4:
+        return damage[..., 3].float().sum((1, 3))
+    return table.sum((1, 3))

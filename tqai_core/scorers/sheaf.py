@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..layout import grid_of
@@ -12,6 +13,7 @@ from ..registry import Scorer
 from ..types import Step
 
 if TYPE_CHECKING:
+    from ..kv_methods import Flush
     from ..memory import Stream
 
 
@@ -23,21 +25,34 @@ class Sheaf(Scorer, name="sheaf", paper="sheaf Laplacian, Hansen and Ghrist 1808
     image minis, .80 of the error on WAN.
     """
 
+    levels = (*Scorer.levels, "kv")
+
     def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | None:
         if x is None:
             return None
-        b, n, d = x.shape
-        grid = grid_of(x, stream.grid)
-        field = x.float().reshape(b, *grid, d)
-        size = field.square().sum(-1)
-        energy, bound = size.new_zeros(size.shape), size.new_zeros(size.shape)
-        for axis in range(1, 1 + len(grid)):
-            length = field.shape[axis]
-            if length < 2:
-                continue
-            gap = field.diff(dim=axis).square().sum(-1)
-            most = 2 * (size.narrow(axis, 0, length - 1) + size.narrow(axis, 1, length - 1))  # |x - y|^2 <= 2 |x|^2 + 2 |y|^2
-            for total, edge in ((energy, gap), (bound, most)):
-                total.narrow(axis, 0, length - 1).add_(edge)
-                total.narrow(axis, 1, length - 1).add_(edge)
-        return (energy / bound.clamp_min(1e-20)).reshape(b, n).clamp_(0, 1)
+        return harmonicity(x, grid_of(x, stream.grid))
+
+    def weigh(self, flush: Flush) -> Tensor:
+        """Level kv: of keys on the line of the text; the last token of a flush does not see the one after it."""
+        k = flush.k if (last := flush.state.get("last")) is None else torch.cat([last, flush.k], 2)
+        flush.state["last"] = flush.k[:, :, -1:].clone()
+        x = k.transpose(1, 2).flatten(2)
+        return harmonicity(x, (x.shape[1],))[:, -flush.k.shape[2] :]
+
+
+def harmonicity(x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Laplacian energy of tokens ``x [b, n, d]`` on ``grid`` against its bound: ``fp32 [b, n]`` in [0, 1]."""
+    b, n, d = x.shape
+    field = x.float().reshape(b, *grid, d)
+    size = field.square().sum(-1)
+    energy, bound = size.new_zeros(size.shape), size.new_zeros(size.shape)
+    for axis in range(1, 1 + len(grid)):
+        length = field.shape[axis]
+        if length < 2:
+            continue
+        gap = field.diff(dim=axis).square().sum(-1)
+        most = 2 * (size.narrow(axis, 0, length - 1) + size.narrow(axis, 1, length - 1))  # |x - y|^2 <= 2 |x|^2 + 2 |y|^2
+        for total, edge in ((energy, gap), (bound, most)):
+            total.narrow(axis, 0, length - 1).add_(edge)
+            total.narrow(axis, 1, length - 1).add_(edge)
+    return (energy / bound.clamp_min(1e-20)).reshape(b, n).clamp_(0, 1)

@@ -22,6 +22,8 @@ class Snr(Scorer, name="snr"):
     / 8.0 e-4 with it and 3.1 / 4.2 / 2.0 / 2.7 e-4 without (four seeds). The presets leave it out.
     """
 
+    elsewhere = "it reads a sampler's noise schedule, and text has none"
+
     schedule: str = param("linear", "shape over sigma", choices=("linear", "cosine"))
 
     def score(self, x: Tensor | None, step: Step, stream: Stream) -> float:

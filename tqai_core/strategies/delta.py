@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..registry import Strategy
+from ..registry import Strategy, param
 from ..types import Part, Step
 
 if TYPE_CHECKING:
@@ -20,10 +20,22 @@ class Delta(Strategy, name="delta"):
     steps, half of them computed). Holds one tensor a stream.
     """
 
+    block: int = param(32, "level kv: tokens that share an anchor", choices=(16, 32, 64, 128))
+
     order = 0
+    levels = (*Strategy.levels, "kv")
+    terms = 1
 
     def forecast(self, stream: Stream, step: Step) -> Tensor | None:
         return stream.value("value")
 
     def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
         return {"value": Part(x)}
+
+    @property
+    def span(self) -> int:
+        return self.block
+
+    def lines(self, k: Tensor) -> Tensor:
+        """Level kv: the mean of each block of keys."""
+        return k.unflatten(2, (-1, self.block)).mean(3, keepdim=True)

@@ -25,7 +25,11 @@ class Delta2(Strategy, name="delta2", paper="linear multistep prediction, as in 
 
     slope_bits: int = param(3, "bits a coordinate of the slope", low=1, high=8)
 
+    block: int = param(32, "level kv: tokens that share a line", choices=(16, 32, 64, 128))
+
     order = 1
+    levels = (*Strategy.levels, "kv")
+    terms = 2
 
     def forecast(self, stream: Stream, step: Step) -> Tensor | None:
         value, slope = stream.value("value"), stream.value("slope")
@@ -42,3 +46,13 @@ class Delta2(Strategy, name="delta2", paper="linear multistep prediction, as in 
         elif (kept := stream.value("slope")) is not None:  # Heun evaluates a sigma twice
             parts["slope"] = Part(kept.to(x.dtype), self.slope_bits)
         return parts
+
+    @property
+    def span(self) -> int:
+        return self.block
+
+    def lines(self, k: Tensor) -> Tensor:
+        """Level kv: mean and slope of each block of keys, by least squares over its tokens."""
+        blocks = k.unflatten(2, (-1, self.block))
+        at = torch.linspace(-1, 1, self.block, device=k.device)[:, None]
+        return torch.stack([blocks.mean(3), (blocks * at).sum(3) / at.square().sum()], 3)

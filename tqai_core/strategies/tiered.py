@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import packing
+from ..codecs.rows import BITS
 from ..layout import tokens, untokens
 from ..registry import Strategy, param
 from ..types import Part, Step
@@ -26,10 +27,26 @@ class Tiered(Strategy, name="tiered"):
     Costs one bit a token for the tier beside the codes.
     """
 
+    levels = (*Strategy.levels, "kv")
+    sorts = True
+
     share: float = param(0.25, "part of the tokens in the fine tier", low=0.0, high=1.0)
     high: int = param(8, "bits a coordinate in the fine tier", low=1, high=8)
     low: int = param(6, "bits a coordinate in the coarse tier", low=1, high=8)
     slope_bits: int = param(3, "bits a coordinate of the slope; 0 = forecast by the last value", low=0, high=8)
+
+    def check(self, level: str) -> None:
+        super().check(level)
+        if level != "kv":
+            return
+        if self.low != 6:
+            raise ValueError(f"'tiered': low={self.low}; at level 'kv' the coarse tier has the codec's bits: give codec='turbo:bits={self.low}'")
+        if self.high not in BITS:
+            raise ValueError(f"'tiered': high={self.high}; rows of a KV cache have {', '.join(map(str, BITS))} bits: give one of these")
+
+    def tiers(self, bits: int) -> tuple[float, int]:
+        """Level kv: the codec's bits below, ``high`` above."""
+        return self.share, max(self.high, bits)
 
     @property
     def order(self) -> int:  # type: ignore[override]

@@ -28,8 +28,11 @@ class Window(Delta2, name="window", paper="residual sharing of DiTFastAttn 2406.
     residual: int = param(1, "order of the residual's forecast: 1 = linear over sigma, 0 = the last one", choices=(0, 1))
     frozen: bool = param(True, "keep the support of the first computation; false = choose anew at every step")
 
-    levels: ClassVar[tuple[str, ...]] = ("attention",)
+    levels: ClassVar[tuple[str, ...]] = ("attention", "kv")
     kernel: ClassVar[bool] = True
+    terms = 0
+    reads = True
+    elsewhere = "it acts inside attention"
 
     @property
     def order(self) -> int:  # type: ignore[override]
@@ -51,6 +54,15 @@ class Window(Delta2, name="window", paper="residual sharing of DiTFastAttn 2406.
         if self.frozen:
             stream.state["support"] = index.short() if blocks < 2**15 else index.int()
         return index
+
+    def check(self, level: str) -> None:
+        super().check(level)
+        if level == "kv" and self.block not in (16, 32, 64):
+            raise ValueError(f"'window': block={self.block}; at level 'kv' a block has 16, 32 or 64 tokens: give one of these")
+
+    def kept(self, blocks: int) -> int:
+        """Level kv: how many of the packed blocks a step reads."""
+        return min(max(round(self.density * blocks), 1), blocks)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
         """Attention of ``q, k, v [b, h, n, d]`` on the supported blocks."""
