@@ -77,7 +77,10 @@ def prompt(batch=2, length=70, seed=0):
 def spoken(batch, n, h=2, d=32, seed=0):
     """Keys that drift slowly, as those of text do, and plain values."""
     g = torch.Generator().manual_seed(seed)
-    k = torch.randn(batch, h, n, d, generator=g) * 0.5 + torch.randn(batch, h, n // 16 + 1, d, generator=g).repeat_interleave(16, 2)[:, :, :n]
+    k = (
+        torch.randn(batch, h, n, d, generator=g) * 0.5
+        + torch.randn(batch, h, n // 16 + 1, d, generator=g).repeat_interleave(16, 2)[:, :, :n]
+    )
     return k, torch.randn(batch, h, n, d, generator=g), torch.randn(batch, 2 * h, n, d, generator=g)
 
 
@@ -146,3 +149,521 @@ def test_every_triple_runs_through_prefill_and_decode(dtype, qwens, kv_fisher):
     kinds = {role: [m for m in methods(role, kv_fisher) if works(role, m)] for role in ("scorer", "strategy", "monitor")}
     assert ran == math.prod(map(len, kinds.values()))
     assert ran >= 6 * 5 * 4
+
+
+# -- the same whoever reads, whatever happened
+
+
+STRATEGIES = [None, "tiered:share=0.3,high=8", "delta:block=16", "delta2:block=16", "window:density=1"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    steps=st.lists(st.one_of(st.integers(1, 90), st.integers(-80, -1)), min_size=1, max_size=7),
+    scorer=st.sampled_from([None, "palm", "change", "sheaf", "bsa"]),
+    strategy=st.sampled_from(STRATEGIES),
+    monitor=st.sampled_from([None, "fixed:interval=2", "lyapunov:tau=0.05,warmup=1", "stability:flush_tau=0.02"]),
+    batch=st.integers(1, 2),
+    bits=st.sampled_from(["turbo:bits=2", "turbo:bits_k=4,bits_v=3", "turbo:bits=8"]),
+    seed=st.integers(0, 99),
+)
+def test_any_history_reads_the_same_in_place_and_dense(steps, scorer, strategy, monitor, batch, bits, seed):
+    """Appends and crops in any order, also into packed blocks and tiers."""
+    config = tqai.Config(level="kv", codec=bits, scorer=scorer, strategy=strategy, monitor=monitor)
+    turbo = build("codec", config.codec)
+    methods, plan = policy(config, Plan(turbo.bits_k or turbo.bits, turbo.bits_v or turbo.bits, sink=3, recent=20, calibrate=20), 0, 1)
+    kv, k_all = PackedKV(plan, methods), torch.zeros(batch, 2, 0, 32)
+    for i, n in enumerate(steps):
+        if n < 0:
+            n = min(-n, kv.length)
+            kv.crop(n)
+            k_all = k_all[:, :, : k_all.shape[2] - n]
+            continue
+        k, v, q = spoken(batch, n, seed=100 * seed + i)
+        kv.append(k, v)
+        k_all = torch.cat([k_all, k], 2)
+        kv.observe(q)
+        same(q, kv)
+        mask = torch.rand(batch, 1, n, kv.length, generator=torch.Generator().manual_seed(i)) > 0.3
+        mask[..., 0] = True
+        same(q, kv, mask)
+        kv.settle()
+    assert kv.length == k_all.shape[2]
+    if kv.length:
+        dense = kv.dense("k")
+        assert dense.shape == k_all.shape
+        assert torch.equal(dense[:, :, : min(3, kv.length)], k_all[:, :, :3])
+        assert float((dense - k_all).square().mean() / k_all.square().mean()) < 0.3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_softcap_and_the_weight_without_value(strategy):
+    kv, _, _, _ = filled(strategy=strategy, scorer="palm")
+    assert kv.packed
+    q = torch.randn(2, 4, 3, 32)
+    k, v = (kv.dense(x).repeat_interleave(2, 1) for x in "kv")
+    scores = (5 * (q @ k.mT * 0.2 / 5).tanh()).masked_fill(torch.arange(400)[None] > torch.arange(397, 400)[:, None], float("-inf"))
+    aux = torch.tensor([0.5, 4.0, -2.0, 9.0])
+    for native_too in (True, False):
+        got = attend(q, kv, scaling=0.2, softcap=5.0, native=native_too)
+        assert torch.allclose(got, scores.softmax(-1) @ v, atol=3e-4)
+        got = attend(q, kv, scaling=0.2, softcap=5.0, aux=aux, native=native_too)
+        with_aux = torch.cat([scores, aux.view(1, 4, 1, 1).expand(2, 4, 3, 1)], -1).softmax(-1)[..., :-1]
+        assert torch.allclose(got, with_aux @ v, atol=3e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("scorer", [None, "palm"])
+def test_batch_changes_are_exact(strategy, scorer):
+    kv, _, _, _ = filled(batch=3, strategy=strategy, scorer=scorer, monitor="fixed:interval=3", piece=100)
+    dense, q = kv.dense("k"), torch.randn(3, 4, 1, 32)
+    out = attend(q, kv, scaling=0.2)
+    kv.map_batch(lambda x: x.index_select(0, torch.tensor([2, 0, 0])))
+    assert torch.equal(kv.dense("k"), dense[[2, 0, 0]])
+    assert torch.allclose(attend(q[[2, 0, 0]], kv, scaling=0.2), out[[2, 0, 0]], atol=1e-5)
+    kv.map_batch(lambda x: x[torch.tensor([1])])
+    assert torch.equal(kv.dense("k"), dense[[0]])
+
+
+@pytest.mark.parametrize("scorer", ["palm", "change", "sheaf", "bsa"])
+def test_a_sequence_does_not_depend_on_its_batch(scorer):
+    data = spoken(3, 400)
+    together = filled(data=data, scorer=scorer, strategy="tiered", batch=3)[0]
+    alone = filled(data=tuple(x[1:2] for x in data), scorer=scorer, strategy="tiered", batch=1)[0]
+    assert torch.equal(together.policy.tensors["tier"][1:2], alone.policy.tensors["tier"])
+    assert torch.allclose(together.dense("k")[1:2], alone.dense("k"), atol=1e-5)
+
+
+def test_without_methods_nothing_is_sorted_or_kept():
+    plain, _, _, _ = filled()
+    assert plain.policy is None
+    with_all = filled(scorer="bsa", strategy="tiered", monitor="stability")[0]
+    assert with_all.nbytes > plain.nbytes
+    assert set(with_all.policy.tensors) == {"queries", "tier"}
+    with_all.crop(400)
+    assert with_all.policy.tensors.keys() <= {"queries"}
+    with_all.clear()
+    assert with_all.nbytes == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_keys_that_are_no_numbers_stay_exact(bad):
+    kv, k, v, q = filled(scorer="palm", strategy="delta", monitor="lyapunov")
+    packed = kv.packed
+    k, v, q = spoken(2, 300, seed=4)
+    k[0, 0, 220, 5] = bad
+    kv.append(k, v)
+    kv.observe(q)
+    kv.settle()
+    assert "NaN or inf" in kv.exact_why
+    assert packed <= kv.packed < kv.length - 50
+    assert kv.dense("k")[:, :, -50:].nan_to_num(7, 7, 7).equal(k[:, :, -50:].nan_to_num(7, 7, 7))
+
+
+# -- scorers
+
+
+def tiers_of(kv):
+    """Positions of the fine tokens of the first sequence."""
+    return (kv.policy.tensors["tier"][0].nonzero().view(-1) + kv.plan.sink).tolist()
+
+
+def test_palm_and_change_give_novel_tokens_more_bits():
+    for scorer in ("palm", "change"):
+        k, v, q = spoken(1, 400, seed=1)
+        k[:, :, 100], k[:, :, 207] = 12 * torch.randn(1, 2, 32), -12 * torch.randn(1, 2, 32)
+        kv, *_ = filled(data=(k, v, q), scorer=scorer, piece=40)
+        fine = tiers_of(kv)
+        assert {100, 207} <= set(fine), scorer
+        assert len(fine) == pytest.approx(kv.packed / 8, rel=0.1)
+        error = (kv.dense("k") - k).norm(dim=-1)[0, 0] / k.norm(dim=-1)[0, 0]
+        others = [i for i in range(4, kv.packed) if i not in fine]
+        assert float(error[fine].mean()) < 0.6 * float(error[others].mean())
+
+
+def test_palm_forgets_as_alpha_says():
+    """What was new becomes usual after a while, the sooner the larger alpha."""
+    k, _, _ = spoken(1, 600, seed=1)
+    k[:, :, 300:] += 5 * torch.randn(1, 2, 1, 32)
+    ranks = {}
+    for alpha in (0.01, 0.9):
+        scorer, state = build("scorer", {"name": "palm", "alpha": alpha}), {}
+        flush = lambda a, b: type("F", (), {"k": k[:, :, a:b], "state": state})()  # noqa: B023
+        out = torch.cat([scorer.weigh(flush(a, a + 100)) for a in range(0, 600, 100)], 1)
+        assert bool((out >= 0).all() and (out <= 1).all())
+        ranks[alpha] = float(out[0, 400:].mean() - out[0, 100:290].mean())
+    assert ranks[0.01] > ranks[0.9] + 0.05
+
+
+def test_sheaf_gives_bits_where_neighbours_disagree():
+    k, v, q = spoken(1, 400, seed=1)
+    k = 0.05 * torch.randn(1, 2, 400, 32) + torch.randn(1, 2, 1, 32)
+    k[:, :, 120:136] *= (1 - 2 * (torch.arange(16) % 2).float())[:, None]
+    fine = set(tiers_of(filled(data=(k, v, q), scorer="sheaf", piece=400)[0]))
+    assert len(fine & set(range(119, 137))) >= 15
+
+
+def test_bsa_gives_bits_to_the_block_that_queries_want():
+    g = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(1, h, 400, 32, generator=g) for h in (2, 2, 4))
+    want = F.normalize(torch.randn(32, generator=g), dim=0)
+    q[:, :, -4:] += 8 * want
+    k[:, :, 164:180] += 4 * want
+    kv, *_ = filled(data=(k, v, q), scorer="bsa:block=16")
+    assert len(set(tiers_of(kv)) & set(range(160, 184))) >= 12
+    hidden = filled(data=(k, v, torch.zeros(1, 4, 400, 5)), scorer="bsa")[0]
+    assert not hidden.fine, "an attention that hides its queries gives it nothing to judge by"
+
+
+def test_fisher_raises_the_keys_or_values_of_a_layer(qwen, kv_fisher):
+    cache = tqai.KVCache(qwen.config, tqai.Config(**BASE, scorer=f"fisher:file={kv_fisher}", strategy="tiered:share=0.25"))
+    plans = [layer.kv.plan for layer in cache.layers]
+    assert [(p.bits_k, p.bits_v) for p in plans] == [(2, 2), (2, 8)]
+    with pytest.raises(ValueError, match="tqai calibrate"):
+        tqai.Config(**BASE, scorer="fisher")
+    deeper = Qwen2Config(**{**SMALL, "num_hidden_layers": 3})
+    with pytest.raises(ValueError, match="2 layers, this model 3"):
+        tqai.KVCache(deeper, tqai.Config(**BASE, scorer=f"fisher:file={kv_fisher}"))
+
+
+def test_fisher_prefers_the_damage_that_a_table_tells(tmp_path):
+    from safetensors.torch import save_file
+
+    damage = torch.zeros(2, 2, 2, 1, 8)
+    damage[0, :, 0, :, 3] = 1.0
+    path = str(tmp_path / "t.safetensors")
+    save_file({"fisher": torch.ones(2, 2, 2, 1), "sigmas": torch.tensor([0.5]), "damage": damage}, path)
+    scorer = build("scorer", f"fisher:file={path}")
+    assert [scorer.units(i, 2, 0.25) for i in range(2)] == [(True, False), (False, False)]
+
+
+# -- strategies
+
+
+@given(share=st.floats(0.05, 1), n=st.integers(200, 600), codec=st.sampled_from(["turbo:bits=2", "turbo:bits_k=4,bits_v=2"]))
+@settings(max_examples=10, deadline=None)
+def test_tiered_bits_are_told_exactly(share, n, codec):
+    kv, *_ = filled(n=n, codec=codec, strategy={"name": "tiered", "share": share, "high": 8})
+    told = kv.policy.report(kv)
+    codes = lambda which: sum(getattr(s, f"codes_{which}").nbytes for s in (*kv.segments, *kv.fine))
+    for which in "kv":
+        assert told[f"bits_{which}"] == pytest.approx(8 * codes(which) / (2 * 2 * kv.packed * 32), abs=1e-3)
+    assert told["share_fine"] == pytest.approx(share, abs=0.03)
+    sums = kv.policy.tensors["tier"].sum(1)
+    assert bool((sums == sum(map(len, kv.fine))).all())
+
+
+def test_tiered_without_a_scorer_takes_the_largest_errors():
+    kv, k, _, _ = filled(strategy="tiered")
+    size = kv.stored(k).square().sum((1, 3))[0, 4 : 4 + kv.packed]
+    fine = torch.tensor(tiers_of(kv)) - 4
+    mask = torch.zeros(kv.packed, dtype=torch.bool)
+    mask[fine] = True
+    assert size[mask].mean() > 1.2 * size[~mask].mean()
+    plain = filled()[0]
+    error = [float((x.dense("k") - k).square().sum()) for x in (kv, plain)]
+    assert error[0] < 0.8 * error[1]
+
+
+def line(n=400, d=32, seed=0):
+    """Keys on a zigzag of straight lines, 32 tokens each."""
+    g = torch.Generator().manual_seed(seed)
+    ends = torch.randn(1, 2, n // 32 + 2, d, generator=g) * 2
+    at = torch.arange(n) / 32
+    low, part = at.long(), (at % 1)[:, None]
+    k = ends[:, :, low] * (1 - part) + ends[:, :, low + 1] * part
+    return k + 0.2 * torch.randn(1, 2, n, d, generator=g), torch.randn(1, 2, n, d, generator=g), torch.randn(1, 4, n, d, generator=g)
+
+
+def test_delta_codes_what_a_block_does_not_share_and_only_where_that_pays():
+    k, v, q = spoken(2, 420)
+    error = {s: float((filled(n=420, data=(k, v, q), strategy=s)[0].dense("k") - k).square().sum()) for s in (None, "delta:block=16")}
+    assert error["delta:block=16"] < 0.6 * error[None]
+    on = filled(n=420, data=(k, v, q), strategy="delta:block=16")[0]
+    plain = filled(n=420, data=(k, v, q))[0]
+    assert on.policy.gate
+    assert on.nbytes > plain.nbytes, "the anchors are counted"
+    assert on.policy.report(on)["residual_energy"] < 0.7
+    g = torch.Generator().manual_seed(1)
+    noise = tuple(torch.randn(1, h, 400, 32, generator=g) for h in (2, 2, 4))
+    off, plain = filled(data=noise, strategy="delta")[0], filled(data=noise)[0]
+    assert off.policy.gate is False
+    assert "cost more" in off.policy.fallbacks()[0]
+    same_rows = min(off.packed, plain.packed)
+    assert torch.equal(off.dense("k")[:, :, : 4 + same_rows], plain.dense("k")[:, :, : 4 + same_rows]), "off is the plain cache"
+
+
+def test_delta2_follows_a_line():
+    data = line()
+    error = {}
+    for strategy in (None, "delta", "delta2"):
+        kv = filled(data=data, strategy=strategy)[0]
+        error[strategy] = float((kv.dense("k") - data[0])[:, :, 4 : 4 + kv.packed].square().mean())
+    assert error["delta2"] < 0.8 * error["delta"] < 0.8 * error[None]
+
+
+@pytest.mark.parametrize("monitor", [None, "fixed:interval=2"])
+@pytest.mark.parametrize("scorer", [None, "bsa", "palm"])
+def test_window_reads_its_blocks_and_no_others(scorer, monitor):
+    """What is not read is poisoned; the result is that of a mask over the blocks that are."""
+    kv, *_ = filled(n=700, scorer=scorer, strategy="window:density=0.25,block=16", monitor=monitor, piece=70)
+    assert kv.packed % 16 == 0
+    assert bool(kv.fine) == bool(monitor)
+    query = torch.randn(2, 4, 1, 32)
+    turned = kv.coder_k().rotate((query * 0.2).reshape(2, 2, 2, 32) * kv.scale)
+    read = torch.zeros(2, 2, kv.packed // 16, dtype=torch.bool)
+    for band, places in zip(kv.policy.bands(kv), kv.policy.places(kv), strict=False):
+        own = kv.policy.reading(turned, places, band.packed)
+        blocks = torch.arange(own.shape[2]).expand(2, -1) if places is None else places[:, ::16] // 16
+        read.scatter_(2, blocks[:, None].expand(-1, 2, -1), own)
+        for s, piece in zip(band.segments, own.split([len(s) // 16 for s in band.segments], 2), strict=True):
+            for gain in (s.gain_k, s.gain_v):
+                gain[~piece.repeat_interleave(16, 2)] = float("nan")
+    assert 0.2 < float(read.float().mean()) < 0.32
+    ends = torch.ones(2, 2, kv.length, dtype=torch.bool)
+    ends[:, :, 4 : 4 + kv.packed] = read.repeat_interleave(16, 2)
+    want = reference(query, kv.dense("k").nan_to_num(), kv.dense("v").nan_to_num(), ends.repeat_interleave(2, 1)[:, :, None])
+    for way in (True, False):
+        assert torch.allclose(attend(query, kv, scaling=0.2, native=way), want, atol=3e-4)
+    share = kv.policy.report(kv)["share_read"]
+    assert share == pytest.approx(float(read.float().mean()), abs=0.02)
+
+
+def test_window_finds_what_the_query_wants():
+    g = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(1, h, 1000, 32, generator=g) for h in (2, 2, 4))
+    want = F.normalize(torch.randn(32, generator=g), dim=0)
+    k[:, :, 180:196] += 6 * want
+    query = 4 * want.expand(1, 4, 1, 32)
+    errors = {}
+    for scorer in (None, "bsa"):
+        kv = filled(data=(k, v, q), n=1000, scorer=scorer, strategy="window:density=0.1,block=16", codec="turbo:bits=8")[0]
+        exact = reference(query, k, v, scaling=1.0)
+        errors[scorer] = float((attend(query, kv, scaling=1.0) - exact).norm() / exact.norm())
+    assert errors["bsa"] < 0.1 < errors[None]
+
+
+# -- monitors
+
+
+def raised(kv):
+    return [d["action"] == "raise" for d in kv.policy.decisions]
+
+
+def test_fixed_raises_one_flush_in_so_many():
+    kv, *_ = filled(n=500, monitor="fixed:interval=3", piece=36)
+    assert raised(kv)[:6] == [False, False, True] * 2
+    assert sum(map(len, kv.fine)) == sum(36 if up else 0 for up in raised(kv)[1:]) + 0 * len(kv.fine) or kv.fine
+    assert kv.policy.report(kv)["flushes_raised"] == sum(raised(kv))
+
+
+def test_lyapunov_measures_the_error_of_a_flush_and_keeps_it_below_tau():
+    strict, loose = (filled(n=500, monitor=f"lyapunov:tau={tau}", piece=40)[0] for tau in (0.0, 10.0))
+    assert all(raised(strict))
+    assert not any(raised(loose))
+    assert not strict.segments
+    assert not loose.fine
+    errors = [d["error"] for d in loose.policy.decisions]
+    assert all(e is not None and e > 0 for e in errors[:3])
+    assert any(e is None for e in errors[3:]), "not every flush is measured"
+    tau = (min(errors[:3]) + max(errors[:3])) / 2
+    between = filled(n=500, monitor={"name": "lyapunov", "tau": tau}, piece=40)[0]
+    assert 0 < sum(raised(between)) < len(raised(between))
+    assert strict.nbytes > between.nbytes > loose.nbytes
+    for d in between.policy.decisions:
+        assert d["error"] is None or (d["error"] > tau) == (d["action"] == "raise")
+
+
+def test_lyapunov_error_is_the_true_one():
+    k, v, q = spoken(1, 140)
+    kv, *_ = filled(n=140, data=(k, v, q), monitor="lyapunov:tau=10")
+    (told,) = [d["error"] for d in kv.policy.decisions]
+    exact, changed = (
+        reference(q[:, :, -4:], *kv_pair, torch.ones(4, 140, dtype=torch.bool), 32**-0.5)
+        for kv_pair in ((k, v), (kv.dense("k"), kv.dense("v")))
+    )
+    assert told == pytest.approx(float((changed - exact).norm() / exact.norm()), rel=0.02)
+
+
+def test_lyapunov_grows_its_error_by_the_exponent():
+    monitor, state = build("monitor", "lyapunov:tau=1,max_gap=100,warmup=2"), {}
+    out = []
+    for error in (0.1, 0.2, 0.2, 0.2, 0.2):
+        flush = type("F", (), {"state": state, "error": torch.tensor(error)})()
+        out.append(monitor.judge(flush))
+        if len(out) == 2:
+            assert state["exponent"] == pytest.approx(math.log(2), rel=1e-3)
+    assert [d.error_estimate for d, _ in out][2:4] == pytest.approx([0.4, 0.8], rel=1e-3)
+    assert [e is None for _, e in out] == [False, False, True, True, False], "1.6 would pass tau: measured again"
+
+
+def test_stability_raises_while_attention_moves_and_after_a_collapse():
+    k, v, q = spoken(1, 700)
+    calm = filled(n=700, data=(k, v, 1e-3 * q), monitor="stability", piece=36)[0]
+    assert not any(raised(calm))
+    sharp = 1e-3 * q
+    sharp[:, :, 400:] = 40 * k.repeat_interleave(2, 1)[:, :, 400:]
+    after = filled(n=700, data=(k, v, sharp), monitor="stability:alpha=1", piece=36)[0]
+    whys = [d["why"] for d in after.policy.decisions]
+    assert whys.count("a head's entropy collapsed") == 2
+    assert after.nbytes > calm.nbytes
+
+
+# -- in models
+
+
+PIPELINES = {
+    "palm tiered lyapunov": dict(scorer="palm", strategy="tiered", monitor="lyapunov:tau=0.2"),
+    "bsa delta stability": dict(scorer="bsa", strategy="delta:block=16", monitor="stability"),
+    "change delta2 fixed": dict(scorer="change", strategy="delta2:block=16", monitor="fixed:interval=3"),
+    "sheaf": dict(scorer="sheaf"),
+    "window": dict(scorer="bsa", strategy="window:density=1", monitor="fixed"),
+}
+
+
+MODES = {
+    "greedy": {},
+    "beam": dict(num_beams=3),
+    "sampled returns": dict(do_sample=True, num_return_sequences=3),
+    "prompt lookup": dict(prompt_lookup_num_tokens=4),
+    "chunked prefill": dict(prefill_chunk_size=16),
+    "left padding": {},
+}
+
+
+def run(model, config, ids, fused, **kw):
+    """Tokens and cache of a generation; nothing is left patched."""
+    handle = tqai.apply(model, config) if fused else None
+    cache = handle.cache() if handle else tqai.KVCache(model.config, config)
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return model.generate(ids, past_key_values=cache, **{"max_new_tokens": 60, "do_sample": False, **kw}), cache
+        finally:
+            if handle:
+                handle.remove()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_fused_tokens_are_those_of_the_dense_path(name, mode, qwen):
+    config, ids, kw = tqai.Config(**{**BASE, "codec": "turbo:bits=4"}, **PIPELINES[name]), prompt(), dict(MODES[mode])
+    if mode == "prompt lookup":
+        ids = ids[:1]
+    if mode == "left padding":
+        kw["attention_mask"] = torch.ones_like(ids)
+        kw["attention_mask"][0, :9] = 0
+    fused, cache = run(qwen, config, ids, True, **kw)
+    dense, other = run(qwen, config, ids, False, **kw)
+    assert torch.equal(fused, dense)
+    assert cache.materialised == 0
+    assert other.materialised > 0
+    assert all(layer.kv.packed > 0 for layer in cache.packed_layers)
+    assert [d["action"] for d in cache.report().decisions] == [d["action"] for d in other.report().decisions]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_cache_on_disk_is_continued(name, qwen, tmp_path):
+    ids, path = prompt(length=150), tmp_path / "prompt.safetensors"
+    with tqai.apply(qwen, tqai.Config(**BASE, **PIPELINES[name])) as handle:
+        cache = handle.cache()
+        qwen(ids, past_key_values=cache)
+        cache.save(path)
+        more = torch.cat([ids, prompt(length=5, seed=9)], dim=1)
+        straight = qwen.generate(more, past_key_values=cache, max_new_tokens=60, do_sample=False)
+        again = handle.load(path)
+        assert torch.equal(qwen.generate(more, past_key_values=again, max_new_tokens=60, do_sample=False), straight)
+        assert again.nbytes == cache.nbytes
+        assert again.report().per_site == cache.report().per_site
+
+
+def test_damaged_files_are_named():
+    for stages, field in (
+        (dict(strategy="tiered"), "policy.tier"),
+        (dict(strategy="delta:block=16"), "policy.codes"),
+        (dict(strategy="tiered"), "fine.0.gain_v"),
+    ):
+        kv, *_ = filled(**stages)
+        tensors, header = kv.state()
+        kv.restore(tensors, header)
+        with pytest.raises(ValueError, match=field.replace(".", r"\.")):
+            kv.restore({k: v for k, v in tensors.items() if k != field}, header)
+
+
+def test_skipped_layers_are_exact_and_the_report_tells_decisions(qwen):
+    config = tqai.Config(**BASE, skip_layers=(0,), scorer="palm", strategy="delta:block=16", monitor="lyapunov:tau=0.2")
+    with tqai.apply(qwen, config) as handle:
+        cache = handle.cache()
+        qwen(prompt(length=180), past_key_values=cache)
+    report = cache.report()
+    assert list(report.per_site) == ["attn.1"]
+    site = report.per_site["attn.1"]
+    assert {"bits_k", "bits_v", "share_fine", "predicted", "residual_energy", "flushes", "flushes_raised"} <= site.keys()
+    assert {d["model"] for d in report.decisions} == {"attn.1"}
+    assert {"attn.0"} <= {f["where"] for f in report.fallbacks}
+    assert "| pack |" in report.to_markdown() or "| raise |" in report.to_markdown()
+    cache.reset()
+    assert cache.report().decisions == []
+
+
+def test_softcapped_models_predict_before_the_cap():
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**{**SMALL, "num_hidden_layers": 4, "head_dim": 32, "sliding_window": 24})).eval()
+    config, ids = tqai.Config(**{**BASE, "codec": "turbo:bits=8"}, strategy="delta2:block=16"), prompt(length=150)
+    with tqai.apply(model, config) as handle:
+        cache = handle.cache()
+        model(ids[:, :120], past_key_values=cache)
+        for layer in cache.packed_layers:
+            layer.kv.policy.gate = True if layer.kv.policy.gate else layer.kv.policy.gate
+        fused = model(ids[:, 120:], past_key_values=cache).logits
+    model.set_attn_implementation("eager")
+    exact = model(ids).logits[:, 120:]
+    assert cache.materialised == 0
+    assert torch.allclose(fused, exact, atol=2e-2)
+
+
+def test_window_by_an_attention_that_is_not_ours_reads_all(qwen):
+    config = tqai.Config(**{**BASE, "codec": "turbo:bits=8"}, strategy="window:density=0.1")
+    cache = tqai.KVCache(qwen.config, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        qwen(prompt(length=180), past_key_values=cache)
+        got = qwen(prompt(length=1, seed=3), past_key_values=cache).logits
+    exact = qwen(torch.cat([prompt(length=180), prompt(length=1, seed=3)], 1)).logits[:, -1:]
+    assert torch.allclose(got, exact, atol=0.3)
+    assert cache.report().per_site["attn.0"]["share_read"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "stages, words",
+    [
+        (dict(scorer="snr"), ["snr", "noise schedule", "kv"]),
+        (dict(strategy="delta2:cfg=difference"), ["cfg", "guidance"]),
+        (dict(strategy="tiered:low=4"), ["low=4", "turbo:bits=4"]),
+        (dict(strategy="tiered:high=7"), ["high=7", "2, 3, 4, 8"]),
+        (dict(strategy="window:block=24"), ["block=24", "16, 32 or 64"]),
+        (dict(strategy="delta:block=20"), ["block=20", "16, 32, 64, 128"]),
+    ],
+)
+def test_bad_input_says_what_and_the_cure(stages, words):
+    with pytest.raises(ValueError) as error:
+        tqai.Config(level="kv", **stages)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_native_ran(qwen):
+    """The kernel, where there is a compiler, takes tiers, predictions and reading."""
+    if not native.ready():
+        pytest.skip(native.status())
+    ran, run_ = [], native._run
+    for stages in (dict(strategy="tiered"), dict(strategy="delta:block=16"), dict(strategy="window", scorer="bsa")):
+        kv, *_ = filled(**stages)
+        ran.clear()
+        native._run = lambda *a: ran.append(1) or run_(*a)
+        try:
+            attend(torch.randn(2, 4, 1, 32), kv, scaling=0.2)
+        finally:
+            native._run = run_
+        assert len(ran) == len(kv.policy.bands(kv))

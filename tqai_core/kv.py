@@ -333,7 +333,7 @@ class PackedKV:
             return exact
         self.decoded += 1
         front = self.plan.sink
-        out = exact.new_empty(*exact.shape[:2], self.length, exact.shape[3])
+        out = exact.new_empty(*exact.shape[:2], exact.shape[2] + self.packed, exact.shape[3])
         out[:, :, :front] = exact[:, :, :front]
         end = front + self.packed
         if self.policy is None:
@@ -341,7 +341,7 @@ class PackedKV:
         else:
             guess = self.policy.predicted(self) if which == "k" else None
             middle = out.new_empty(*out.shape[:2], self.packed, out.shape[3], dtype=torch.float32)
-            for band, places in zip(self.policy.bands(self), self.policy.places(), strict=False):
+            for band, places in zip(self.policy.bands(self), self.policy.places(self), strict=False):
                 own = middle.new_empty(*middle.shape[:2], band.packed, middle.shape[3])
                 band._decode(which, own, plain=False)
                 if places is None:
@@ -402,9 +402,9 @@ class PackedKV:
         self.keys, self.values = tensors["keys"], tensors["values"]
         for i in range(header["segments"]):
             self.segments.append(self._segment(tensors, f"segments.{i}", self.coder_k(), self.coder_v()))
-        for i in range(header.get("fine", 0) if self.policy is not None else 0):
-            self.fine.append(self._segment(tensors, f"fine.{i}", *self.policy.fine_coders(self)))
         if self.policy is not None:
+            for i in range(header["fine"]):
+                self.fine.append(self._segment(tensors, f"fine.{i}", *self.policy.fine_coders(self)))
             own = {name.removeprefix("policy."): tensor for name, tensor in tensors.items() if name.startswith("policy.")}
             self.policy.restore(own, header["policy"])
             self.policy.check(self)

@@ -20,7 +20,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ from torch import Tensor
 from .codecs.rows import Rows, rows
 from .config import Config
 from .registry import Monitor, Scorer, Strategy
-from .types import Decision
 
 if TYPE_CHECKING:
     from .kv import PackedKV, Plan, Segment
@@ -155,10 +154,10 @@ class Policy:
             self._grow("gain", lines[1], 2)
         if score is not None and self.strategy.reads:
             self._grow("scores", score.unflatten(1, (-1, self.span)).mean(-1).bfloat16(), 1)
-        if fine is not None and "tier" not in self.tensors:
-            self.tensors["tier"] = torch.zeros(k.shape[0], kv.packed, dtype=torch.uint8, device=k.device)
-        if "tier" in self.tensors:
-            self._grow("tier", torch.zeros(k.shape[0], size, dtype=torch.uint8, device=k.device) if fine is None else fine.to(torch.uint8), 1)
+        if fine is not None or "tier" in self.tensors:
+            none = torch.zeros(k.shape[0], 0 if "tier" in self.tensors else kv.packed, dtype=torch.uint8, device=k.device)
+            self._grow("tier", none, 1)
+            self._grow("tier", none.new_zeros(k.shape[0], size) if fine is None else fine.to(torch.uint8), 1)
         for segments, segment in zip((kv.segments, kv.fine), made, strict=True):
             if segment is not None:
                 kv.add(segments, segment)
@@ -271,12 +270,12 @@ class Policy:
 
     # -- out
 
-    def places(self) -> list[Tensor | None]:
+    def places(self, kv: PackedKV) -> list[Tensor | None]:
         """Numbers of the packed tokens that each tier's rows hold, ``int64 [B, rows]``; None: all of them in order."""
         tier = self.tensors.get("tier")
-        if tier is None:
+        count = sum(map(len, kv.fine))
+        if tier is None or not count:
             return [None, None]
-        count = int(tier[0].sum())
         back = order(tier.bool())
         return [back[:, count:], back[:, :count]]
 
@@ -343,7 +342,8 @@ class Policy:
         fine = 0 if tier is None else int(tier[0, :count].sum())
         kv.cut(kv.segments, count - fine)
         kv.cut(kv.fine, fine)
-        for name, dim, left in (("tier", 1, count), ("codes", 2, count // self.span), ("gain", 2, count // self.span), ("scores", 1, count // self.span)):
+        blocks = count // self.span
+        for name, dim, left in (("tier", 1, count), ("codes", 2, blocks), ("gain", 2, blocks), ("scores", 1, blocks)):
             if name in self.tensors:
                 self.tensors[name] = self.tensors[name].narrow(dim, 0, left).clone()
 
@@ -361,8 +361,8 @@ class Policy:
         for role, store in self.states.items():
             tensors |= {f"{role}.{name}": value for name, value in store.items() if isinstance(value, Tensor)}
             plain[role] = {name: value for name, value in store.items() if not isinstance(value, Tensor)}
-        header = {"states": plain, "gate": self.gate, "residual": self.residual, "decisions": self.decisions, "read": [self.read, self.readable]}
-        return tensors, header
+        header = {"states": plain, "gate": self.gate, "residual": self.residual, "decisions": self.decisions}
+        return tensors, {**header, "read": [self.read, self.readable]}
 
     def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         self.clear()
@@ -379,13 +379,15 @@ class Policy:
 
     def check(self, kv: PackedKV) -> None:
         """ValueError where what a file holds does not belong together."""
-        for name, size in (("tier", kv.packed), ("codes", kv.packed // self.span), ("gain", kv.packed // self.span)):
+        blocks = kv.packed // self.span
+        for name, dim, size in (("tier", 1, kv.packed), ("codes", 2, blocks), ("gain", 2, blocks), ("scores", 1, blocks)):
             tensor = self.tensors.get(name)
-            if tensor is not None and (kv.keys is None or tensor.shape[0] != kv.keys.shape[0] or tensor.shape[1 if name == "tier" else 2] != size):
+            if tensor is not None and (kv.keys is None or tensor.shape[0] != kv.keys.shape[0] or tensor.shape[dim] != size):
                 raise ValueError(f"field 'policy.{name}' is {tuple(tensor.shape)}, it should tell of {size}: save the cache again")
         if self.gate and kv.packed and "codes" not in self.tensors:
             raise ValueError("field 'policy.codes' is missing: save the cache again")
-        if ("tier" in self.tensors) != bool(kv.fine):
+        tier = self.tensors.get("tier")
+        if sum(map(len, kv.fine)) != (0 if tier is None else int(tier[0].sum())):
             raise ValueError("field 'policy.tier' is missing or names rows that are not there: save the cache again")
 
     def report(self, kv: PackedKV) -> dict[str, Any]:

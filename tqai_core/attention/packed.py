@@ -84,8 +84,7 @@ def state(
     """Where the softmax of ``q [B, H, group x count, D]`` (scaled) over ``kv`` ends: weighted sum, weight and maximum."""
     assert kv.keys is not None
     assert kv.values is not None
-    b, h, r, _ = q.shape
-    dv, group = kv.values.shape[-1], r // count
+    dv, group = kv.values.shape[-1], q.shape[2] // count
     if native and kv.segments:
         done = kernel.attend(
             q, kv, count=count, mask=seen.mask, seen=seen.first, softcap=softcap, aux=aux, precise=precise, part=part
@@ -106,9 +105,7 @@ def state(
     return run.sum, run.weight, run.top
 
 
-def _packed(
-    q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool, part: Part
-) -> None:
+def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool, use: Part) -> None:
     """Adds the packed tokens to ``run``."""
     keys, values = kv.coder_k(), kv.coder_v()
     shift = None
@@ -117,8 +114,8 @@ def _packed(
         q = q * kv.scale
     b, h, r, _ = q.shape
     q = keys.rotate(q)
-    if part is not ALL:
-        _partly(q, kv, run, seen, softcap, scratch, shift, part)
+    if use is not ALL:
+        _partly(q, kv, run, seen, softcap, scratch, shift, use)
         return
     if native and triton_packed.wanted(q):
         triton_packed.attend(
@@ -159,12 +156,12 @@ def _partly(
 ) -> None:
     """The same a segment at a time; on a CPU the rows of blocks that are not read are not looked up."""
     keys, values = kv.coder_k(), kv.coder_v()
-    total, first, at = run.sum, kv.sinks, 0
+    first, at = kv.sinks, 0
     for segment in kv.segments:
         n = len(segment)
         read = None if part.read is None else part.read[:, :, at // part.block : (at + n) // part.block].repeat_interleave(part.block, 2)
         if read is None or read.device.type != "cpu":
-            s = q @ keys.lookup(segment.codes_k, scratch).transpose(-1, -2)
+            s = (q @ keys.lookup(segment.codes_k, scratch).transpose(-1, -2)).mul_(segment.gain_k[:, :, None].float())
             if read is not None:
                 s.masked_fill_(~read[:, :, None], float("-inf"))
         else:
@@ -173,18 +170,18 @@ def _partly(
                 at += n
                 continue
             s = q.new_full((*q.shape[:3], n), float("-inf"))
-            for own, codes, rows, out in zip(q.flatten(0, 1), segment.codes_k.flatten(0, 1), chosen, s.flatten(0, 1), strict=True):
-                out[:, rows] = own @ keys.lookup(codes[rows]).T
-        s = s * segment.gain_k[:, :, None].float()
+            parts = (x.flatten(0, 1) for x in (q, segment.codes_k, segment.gain_k, s))
+            for own, codes, gain, out, rows in zip(*parts, chosen, strict=True):
+                out[:, rows] = own @ keys.lookup(codes[rows]).T * gain[rows].float()
         s = s if shift is None else s.add_(shift)
         s = s if part.added is None else s.add_(part.added[..., at : at + n])
         p = run.weigh(_cap(s, softcap), seen.at(first + at, first + at + n))
-        total, p = run.sum, p * segment.gain_v[:, :, None].float()
         if read is None or read.device.type != "cpu":
-            total += p @ values.lookup(segment.codes_v, scratch)
+            run.sum += (p * segment.gain_v[:, :, None].float()) @ values.lookup(segment.codes_v, scratch)
         else:
-            for own, codes, rows, out in zip(p.flatten(0, 1), segment.codes_v.flatten(0, 1), chosen, total.flatten(0, 1), strict=True):
-                out += own[:, rows] @ values.lookup(codes[rows])
+            parts = (x.flatten(0, 1) for x in (p, segment.codes_v, segment.gain_v, run.sum))
+            for own, codes, gain, out, rows in zip(*parts, chosen, strict=True):
+                out += (own[:, rows] * gain[rows].float()) @ values.lookup(codes[rows])
         at += n
 
 

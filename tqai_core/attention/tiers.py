@@ -32,7 +32,7 @@ def attend(
     if heads % h or b != kv.keys.shape[0]:
         raise ValueError(f"query has batch {b} and {heads} heads, the cache {list(kv.keys.shape[:2])}: heads must be a multiple")
     out = query.new_empty(b, heads, count, kv.values.shape[-1])
-    places, scratch = kv.policy.places(), Scratch()
+    places, scratch = kv.policy.places(kv), Scratch()
     step = max(packed.SCORES // (b * heads * kv.length), 1)
     for i in range(0, count, step):
         j = min(i + step, count)
@@ -72,8 +72,9 @@ def _sorted(seen: packed._Mask, kv: PackedKV, places: Tensor, first: bool, count
         return seen
     columns = kv.sinks + places
     if first:
-        ends = [torch.arange(*ends, device=places.device).expand(len(places), -1) for ends in ((0, kv.sinks), (kv.sinks + kv.packed, kv.length))]
-        columns = torch.cat([ends[0], columns, ends[1]], 1)
+        ends = ((0, kv.sinks), (kv.sinks + kv.packed, kv.length))
+        before, after = (torch.arange(a, b, device=places.device).expand(len(places), -1) for a, b in ends)
+        columns = torch.cat([before, columns, after], 1)
     if seen.causal is not None:
         mask = columns[:, None, None] <= seen.causal[None, None]
     else:

@@ -40,7 +40,9 @@ class Tiered(Strategy, name="tiered"):
         if level != "kv":
             return
         if self.low != 6:
-            raise ValueError(f"'tiered': low={self.low}; at level 'kv' the coarse tier has the codec's bits: give codec='turbo:bits={self.low}'")
+            raise ValueError(
+                f"'tiered': low={self.low}; at level 'kv' the coarse tier has the codec's bits: give codec='turbo:bits={self.low}'"
+            )
         if self.high not in BITS:
             raise ValueError(f"'tiered': high={self.high}; rows of a KV cache have {', '.join(map(str, BITS))} bits: give one of these")
 
