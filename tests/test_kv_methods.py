@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import tqai_core as tqai
-from tqai_core.attention import native
+from tqai_core.attention import native, tiers
 from tqai_core.attention.tiers import attend
 from tqai_core.kv import PackedKV, Plan
 from tqai_core.kv_methods import policy
@@ -413,7 +413,7 @@ def test_window_reads_its_blocks_and_no_others(scorer, monitor):
     turned = kv.coder_k().rotate((query * 0.2).reshape(2, 2, 2, 32) * kv.scale)
     read = torch.zeros(2, 2, kv.packed // 16, dtype=torch.bool)
     for band, places in zip(kv.policy.bands(kv), kv.policy.places(kv), strict=False):
-        own = kv.policy.reading(turned, places, band.packed)
+        own = kv.policy.reading(turned, places, band.packed, tiers._exact_weight((query * 0.2).reshape(2, 2, 2, 32), kv))
         blocks = torch.arange(own.shape[2]).expand(2, -1) if places is None else places[:, ::16] // 16
         read.scatter_(2, blocks[:, None].expand(-1, 2, -1), own)
         for s, piece in zip(band.segments, own.split([len(s) // 16 for s in band.segments], 2), strict=True):

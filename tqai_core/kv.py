@@ -175,7 +175,8 @@ class PackedKV:
             return
         front = plan.sink
         due = self.keys.shape[2] - front - plan.recent
-        due -= due % (self.policy.span if self.policy is not None else 1)
+        if self.policy is not None:
+            due = self.policy.due(due, self.packed)
         if due < FLUSH:
             return
         if self.wants_statistics:
@@ -201,7 +202,7 @@ class PackedKV:
         """The same as the methods want it, a flush at a time."""
         done = 0
         while done < due:
-            size = min(policy.flush, due - done)
+            size = policy.size(due - done, self.packed)
             if not policy.pack(self, front + done, size):
                 assert self.keys is not None
                 self.exact_why = f"keys or values of tokens {self.length - self.keys.shape[2] + front} and on hold NaN or inf"

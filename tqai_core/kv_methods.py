@@ -95,7 +95,6 @@ class Policy:
     layer: int = 0
 
     def __post_init__(self) -> None:
-        self.span, self.flush = self.strategy.span, FLUSH
         self.near = self.strategy.reads and self.scorer is not None and self.scorer.centroids  # blocks chosen by what queries want
         self.share, fine_k = self.strategy.tiers(self.plan.bits_k)
         fine_v = self.strategy.tiers(self.plan.bits_v)[1]
@@ -109,11 +108,34 @@ class Policy:
         self.tensors: dict[str, Tensor] = {}  # tier [B, packed], line codes and gains [B, H, blocks, terms, ...], queries, block scores
         self.states: dict[str, dict[str, Any]] = {"scorer": {}, "monitor": {}}
         self.gate: bool | None = None if self.strategy.terms else False  # whether keys are predicted; None: not decided yet
+        self.lead = 0  # tokens of the first block, where it is a short one
         self.residual: float | None = None  # energy of what prediction leaves of the keys
         self.decisions: list[dict[str, Any]] = []
         self.read = self.readable = 0  # blocks that steps read, and that they could have read
 
     # -- in
+
+    @property
+    def span(self) -> int:
+        """Tokens of a block; 1 where blocks mean nothing."""
+        return 1 if self.strategy.terms and self.gate is False else self.strategy.span
+
+    @property
+    def offset(self) -> int:
+        """Tokens that the first block is short of."""
+        return -self.lead % self.span
+
+    def due(self, count: int, packed: int) -> int:
+        """How many of ``count`` tokens can be packed now: whole blocks, the first of which may be a short one."""
+        if not packed and self.strategy.terms and count >= self.span:
+            self.lead = count % self.span
+            return count
+        return count - count % self.span
+
+    def size(self, left: int, packed: int) -> int:
+        """Tokens of the next flush."""
+        lead = 0 if packed else self.lead
+        return min(left, lead + (FLUSH - lead) // self.span * self.span)
 
     def observe(self, q: Tensor) -> None:
         """Queries ``[B, heads, n, D]`` as they come; the last few stay."""
@@ -237,9 +259,10 @@ class Policy:
             return None, self._line_coder(k).encode(k.unflatten(2, (-1, self.span)).mean(3, keepdim=True))
         if self.gate is False:
             return None, None
-        coder = self._line_coder(k)
-        lines = coder.encode(self.strategy.lines(k))
-        guess = torch.einsum("bhntd,ts->bhnsd", coder.decode(*lines), course(self.strategy.terms, self.span, k.device)).flatten(2, 3)
+        coder, short = self._line_coder(k), -k.shape[2] % self.span
+        own = k if not short else torch.cat([k[:, :, : self.span - short].mean(2, keepdim=True).expand(-1, -1, short, -1), k], 2)
+        lines = coder.encode(self.strategy.lines(own))
+        guess = self._follow(coder.decode(*lines))[:, :, short:]
         if self.gate is None:  # once a layer: does it spare more bits than the lines take?
             before, after = torch.stack([k.square().sum(), (k - guess).square().sum()]).tolist()
             self.residual = after / max(before, 1e-30)
@@ -266,6 +289,10 @@ class Policy:
             return None
         assert kv.keys is not None
         lines = self._line_coder(kv.keys).decode(self.tensors["codes"], self.tensors["gain"])
+        return self._follow(lines)[:, :, self.offset :]
+
+    def _follow(self, lines: Tensor) -> Tensor:
+        """Lines ``[B, H, blocks, terms, D]`` at each token of their blocks."""
         return torch.einsum("bhntd,ts->bhnsd", lines, course(self.strategy.terms, self.span, lines.device)).flatten(2, 3)
 
     # -- out
@@ -293,8 +320,10 @@ class Policy:
         fine.keys, fine.values, fine.length = kv.keys[:, :, :0], kv.values[:, :, :0], sum(map(len, kv.fine))
         return [base, fine]
 
-    def reading(self, q: Tensor, places: Tensor | None, rows_of: int) -> Tensor | None:
-        """Blocks that queries ``q [B, H, r, D]`` (stored domain, rotated) read of a tier's rows: ``bool [B, H, blocks]``."""
+    def reading(self, q: Tensor, places: Tensor | None, rows_of: int, exact: Tensor | None = None) -> Tensor | None:
+        """Blocks that queries ``q [B, H, r, D]`` (stored domain, rotated) read of a tier's rows: ``bool [B, H, blocks]``, None for
+        all. ``exact [B, H, r, 1]`` is the logarithm of the weight that the exact rows have for them."""
+        blocks = rows_of // self.span
         own = None if places is None else places[:, :: self.span] // self.span  # a block lies in one tier as a whole
         scores = self.tensors.get("scores")
         if scores is not None:
@@ -303,11 +332,15 @@ class Policy:
             logits = logits[..., 0]
             if own is not None:
                 logits = logits.gather(3, own[:, None, None].expand(-1, *logits.shape[1:3], -1))
-            scores = logits.softmax(-1).mean(2)
-        blocks = rows_of // self.span
+            scores = logits.add_(math.log(self.span))  # a query that looks at exact rows has little to say
+            if exact is not None:
+                scores = torch.cat([scores, exact], 3)
+            scores = scores.softmax(-1)[..., :blocks].mean(2)
         if scores is None:
             scores = torch.arange(blocks, device=q.device, dtype=torch.float32).expand(*q.shape[:2], -1)
         kept = self.strategy.kept(blocks)
+        scores = scores.clone()
+        scores[..., blocks - kept // 2 :] = float("inf")  # half of them the newest: some layers look nowhere else
         self.read, self.readable = self.read + kept, self.readable + blocks
         return None if kept == blocks else torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(kept, -1).indices, True)
 
@@ -318,7 +351,8 @@ class Policy:
             return None
         weights = course(self.strategy.terms, self.span, q.device)
         if places is None:
-            return torch.einsum("bhrnt,ts->bhrns", scores, weights).flatten(3)[..., :rows_of]
+            return torch.einsum("bhrnt,ts->bhrns", scores, weights).flatten(3)[..., self.offset :]
+        places = places + self.offset
         block = (places // self.span)[:, None, None].expand(-1, *scores.shape[1:3], -1)
         own = weights[:, places % self.span].permute(1, 0, 2)  # [B, terms, rows]
         return sum(scores[..., t].gather(3, block) * own[:, t][:, None, None] for t in range(len(weights)))  # type: ignore[return-value]
@@ -327,14 +361,17 @@ class Policy:
 
     def boundary(self, count: int) -> int:
         """The most packed tokens up to ``count`` at which blocks are whole and every sequence has as many fine ones."""
-        count -= count % self.span
+        count = self._whole(count)
         tier = self.tensors.get("tier")
         if tier is None or tier.shape[0] == 1:
             return count
         sums = tier[:, :count].long().cumsum(1)
         same = (sums == sums[:1]).all(0).nonzero()
         even = int(same[-1]) + 1 if len(same) else 0
-        return self.boundary(even) if even % self.span else even
+        return even if even == self._whole(even) else self.boundary(even)
+
+    def _whole(self, count: int) -> int:
+        return max(count - (count + self.offset) % self.span, 0)
 
     def crop(self, kv: PackedKV, count: int) -> None:
         """Keep the first ``count`` packed tokens, a :meth:`boundary`."""
@@ -342,7 +379,7 @@ class Policy:
         fine = 0 if tier is None else int(tier[0, :count].sum())
         kv.cut(kv.segments, count - fine)
         kv.cut(kv.fine, fine)
-        blocks = count // self.span
+        blocks = (count + self.offset) // self.span if count else 0
         for name, dim, left in (("tier", 1, count), ("codes", 2, blocks), ("gain", 2, blocks), ("scores", 1, blocks)):
             if name in self.tensors:
                 self.tensors[name] = self.tensors[name].narrow(dim, 0, left).clone()
@@ -361,13 +398,13 @@ class Policy:
         for role, store in self.states.items():
             tensors |= {f"{role}.{name}": value for name, value in store.items() if isinstance(value, Tensor)}
             plain[role] = {name: value for name, value in store.items() if not isinstance(value, Tensor)}
-        header = {"states": plain, "gate": self.gate, "residual": self.residual, "decisions": self.decisions}
+        header = {"states": plain, "gate": self.gate, "residual": self.residual, "decisions": self.decisions, "lead": self.lead}
         return tensors, {**header, "read": [self.read, self.readable]}
 
     def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         self.clear()
         self.gate, self.residual, self.decisions = header["gate"], header["residual"], list(header["decisions"])
-        self.read, self.readable = header["read"]
+        (self.read, self.readable), self.lead = header["read"], header["lead"]
         for role, store in self.states.items():
             store.update(header["states"][role])
         for name, tensor in tensors.items():
@@ -379,7 +416,7 @@ class Policy:
 
     def check(self, kv: PackedKV) -> None:
         """ValueError where what a file holds does not belong together."""
-        blocks = kv.packed // self.span
+        blocks = (kv.packed + self.offset) // self.span if kv.packed else 0
         for name, dim, size in (("tier", 1, kv.packed), ("codes", 2, blocks), ("gain", 2, blocks), ("scores", 1, blocks)):
             tensor = self.tensors.get(name)
             if tensor is not None and (kv.keys is None or tensor.shape[0] != kv.keys.shape[0] or tensor.shape[dim] != size):

@@ -38,12 +38,12 @@ def attend(
         j = min(i + step, count)
         q = (query[:, :, i:j].float() * scaling).reshape(b, h, heads // h * (j - i), d)
         turned = kv.coder_k().rotate(q if kv.scale is None else q * kv.scale)
-        run = None
+        run, weight = None, _exact_weight(q, kv) if kv.policy.near and count <= CHOICE else None
         for n, (band, own) in enumerate(zip(kv.policy.bands(kv), places, strict=False)):
             seen = packed._Mask(mask, i, j, count, kv.length, q.device)
             if own is not None:
                 seen = _sorted(seen, kv, own, first=n == 0, count=j - i)
-            part = _part(kv.policy, band, turned, own, count)
+            part = _part(kv.policy, band, turned, own, count, weight)
             new = packed.state(q, band, j - i, seen, softcap, aux if n == 0 else None, scratch, native, query.dtype == torch.float32, part)
             run = new if run is None else _join(run, new)
         assert run is not None
@@ -51,11 +51,18 @@ def attend(
     return out
 
 
-def _part(policy: Policy, band: PackedKV, q: Tensor, places: Tensor | None, count: int) -> packed.Part:
+def _exact_weight(q: Tensor, kv: PackedKV) -> Tensor:
+    """Logarithm of the weight of the exact rows, on the scale of stored keys, ``[B, H, rows of q, 1]``."""
+    assert kv.keys is not None
+    weight = (q @ kv.keys.float().transpose(-1, -2)).logsumexp(-1, keepdim=True)
+    return weight if kv.mean is None else weight - (q * kv.mean).sum(-1, keepdim=True)
+
+
+def _part(policy: Policy, band: PackedKV, q: Tensor, places: Tensor | None, count: int, weight: Tensor | None) -> packed.Part:
     if not band.packed:
         return packed.ALL
     added = policy.shift(q, places, band.packed)
-    read = policy.reading(q, places, band.packed) if policy.strategy.reads and count <= CHOICE else None
+    read = policy.reading(q, places, band.packed, weight) if policy.strategy.reads and count <= CHOICE else None
     return packed.ALL if added is None and read is None else packed.Part(added, read, policy.span)
 
 
