@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     peers = "codec, stream, llm: beside other codecs (default); dit: other step caches instead"
     bench.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
     bench.add_argument("--report", action="store_true", help="stream: ten pipelines on seven model shapes, bytes counted")
+    bench.add_argument("--methods", action="store_true", help="llm: scorers, strategies and monitors on the packed cache instead")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="codec: NMSE against bits with the Shannon line, as SVG")
     bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
     bench.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="seeds, as in 0,1,2")
@@ -93,7 +94,7 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import codec, dit, dit_peers, levels, llm, methods, stream, stream_report
+    from .bench import codec, dit, dit_peers, levels, llm, llm_methods, methods, stream, stream_report
 
     peers = args.peers is not False
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
@@ -108,6 +109,8 @@ def _bench(args: argparse.Namespace) -> int:
         result, tables = codec.bench(peers, tell), codec.tables_of
         if args.plot:
             _write(str(args.plot), codec.plot(result))
+    elif args.what == "llm" and args.methods:
+        result, tables = llm_methods.bench(tell), llm_methods.tables_of
     elif args.what == "llm":
         result, tables = llm.bench(peers, tell), llm.tables_of
     elif args.report:

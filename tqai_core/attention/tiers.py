@@ -32,7 +32,8 @@ def attend(
     if heads % h or b != kv.keys.shape[0]:
         raise ValueError(f"query has batch {b} and {heads} heads, the cache {list(kv.keys.shape[:2])}: heads must be a multiple")
     out = query.new_empty(b, heads, count, kv.values.shape[-1])
-    places, scratch = kv.policy.places(kv), Scratch()
+    ordered = mask is not None or count > 1 or kv.policy.gate or kv.policy.strategy.reads  # else nobody asks which row is whose
+    places, scratch = kv.policy.places(kv) if ordered else [None, None], Scratch()
     step = max(packed.SCORES // (b * heads * kv.length), 1)
     for i in range(0, count, step):
         j = min(i + step, count)

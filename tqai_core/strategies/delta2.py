@@ -25,7 +25,7 @@ class Delta2(Strategy, name="delta2", paper="linear multistep prediction, as in 
 
     slope_bits: int = param(3, "bits a coordinate of the slope", low=1, high=8)
 
-    block: int = param(32, "level kv: tokens that share a line", choices=(16, 32, 64, 128))
+    block: int = param(64, "level kv: tokens that share a line", choices=(16, 32, 64, 128))
 
     order = 1
     levels = (*Strategy.levels, "kv")
