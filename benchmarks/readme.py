@@ -141,8 +141,19 @@ def peers(result: dict[str, Any]) -> str:
     return table(["mini", "peer", "setting", "calls", "CPU ratio", "own, NMSE e-4", "true ODE, NMSE e-4", "bytes held"], rows)
 
 
+def kv_of(result: dict[str, Any]) -> str:
+    """Methods alone over two and four bits, beside a plain cache of equal bytes."""
+    at = {(r["method"], r["bits"]): r for r in result["alone"]}
+    rows = []
+    for name in dict.fromkeys(r["method"] for r in result["alone"] if not r["method"].startswith("window")):
+        found = [at.get((name, bits)) for bits in ("k2v2", "k4v4")]
+        cells = [cell for r in found for cell in (("", "") if r is None else (f"{r['held_bits']:.2f}", f"{r['against_plain']:.2f}"))]
+        rows.append([f"`{name}`" if " by " not in name else name, *cells])
+    return table(["method", "over k2v2: bits held", "KL to plain", "over k4v4: bits held", "KL to plain"], rows)
+
+
 def main() -> int:
-    from tqai_core.bench import levels, methods
+    from tqai_core.bench import levels, llm_methods, methods
 
     dit, vectors, trajectories = load("dit"), load("codec"), load("stream")
     parts = {
@@ -152,7 +163,10 @@ def main() -> int:
     lower = load("levels")
     parts |= {"levels": levels_of(lower), "guidance": guidance_of(lower)}
     others = load("dit_peers")
+    caches = load("llm_methods")
+    parts["kv"] = kv_of(caches)
     details = {"methods": sections(methods, load("methods")), "levels": sections(levels, lower), "peers": peers(others)}
+    details["kv_methods"] = sections(llm_methods, caches)
     stale = [fill(ROOT / "README.md", parts), fill(ROOT / "docs" / "methods.md", details)]
     return int(any(stale)) if "--check" in sys.argv else 0
 
