@@ -19,7 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from ..calibrate.multistep import Multistep, Together
-from ..calibrate.sampler import NEAR, CalibratedSampler, Make, entry_hash
+from ..calibrate.sampler import CalibratedSampler, Make, entry_hash, guidance_range
 from ..config import Config
 from ..modelhash import model_hash
 from .diffusers import EXPERTS, HOOK, attach
@@ -299,11 +299,10 @@ class PipelineModel:
         first = next(iter(self.models.values()))
         from .. import __version__
 
-        name, made = self.guidance
         return {
             "models": {key: model_hash(model) for key, model in self.models.items()}, "model_class": type(first).__name__,
             "entry": entry_hash(first), "shape": self.shape,
-            "guidance": {"name": name, "made": made, "low": made / NEAR, "high": made * NEAR, "proved": []},
+            "guidance": guidance_range(*self.guidance),
             "versions": {"tqai": __version__, "torch": str(torch.__version__), "diffusers": diffusers.__version__},
             "difference": DIFFERENCE.to_json() if self.difference else None,
         }  # fmt: skip

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -158,6 +159,11 @@ class CalibratedSampler:
         return cls.from_dict(data)
 
 
+def guidance_range(name: str, made: float) -> dict[str, Any]:
+    """The field ``guidance`` of a file: near the calibrated value, nothing proved beyond."""
+    return {"name": name, "made": made, "low": made / NEAR, "high": made * NEAR, "proved": []}
+
+
 def entry_hash(module: nn.Module) -> str | None:
     """16 hexadecimal digits of the signs of the first layer's weights, or None where they cannot be read.
 
@@ -197,6 +203,59 @@ class Model(Protocol):
     def branch_calls(self) -> float:
         """Calls of the last run, 1 = all guidance branches of a step."""
         ...
+
+
+class Loop:
+    """A bare transformer in a loop of your own, for the calibrator: ``velocity(x, sigma, seeds)`` -> v, guidance done, and
+    ``noise(seeds)`` -> x at sigma 1, a sample a seed. Its rival is Adams-Bashforth 2: give ``calibrate(stock=("ab2",))``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        velocity: Callable[[Tensor, float, Sequence[int]], Tensor],
+        noise: Callable[[Sequence[int]], Tensor],
+        guidance: float = 1.0,
+        batch: int = 8,
+    ) -> None:
+        self.module, self.velocity, self.noise, self.guidance, self.batch = module, velocity, noise, guidance, batch
+        self.tick: Callable[[float], None] = lambda share: None
+        self.spent, self.shape = 0.0, ()
+
+    def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
+        batches = [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
+        together = Together(len(batches))
+        solvers = [make(k, together) for k in range(len(batches))]
+
+        def run(k: int) -> None:
+            with torch.no_grad():
+                x = self.noise(batches[k])
+                self.shape = tuple(x.shape[1:])
+                for i, sigma in enumerate(solvers[k].nodes[:-1]):
+                    x = solvers[k].step(i, self.velocity(x, sigma, batches[k]), x)
+                    self.tick(len(batches[k]) / len(seeds))
+
+        together.run([partial(run, k) for k in range(len(batches))])
+        self.spent = solvers[0].steps
+        return solvers
+
+    def stock(self, name: str, shift: float, steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
+        raise ValueError(f"a loop of your own has no solver {name!r}: give calibrate(stock=('ab2',))")
+
+    def guided(self, guidance: float) -> AbstractContextManager[None]:
+        raise ValueError(f"guidance {guidance:g}: a loop of your own has one guidance, calibrate again for another")
+
+    def header(self) -> dict[str, Any]:
+        from ..modelhash import model_hash
+
+        return {
+            "models": {"transformer": model_hash(self.module)}, "model_class": type(self.module).__name__, "entry": entry_hash(self.module),
+            "guidance": guidance_range("guidance_scale", self.guidance),
+            "shape": self.shape, "versions": {"torch": str(torch.__version__)},
+        }  # fmt: skip
+
+    def branch_calls(self) -> float:
+        return self.spent
 
 
 @dataclass(frozen=True)
@@ -269,19 +328,21 @@ def calibrate(
     steps: int = 12,
     *,
     seeds: Sequence[int] = (7700, 7701, 7702, 7703),
-    held_out: Sequence[int] = (8800, 8801, 8802, 8803),
+    held_out: Sequence[int] = (8800, 8801, 8802),
     form: str = "all",
     shift: float | None = None,
     teacher: int = TEACHER,
     tune: int = 2,
     stock: Sequence[str] = STOCK,
+    truths: tuple[Truth, Truth] | None = None,
     tell: Tell = lambda text, part: None,
 ) -> CalibratedSampler:
     """Fit on ``seeds``, choose the grid and prove it on ``held_out`` against the best of ``stock``.
 
     ``form="last"`` fits the last step alone, on the grid of ``shift``: it costs no call and repairs what every solver
     does worst. ``shift`` is the user's grid; without one the best of the stock grids stands for it. The first ``tune`` seeds
-    choose each stock solver's shift. Raises ValueError where the sampler does not win by ``MARGIN``.
+    choose each stock solver's shift. ``truths`` are fine runs of both kinds of seeds made before. Raises ValueError where the
+    sampler does not win by ``MARGIN``.
     """
     seeds, held_out = list(seeds), list(held_out)
     _sane(steps, seeds, held_out, form, teacher)
@@ -292,16 +353,16 @@ def calibrate(
     model.tick = clock.tick
 
     clock.stage(f"teacher: {teacher} calls on {len(seeds)} seeds", len(seeds))
-    known = truth(model, seeds, teacher)
+    known = truths[0] if truths else truth(model, seeds, teacher)
     clock.stage("stock solvers: their best grid", len(few))
     tuned: dict[str, float] = {}
     for name in stock:
         found = {s: stock_errors(model, name, s, steps, few, known)["error"] for s in SHIFTS}
         tuned[name] = min(found, key=found.__getitem__)
     clock.stage(f"teacher: {teacher} calls on {len(held_out)} seeds that the fit does not see", len(held_out))
-    unseen = truth(model, held_out, teacher)
+    unseen = truths[1] if truths else truth(model, held_out, teacher)
     clock.stage("stock solvers on these", len(held_out))
-    rivals = [{"name": n, "shift": s, **stock_errors(model, n, s, steps, held_out, unseen)} for n, s in tuned.items()]
+    rivals: list[dict[str, Any]] = [{"name": n, "shift": s, **stock_errors(model, n, s, steps, held_out, unseen)} for n, s in tuned.items()]
     best = min(rivals, key=lambda r: r["error"])
     clock.stage("the sampler", (len(seeds) + len(held_out)) / 2)
     students = {}

@@ -31,7 +31,8 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shift", type=float, help="your own grid's shift; always the grid of --form last")
     group.add_argument("--difference", action="store_true", help="with guidance: forecast cond - uncond on half of the steps while fitting")
     group.add_argument("--teacher", type=int, default=100, help="calls of the fine run")
-    group.add_argument("--samples", type=int, default=4, help="seeds to fit on; as many others prove it")
+    group.add_argument("--samples", type=int, default=4, help="seeds to fit on")
+    group.add_argument("--held-out", type=int, default=3, help="other seeds, which prove it")
     group.add_argument("--batch", type=int, help="seeds in one call of the model; default: 1, and all for a demo")
     group.add_argument("--guidance", type=float, help="guidance to calibrate at; default: the pipeline's own, and 2 for a demo")
     group.add_argument(
@@ -52,14 +53,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..adapters.sampler import PipelineModel
     from .sampler import calibrate, widen
 
-    if args.samples < 1:
-        raise ValueError(f"--samples {args.samples}: give 1 or more")
+    if args.samples < 1 or args.held_out < 1:
+        raise ValueError(f"--samples {args.samples} --held-out {args.held_out}: give 1 or more")
     pipe, inputs = _demo(args) if args.demo else _pipeline(args)
     model = PipelineModel(pipe, inputs, batch=args.batch or (args.samples if args.demo else 1), difference=args.difference)
     began = time.process_time()
     with Bar() as bar:
         sampler = calibrate(
-            model, args.steps, seeds=range(FIRST, FIRST + args.samples), held_out=range(FIRST_HELD_OUT, FIRST_HELD_OUT + args.samples),
+            model, args.steps, seeds=range(FIRST, FIRST + args.samples), held_out=range(FIRST_HELD_OUT, FIRST_HELD_OUT + args.held_out),
             form=args.form, shift=args.shift, teacher=args.teacher, tell=bar,
         )  # fmt: skip
         for guidance in args.reach:
