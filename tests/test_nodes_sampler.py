@@ -92,8 +92,9 @@ def test_what_it_refuses(host, file):
         sample(host, model, host.run("TQAISampler", model=model, file=file("flux", **flux)))
     with pytest.raises(ValueError, match="without --difference"):
         host.run("TQAISampler", model=model, file=file("difference", difference="{}"))
-    with pytest.raises(ValueError, match="flow-matching"):
-        host.run("TQAISampler", model=host.load("sdxl"), file=file())
+    if not host.real:  # no checkpoint of another kind is made for a real one
+        with pytest.raises(ValueError, match="flow-matching"):
+            host.run("TQAISampler", model=host.load("sdxl"), file=file())
 
 
 def test_another_model_is_told_by_its_first_layer(host, file):

@@ -295,13 +295,13 @@ def test_a_pipeline_is_calibrated_and_left_as_it_was():
     pipe = minis.pipeline("flux")
     before = pipe.scheduler
     model = PipelineModel(pipe, lambda seeds: minis.inputs("flux", [s % 5 for s in seeds]), batch=1)
-    made = calibrate(model, 6, seeds=(7700, 7701), held_out=(8800,), teacher=48, tune=1, stock=("ab2",))
+    made = calibrate(model, 6, seeds=(7700, 7701), held_out=(8800,), teacher=32, tune=1, stock=("ab2",))
     assert pipe.scheduler is before
     assert made.guidance["name"] == "true_cfg_scale"
     assert made.guidance["made"] == 2.0
     assert made.models == {"transformer": model_hash(pipe.transformer)}
     assert made.calls == 6
-    again = calibrate(model, 6, seeds=(7700, 7701), held_out=(8800,), teacher=48, tune=1, stock=("ab2",))
+    again = calibrate(model, 6, seeds=(7700, 7701), held_out=(8800,), teacher=32, tune=1, stock=("ab2",))
     assert again == made, "seeds are fixed"
     exact = truth(model, [3], 96)
     ours = errors(model, [3], exact, (*made.nodes, 0.0), made.theta)["error"]
@@ -327,3 +327,16 @@ def test_the_command(tmp_path, capsys):
         assert main(["calibrate", "-o", str(tmp_path / "none.json"), *words]) == 2
         assert says in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()
+
+
+def test_results_say_what_their_rows_say():
+    from pathlib import Path
+
+    from tqai_core.bench import sampler as bench
+
+    result = json.loads((Path(__file__).parents[1] / "benchmarks/results/sampler.json").read_text())
+    assert [v for kind, table in result["tables"].items() for v in bench.verdicts(kind, table)] == result["verdicts"]
+    assert len(bench.tables_of(result)) == 3 * len(result["tables"]) + 1
+    table = result["tables"]["flux"]
+    worse = [r | {"ode": r["ode"] * 100} if r["method"].startswith("calibrated, 1") else r for r in table["rows"]]
+    assert not all(v["ok"] for v in bench.verdicts("flux", table | {"rows": worse})), "a promise can fail"

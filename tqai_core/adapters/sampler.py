@@ -243,7 +243,7 @@ class PipelineModel:
         together = Together(len(batches))
         solvers = [make(k, together) for k in range(len(batches))]
         steps = solvers[0].steps
-        forecast = self.difference and type(solvers[0]).__name__ in ("Fit", "_Watched") and steps < 64
+        forecast = self.difference and solvers[0].student
         if forecast and len(batches) > 1:
             raise ValueError(f"the guidance difference is calibrated on one batch, given {len(batches)}: give batch={len(seeds)}")
         handle = attach(self.pipe, DIFFERENCE) if forecast else None

@@ -28,7 +28,7 @@ from .harness import machine, one_thread
 
 CALLS = (12, 10)
 SHIFTS = (0.7, 1.0, 1.5, 2.0, 3.0)
-SAMPLES = {"flux": 10, "sd3": 10, "wan": 4}
+SAMPLES = {"flux": 10, "sd3": 10, "wan": 3}
 TRUTH, TRUTH_OTHER = 240, 120  # calls; the second where another guidance is tried
 FIT, HELD_OUT = 4, 3  # seeds; the former choose the stock solvers' shifts, too
 GUIDANCE, OTHER, OTHER_SEEDS = 2.0, 4.0, 2
@@ -84,7 +84,7 @@ def case_of(kind: str, seeds: Sequence[int]) -> Case:
         raise ValueError(f"seeds {list(seeds)}: calibration uses {FIRST // 100} and higher, give smaller ones")
     case = Case(kind, None, [100 * seed + i for seed in seeds for i in range(samples)], samples)
     pipe = minis.pipeline(kind)
-    case.model = PipelineModel(pipe, lambda some: minis.inputs(kind, [case.label(s) for s in some], GUIDANCE), batch=samples)
+    case.model = PipelineModel(pipe, lambda some: minis.inputs(kind, [case.label(s) for s in some], GUIDANCE), batch=max(samples, FIT))
     return case
 
 
@@ -172,7 +172,7 @@ def _child(work: str, *arguments: str) -> dict[str, Any]:
 
 def _tuned(case: Case) -> dict[str, float]:
     seeds = [FIRST + i for i in range(FIT)]
-    exact = truth(case.model, seeds, TRUTH_OTHER)
+    exact = truth(case.model, seeds)
     best = {}
     for calls in CALLS:
         for name in STOCK:

@@ -28,12 +28,14 @@ def grid(steps: int, shift: float) -> tuple[float, ...]:
 class Multistep:
     """Steps along falling ``nodes`` (sigmas, the last one 0); plain Adams-Bashforth 2 without ``theta`` ``[steps][4]``.
 
-    Holds the last three velocities as fp32. ``begin`` starts a trajectory, ``step`` advances it.
+    Holds the last three velocities as fp32. ``begin`` starts a trajectory, ``step`` advances it. ``student`` says that it runs
+    as the finished sampler will, with the guidance difference forecast if that was asked for.
     """
 
     def __init__(self, nodes: Sequence[float], theta: Sequence[Sequence[float]] | None = None) -> None:
         self.nodes = tuple(nodes)
         self.theta = None if theta is None else [tuple(row) for row in theta]
+        self.student = theta is not None
         self.begin()
 
     @property
@@ -109,6 +111,7 @@ class Fit(Multistep):
 
     def __init__(self, nodes: Sequence[float], target: Callable[[float], Tensor], total: Callable[[Tensor], Tensor], only: Sequence[int]):
         super().__init__(nodes)
+        self.student = True
         self.target, self.total, self.only = target, total, set(only)
         self.fitted: list[tuple[float, ...]] = []
 

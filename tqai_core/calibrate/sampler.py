@@ -220,7 +220,8 @@ class Loop:
     ) -> None:
         self.module, self.velocity, self.noise, self.guidance, self.batch = module, velocity, noise, guidance, batch
         self.tick: Callable[[float], None] = lambda share: None
-        self.spent, self.shape = 0.0, ()
+        self.spent = 0.0
+        self.shape: tuple[int, ...] = ()
 
     def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
         batches = [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
