@@ -127,6 +127,29 @@ def guidance_of(result: dict[str, Any]) -> str:
     return table(["mini", "UniPC, shift 3", "branch calls", "true ODE, NMSE e-4"], rows)
 
 
+def sampler(result: dict[str, Any]) -> str:
+    """The best tuned stock solver of each number of calls beside what was calibrated."""
+    rows = []
+    for kind in KINDS:
+        stock: dict[float, dict[str, Any]] = {}
+        for r in result["tables"][kind]["rows"]:
+            if "tuned" in r["method"] and r["ode"] < stock.get(r["calls"], r | {"ode": float("inf")})["ode"]:
+                stock[r["calls"]] = r
+        best = [id(r) for r in stock.values()]
+        for r in result["tables"][kind]["rows"]:
+            if "tuned" in r["method"] and id(r) not in best:
+                continue
+            spread = f"{e4(r['low'])} to {e4(r['high'])}"
+            rows.append([kind, r["method"], f"{r['calls']:g}", e4(r["ode"]), spread, e4(r["unseen"]), e4(r["before_last"])])
+    head = ["mini", "sampler", "calls", "true ODE, NMSE e-4", "over seeds", "labels 5-9", "before last"]
+    cost = ", ".join(
+        f"{kind} {t['files']['12 steps']['seconds_cpu']:.0f} CPU s and {t['files']['12 steps']['peak'] / t['inference']['peak']:.2f}x the "
+        "peak memory of inference"
+        for kind, t in result["tables"].items()
+    )
+    return f"{table(head, rows)}\n\nThe best tuned stock solver of each number of calls. Calibrating 12 steps: {cost}."
+
+
 def peers(result: dict[str, Any]) -> str:
     """The rows as fast as ``quality`` or faster: what somebody would choose between."""
     rows = []
@@ -161,7 +184,7 @@ def main() -> int:
         "pictures": pictures(load("demo")), "codec": codec(vectors), "bases": bases(vectors), "streams": streams(trajectories),
     }  # fmt: skip
     lower = load("levels")
-    parts |= {"levels": levels_of(lower), "guidance": guidance_of(lower)}
+    parts |= {"levels": levels_of(lower), "guidance": guidance_of(lower), "sampler": sampler(load("sampler"))}
     others = load("dit_peers")
     caches = load("llm_methods")
     parts["kv"] = kv_of(caches)

@@ -4,6 +4,7 @@ from .compress import TQAICompress
 from .load_pipeline import TQAILoadPipeline
 from .monitor import TQAIMonitor
 from .report import TQAIReport
+from .sampler import TQAISampler
 from .save_pipeline import TQAISavePipeline
 from .scorer import TQAIScorer
 from .skip_layers import TQAISkipLayers
@@ -19,6 +20,7 @@ NODE_CLASS_MAPPINGS = {
     "TQAIReport": TQAIReport,
     "TQAISavePipeline": TQAISavePipeline,
     "TQAILoadPipeline": TQAILoadPipeline,
+    "TQAISampler": TQAISampler,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "TQAIScorer": "TQAI Scorer",
@@ -29,4 +31,5 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "TQAIReport": "TQAI Report",
     "TQAISavePipeline": "TQAI Save Pipeline",
     "TQAILoadPipeline": "TQAI Load Pipeline",
+    "TQAISampler": "TQAI Calibrated Sampler",
 }

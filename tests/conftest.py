@@ -143,6 +143,28 @@ def tiny() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture
+def sampler_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a calibrated sampler that nobody calibrated: small weights on a stock grid."""
+
+    def write(path: Path | None = None, steps: int = 6, **over: Any) -> Path:
+        from tqai_core.calibrate.multistep import grid
+        from tqai_core.calibrate.sampler import CalibratedSampler, guidance_range
+
+        theta = [[0.01 * (i + 1), 0.02 if i else 0.0, -0.01 if i > 1 else 0.0, 0.005] for i in range(steps)]
+        fields: dict[str, Any] = dict(
+            models={"transformer": "0" * 16}, model_class="SD3Transformer2DModel", entry=None, grid="shift 2", nodes=grid(steps, 2.0)[:-1],
+            theta=theta, form="all", guidance=guidance_range("guidance_scale", 4.5), calls=steps, teacher={"calls": 100, "shift": 2.0},
+            seeds={"fit": (1,), "held_out": (2,)}, shape=(16, 16, 16), versions={},
+            held_out={"error": 1e-4, "before_last": 1e-4, "stock": {"name": "ab2", "shift": 1.0, "error": 4e-4, "before_last": 2e-4}},
+        )  # fmt: skip
+        path = path or tmp_path / "made.json"
+        CalibratedSampler(**(fields | over)).save(path)
+        return path
+
+    return write
+
+
 # --- ComfyUI: two fake profiles here; one real checkout where TQAI_COMFYUI names it (test_comfyui.py starts that) ---------
 sys.path.append(str(ROOT / "tests/comfyui"))
 REAL = os.environ.get("TQAI_COMFYUI")

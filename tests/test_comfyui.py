@@ -15,7 +15,13 @@ import pytest
 
 PATHS = [p for p in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if p]
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/test_nodes.py", "tests/test_nodes_levels.py", "tests/test_nodes_real.py", "tests/test_nodes_server.py")
+TESTS = (
+    "tests/test_nodes.py",
+    "tests/test_nodes_levels.py",
+    "tests/test_nodes_real.py",
+    "tests/test_nodes_server.py",
+    "tests/test_nodes_sampler.py",
+)
 
 
 def python(checkout: Path) -> str:

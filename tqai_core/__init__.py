@@ -20,7 +20,8 @@ from .types import Packed
 
 __version__ = "0.1.0"
 __all__ = [
-    "Codec", "Config", "Handle", "KVCache", "Packed", "Report", "StreamCoder", "apply", "attn_processors", "codec", "methods", "preset",
+    "CalibratedScheduler", "Codec", "Config", "Handle", "KVCache", "Packed", "Report", "StreamCoder", "apply", "attn_processors", "codec",
+    "methods", "preset",
 ]  # fmt: skip
 
 for _package in (scorers, strategies, monitors, codecs):
@@ -67,4 +68,8 @@ def __getattr__(name: str) -> Any:
         from .adapters.transformers import KVCache
 
         return KVCache
+    if name == "CalibratedScheduler":  # diffusers, too
+        from .adapters.sampler import CalibratedScheduler
+
+        return CalibratedScheduler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

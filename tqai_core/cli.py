@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .calibrate.sampler_cli import add_sampler_arguments
+
 WHAT = (
     "dit: forecast-skipping; levels: block, attention, guidance, overhead; methods: every scorer x strategy x monitor; "
-    "codec: vectors; stream: trajectories; llm: KV caches"
+    "sampler: the calibrated sampler; codec: vectors; stream: trajectories; llm: KV caches"
 )
 
 
@@ -31,8 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
     demo.add_argument("--seed", type=int, default=0)
     command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
+    calibrate = command("calibrate", "measure a model once; what helps is kept in a file tied to it", _calibrate)
+    calibrate.add_argument("-m", "--model", help="a diffusers pipeline: its folder or name")
+    calibrate.add_argument("--demo", metavar="MINI", help="flux, sd3 or wan instead of a model")
+    calibrate.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    add_sampler_arguments(calibrate)
     bench = command("bench", "measure, and print what is compared with", _bench)
-    bench.add_argument("what", choices=("dit", "levels", "methods", "codec", "stream", "llm"), help=WHAT)
+    bench.add_argument("what", choices=("dit", "levels", "methods", "sampler", "codec", "stream", "llm"), help=WHAT)
     peers = "codec, stream, llm: beside other codecs (default); dit: other step caches instead"
     bench.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
     bench.add_argument("--report", action="store_true", help="stream: ten pipelines on seven model shapes, bytes counted")
@@ -93,8 +100,20 @@ def _methods(args: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate(args: argparse.Namespace) -> int:
+    from .calibrate import sampler_cli
+
+    if (args.model is None) == (args.demo is None):
+        raise ValueError("give either -m MODEL or --demo MINI to calibrate")
+    if not args.sampler:
+        raise ValueError("nothing to calibrate asked: give --sampler")
+    result = sampler_cli.run(args)
+    _finish(args.json, result, sampler_cli.tables_of(result))
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import codec, dit, dit_peers, levels, llm, llm_methods, methods, stream, stream_report
+    from .bench import codec, dit, dit_peers, levels, llm, llm_methods, methods, sampler, stream, stream_report
 
     peers = args.peers is not False
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
@@ -102,8 +121,8 @@ def _bench(args: argparse.Namespace) -> int:
         result, tables = dit_peers.bench(args.kinds, args.seeds, tell), dit_peers.tables_of
     elif args.what == "dit":
         result, tables = dit.bench(args.kinds, args.seeds, tell), dit.tables_of
-    elif args.what in ("levels", "methods"):
-        module: Any = levels if args.what == "levels" else methods
+    elif args.what in ("levels", "methods", "sampler"):
+        module: Any = {"levels": levels, "methods": methods, "sampler": sampler}[args.what]
         result, tables = module.bench(args.kinds, args.seeds, tell), module.tables_of
     elif args.what == "codec":
         result, tables = codec.bench(peers, tell), codec.tables_of

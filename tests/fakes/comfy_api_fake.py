@@ -170,6 +170,7 @@ def module() -> ModuleType:
         ComfyNode=ComfyNode, Schema=Schema, NodeOutput=NodeOutput, Hidden=Hidden, DynamicCombo=dynamic,
         Int=kind("INT", Number), Float=kind("FLOAT", FloatInput), Boolean=kind("BOOLEAN", Widget), String=kind("STRING", StringInput),
         Combo=kind("COMBO", ComboInput), Model=kind("MODEL", Input), Latent=kind("LATENT", Input), Image=kind("IMAGE", Input),
+        Sigmas=kind("SIGMAS", Input), Sampler=kind("SAMPLER", Input),
         Custom=lambda name: kind(name, Input),
     )  # fmt: skip
     latest.ui = SimpleNamespace(PreviewText=PreviewText, PreviewImage=PreviewImage)

@@ -301,6 +301,8 @@ class CFGGuider:
         options = copied(self.model_options)
         options["transformer_options"]["sample_sigmas"] = sigmas
         try:
+            if isinstance(sampler, KSAMPLER):
+                return sampler.sample(self, sigmas, {"model_options": options, "seed": seed}, callback, noise, latent, mask)
             return sampler(lambda x, sigma: self(x, sigma.expand(x.shape[0]), options, seed), noise, latent, sigmas, callback)
         finally:
             self.inner_model.model_sampling = kept
@@ -358,6 +360,23 @@ def between(model: Any, noise: Tensor, latent: Tensor, sigmas: Tensor, callback:
     return x
 
 
+@dataclass
+class KSAMPLER:
+    """What SIGMAS nodes hand over: ``function(model, noise, sigmas, extra_args=, callback=, disable=)``."""
+
+    sampler_function: Callable[..., Tensor]
+
+    def sample(
+        self, guider: CFGGuider, sigmas: Tensor, extra: dict[str, Any], callback: Any, noise: Tensor, latent: Tensor, mask: Any
+    ) -> Tensor:  # fmt: skip
+        def model(x: Tensor, sigma: Tensor, denoise_mask: Any, model_options: Any = {}, seed: Any = None) -> Tensor:  # noqa: B006
+            return guider(x, sigma, model_options, seed)
+
+        model.inner_model = guider  # type: ignore[attr-defined]
+        x = _start(noise, latent, sigmas[0])
+        return self.sampler_function(model, x, sigmas, extra_args={**extra, "denoise_mask": mask}, callback=callback, disable=True)
+
+
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler": euler,
     "heun": lambda *a: euler(*a, heun=True),
@@ -403,7 +422,12 @@ def modules(profile: str, folder: Path) -> dict[str, ModuleType]:
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher, "create_model_options_clone": create_model_options_clone},
         "comfy.model_sampling": {"CONST": CONST, "ModelSamplingDiscreteFlow": ModelSamplingDiscreteFlow},
         "comfy.model_management": {"get_free_memory": lambda device=None, torch_free_too=False: 10**12},
-        "comfy.samplers": {"calc_cond_batch": calc_cond_batch, "sampler_object": SAMPLERS.__getitem__, "CFGGuider": CFGGuider},
+        "comfy.samplers": {
+            "calc_cond_batch": calc_cond_batch,
+            "sampler_object": SAMPLERS.__getitem__,
+            "CFGGuider": CFGGuider,
+            "KSAMPLER": KSAMPLER,
+        },
         "comfy.sample": {"sample_custom": sample_custom},
         "comfy_api": {},
         "comfy_execution": {},
@@ -411,6 +435,7 @@ def modules(profile: str, folder: Path) -> dict[str, ModuleType]:
         "folder_paths": {
             "get_output_directory": lambda: str(folder / "output"),
             "get_input_directory": lambda: str(folder / "input"),
+            "models_dir": str(folder / "models"),
         },
         "server": {"PromptServer": SimpleNamespace(instance=FakeServer([]))},
     }

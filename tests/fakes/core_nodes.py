@@ -97,6 +97,13 @@ def ksampler_advanced(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+def sampler_custom(model, add_noise, noise_seed, cfg, positive, negative, sampler, sigmas, latent_image):  # type: ignore[no-untyped-def]
+    x = latent_image["samples"]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(noise_seed)) if add_noise else torch.zeros_like(x)
+    out = comfy_fake.sample_custom(model, noise, cfg, sampler, sigmas, positive, negative, x, seed=noise_seed)
+    return {"samples": out}, {"samples": out}
+
+
 def decode(samples: dict[str, Tensor], vae: Any) -> tuple[Tensor]:
     x = samples["samples"][:, :3].movedim(1, -1)
     return (torch.sigmoid(x.reshape(-1, *x.shape[-3:])),)
@@ -221,6 +228,21 @@ CORE: dict[str, Core] = {
             "return_with_leftover_noise": combo("disable", "enable", advanced=True),
         },
         ksampler_advanced,
+    ),
+    "SamplerCustom": Core(
+        ("LATENT", "LATENT"),
+        {
+            "model": link("MODEL"),
+            "add_noise": ("BOOLEAN", {"default": True}),
+            "noise_seed": SEED,
+            "cfg": number("FLOAT", 8.0, 0.0, 100.0, step=0.1),
+            "positive": link("CONDITIONING"),
+            "negative": link("CONDITIONING"),
+            "sampler": link("SAMPLER"),
+            "sigmas": link("SIGMAS"),
+            "latent_image": link("LATENT"),
+        },
+        sampler_custom,
     ),
     "VAEDecode": Core(("IMAGE",), {"samples": link("LATENT"), "vae": link("VAE")}, decode),
     "SaveImage": Core(inputs={"images": link("IMAGE"), "filename_prefix": ("STRING", {"default": "ComfyUI"})}, **IMAGE_OUT),

@@ -1,0 +1,450 @@
+"""The calibrated sampler: a few numbers a step, fitted to a fine run of the same model, in a file tied to that model.
+
+``calibrate`` makes one or refuses: a sampler that does not beat the best stock solver on seeds it has not seen is not
+made. Prior art is named in multistep.py; the recipe here is its closed-form, gradient-free relative.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..metrics import nmse
+from .multistep import TERMS, Fit, Multistep, Teacher, Together, equidistributed, grid
+
+FORMAT, VERSION = "tqai-sampler", 1
+TEACHER = 100  # calls of the fine run; 240 at the same shift change its end by .0x of a student's error
+TEACHER_SHIFT = 2.0
+SHIFTS = (1.0, 2.0, 3.0)  # grids that the stock solvers may take
+MARGIN = 0.75  # of the best stock solver's error: what is closer is a tie on a few seeds
+NEAR = 1.25  # a guidance so near to the calibrated one needs no proof of its own
+STOCK = ("ab2", "unipc", "dpm++")
+MOST = 1_000_000  # bytes a file may have; one takes a few thousand
+ENTRIES = ("x_embedder.weight", "img_in.weight", "pos_embed.proj.weight", "x_embedder.proj.weight", "patch_embedding.weight")
+Make = Callable[[int, Together], Multistep]
+Tell = Callable[[str, float], None]  # what is being done, part done in [0, 1]
+
+
+@dataclass(frozen=True)
+class CalibratedSampler:
+    """What a file holds. ``nodes`` are the sigmas of the model calls, the final 0 is left out; ``theta`` ``[steps][4]``.
+
+    ``models`` maps transformer names to :func:`tqai_core.modelhash.model_hash`, ``entry`` names the weights of the first layer,
+    which keep their values in ComfyUI's checkpoints. ``guidance`` is {name, made, low, high, proved}: the pipeline's argument,
+    its value while calibrating, the range allowed and the errors measured for it. ``difference`` is the JSON of the Config
+    that forecasts cond - uncond, if the sampler was fitted under it. ``held_out`` has NMSE against the fine run on seeds not
+    used for the fit: ``error`` and ``before_last`` (at the last node above 0), the same of the best stock solver, and the
+    error of every grid that was tried.
+    """
+
+    models: dict[str, str]
+    model_class: str
+    entry: str | None
+    grid: str
+    nodes: tuple[float, ...]
+    theta: tuple[tuple[float, ...], ...]
+    form: str
+    guidance: dict[str, Any]
+    calls: float
+    teacher: dict[str, float]
+    seeds: dict[str, tuple[int, ...]]
+    held_out: dict[str, Any]
+    shape: tuple[int, ...]
+    versions: dict[str, str]
+    difference: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nodes", tuple(float(s) for s in self.nodes))
+        object.__setattr__(self, "theta", tuple(tuple(float(w) for w in row) for row in self.theta))
+        ends = (*self.nodes, 0.0)
+        if not self.nodes or ends[0] > 1.001 or any(not a > b for a, b in pairwise(ends)):
+            raise ValueError(f"sampler nodes {list(self.nodes)} do not fall from 1 towards 0: the file is damaged, calibrate again")
+        weights = [w for row in self.theta for w in row]
+        if len(self.theta) != self.steps or any(len(row) != TERMS for row in self.theta) or not all(map(math.isfinite, weights)):
+            raise ValueError(f"sampler has no {self.steps} x {TERMS} finite weights: the file is damaged, calibrate again")
+
+    @property
+    def steps(self) -> int:
+        return len(self.nodes)
+
+    def solver(self) -> Multistep:
+        return Multistep((*self.nodes, 0.0), self.theta)
+
+    def check(self, models: Mapping[str, nn.Module] | None = None, steps: int | None = None, guidance: float | None = None) -> None:
+        """ValueError unless the file was made for these transformers, this number of steps and a range with this guidance."""
+        from ..modelhash import model_hash
+
+        if steps is not None and steps != self.steps:
+            raise ValueError(
+                f"{steps} steps asked, but this sampler was calibrated for {self.steps}: set num_inference_steps={self.steps}, or make "
+                f"a file for {steps} (tqai calibrate --sampler --steps {steps})"
+            )
+        if guidance is not None and not self.guidance["low"] <= guidance <= self.guidance["high"]:
+            g = self.guidance
+            raise ValueError(
+                f"{g['name']}={guidance:g} asked, but this sampler was calibrated at {g['made']:g} and is good for {g['low']:g} to "
+                f"{g['high']:g}: stay in that range, or calibrate at {guidance:g}"
+            )
+        if models is not None:
+            found = {name: model_hash(module) for name, module in models.items()}
+            if found != self.models:
+                raise ValueError(
+                    f"this sampler was calibrated for {self.model_class} {self.models}, the model at hand is {found}: calibrate this "
+                    "model (tqai calibrate --sampler). Loaded LoRAs change a model; load or fuse them before calibrating, too"
+                )
+
+    def check_entry(self, module: nn.Module) -> bool:
+        """For hosts whose models have other names: compare the first layer's weights alone. False where there is nothing
+        to compare (quantised or unknown weights), ValueError where they differ."""
+        found = entry_hash(module)
+        if self.entry is None or found is None:
+            return False
+        if found != self.entry:
+            raise ValueError(
+                f"this sampler was calibrated for a {self.model_class} with first-layer weights {self.entry}, the model at hand has "
+                f"{found}: load the model it was made for, or calibrate this one (tqai calibrate --sampler)"
+            )
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(asdict(self)))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CalibratedSampler:
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise ValueError("this is no calibrated sampler: make one with tqai calibrate --sampler")
+        if data.get("version") != VERSION:
+            raise ValueError(
+                f"sampler file version {data.get('version')!r}: this tqai reads {VERSION}; upgrade tqai-core or calibrate again"
+            )
+        content = {k: v for k, v in data.items() if k not in ("format", "version")}
+        names = set(cls.__dataclass_fields__)
+        if missing := sorted(names - {"difference"} - set(content)):
+            raise ValueError(f"sampler file lacks {', '.join(missing)}: it is damaged, calibrate again")
+        try:
+            return cls(**{k: v for k, v in content.items() if k in names})
+        except TypeError as error:
+            raise ValueError(f"sampler file is damaged ({error}): calibrate again") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the file in one go: a broken-off save leaves the old one."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CalibratedSampler:
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no sampler file {str(path)!r}: make one with tqai calibrate --sampler -o {path}")
+        if path.stat().st_size > MOST:
+            raise ValueError(f"{str(path)!r} is larger than a sampler can be ({MOST:,} bytes)")
+        try:
+            data = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{str(path)!r} is no whole JSON file ({error}): calibrate again") from error
+        return cls.from_dict(data)
+
+
+def guidance_range(name: str, made: float) -> dict[str, Any]:
+    """The field ``guidance`` of a file: near the calibrated value, nothing proved beyond."""
+    return {"name": name, "made": made, "low": made / NEAR, "high": made * NEAR, "proved": []}
+
+
+def entry_hash(module: nn.Module) -> str | None:
+    """16 hexadecimal digits of the signs of the first layer's weights, or None where they cannot be read.
+
+    diffusers and ComfyUI name most layers differently and fuse some, but both keep the patch embedding as it was trained.
+    """
+    parameters = dict(module.named_parameters())
+    for name in ENTRIES:
+        x = parameters.get(name)
+        if x is not None and x.device.type != "meta" and x.is_floating_point() and x.numel():
+            at = torch.arange(4096, device=x.device) * x.numel() // 4096
+            signs = bytes((x.detach().reshape(-1)[at].float() < 0).tolist())
+            return hashlib.sha256(json.dumps([x.numel()]).encode() + signs).hexdigest()[:16]
+    return None
+
+
+class Model(Protocol):
+    """What the calibrator asks of a host: runs of its own sampler loop with our solver in it."""
+
+    tick: Callable[[float], None]  # called after each step with the share of the seeds that made it
+
+    def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
+        """One run a batch of seeds; ``make`` gives batch k its solver, which is walked to its end."""
+        ...
+
+    def stock(self, name: str, shift: float, steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
+        """A solver of the host: (last sigma above 0, state there, final state) of every batch. ValueError if it has none."""
+        ...
+
+    def guided(self, guidance: float) -> AbstractContextManager[None]:
+        """Runs within take another guidance."""
+        ...
+
+    def header(self) -> dict[str, Any]:
+        """models, model_class, entry, guidance, shape, versions and difference of the file."""
+        ...
+
+    def branch_calls(self) -> float:
+        """Calls of the last run, 1 = all guidance branches of a step."""
+        ...
+
+
+class Loop:
+    """A bare transformer in a loop of your own, for the calibrator: ``velocity(x, sigma, seeds)`` -> v, guidance done, and
+    ``noise(seeds)`` -> x at sigma 1, a sample a seed. Its rival is Adams-Bashforth 2: give ``calibrate(stock=("ab2",))``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        velocity: Callable[[Tensor, float, Sequence[int]], Tensor],
+        noise: Callable[[Sequence[int]], Tensor],
+        guidance: float = 1.0,
+        batch: int = 8,
+    ) -> None:
+        self.module, self.velocity, self.noise, self.guidance, self.batch = module, velocity, noise, guidance, batch
+        self.tick: Callable[[float], None] = lambda share: None
+        self.spent = 0.0
+        self.shape: tuple[int, ...] = ()
+
+    def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
+        batches = [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
+        together = Together(len(batches))
+        solvers = [make(k, together) for k in range(len(batches))]
+
+        def run(k: int) -> None:
+            with torch.no_grad():
+                x = self.noise(batches[k])
+                self.shape = tuple(x.shape[1:])
+                for i, sigma in enumerate(solvers[k].nodes[:-1]):
+                    x = solvers[k].step(i, self.velocity(x, sigma, batches[k]), x)
+                    self.tick(len(batches[k]) / len(seeds))
+
+        together.run([partial(run, k) for k in range(len(batches))])
+        self.spent = solvers[0].steps
+        return solvers
+
+    def stock(self, name: str, shift: float, steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
+        raise ValueError(f"a loop of your own has no solver {name!r}: give calibrate(stock=('ab2',))")
+
+    def guided(self, guidance: float) -> AbstractContextManager[None]:
+        raise ValueError(f"guidance {guidance:g}: a loop of your own has one guidance, calibrate again for another")
+
+    def header(self) -> dict[str, Any]:
+        from ..modelhash import model_hash
+
+        return {
+            "models": {"transformer": model_hash(self.module)}, "model_class": type(self.module).__name__, "entry": entry_hash(self.module),
+            "guidance": guidance_range("guidance_scale", self.guidance),
+            "shape": self.shape, "versions": {"torch": str(torch.__version__)},
+        }  # fmt: skip
+
+    def branch_calls(self) -> float:
+        return self.spent
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Fine runs over some seeds, a batch each."""
+
+    runs: list[Teacher]
+
+    @property
+    def end(self) -> Tensor:
+        return torch.cat([run.states[-1] for run in self.runs])
+
+    def at(self, sigma: float) -> Tensor:
+        return torch.cat([run.at(sigma) for run in self.runs])
+
+
+def truth(model: Model, seeds: Sequence[int], calls: int = TEACHER, shift: float = TEACHER_SHIFT) -> Truth:
+    """Adams-Bashforth 2 on a fine grid: the true ODE for all purposes here."""
+    return Truth([run for run in model.march(seeds, lambda k, together: Teacher(grid(calls, shift))) if isinstance(run, Teacher)])
+
+
+def fit(model: Model, seeds: Sequence[int], teacher: Truth, nodes: Sequence[float], form: str) -> tuple[tuple[float, ...], ...]:
+    """``theta`` on the student's own states. ``form="last"`` fits the step to 0 alone."""
+    only = range(len(nodes) - 1) if form == "all" else (len(nodes) - 2,)
+    make = lambda k, together: Fit(nodes, teacher.runs[k].at, lambda part: together.total(k, part), only)  # noqa: E731
+    first = model.march(seeds, make)[0]
+    assert isinstance(first, Fit)
+    return tuple(first.fitted)
+
+
+def errors(model: Model, seeds: Sequence[int], exact: Truth, nodes: Sequence[float], theta: Any = None) -> dict[str, float]:
+    """NMSE of a student (Adams-Bashforth 2 without ``theta``) at the end and at its last node above 0."""
+    runs = model.march(seeds, lambda k, together: _Watched(nodes, theta))
+    before = torch.cat([run.states[-2] for run in runs])  # type: ignore[attr-defined]
+    end = torch.cat([run.states[-1] for run in runs])  # type: ignore[attr-defined]
+    return _against(exact, len(seeds), end, before, nodes[-2])
+
+
+class _Watched(Multistep):
+    """Keeps the two last states."""
+
+    def begin(self) -> None:
+        super().begin()
+        self.states: list[Tensor] = []
+
+    def step(self, i: int, v: Tensor, x: Tensor) -> Tensor:
+        if not self.states:
+            self.states = [x.float().cpu()]
+        out = super().step(i, v, x)
+        self.states = [self.states[-1], out.cpu()]
+        return out
+
+
+def stock_errors(model: Model, name: str, shift: float, steps: int, seeds: Sequence[int], exact: Truth) -> dict[str, float]:
+    """The same of a stock solver."""
+    if name == "ab2":
+        return errors(model, seeds, exact, grid(steps, shift))
+    runs = model.stock(name, shift, steps, seeds)
+    end, before = torch.cat([r[2] for r in runs]), torch.cat([r[1] for r in runs])
+    return _against(exact, len(seeds), end, before, runs[0][0])
+
+
+def _against(exact: Truth, count: int, end: Tensor, before: Tensor, sigma: float) -> dict[str, float]:
+    """Errors over the first ``count`` samples; a seed is a sample."""
+    return {"error": nmse(end, exact.end[:count]), "before_last": nmse(before, exact.at(sigma)[:count])}
+
+
+def calibrate(
+    model: Model,
+    steps: int = 12,
+    *,
+    seeds: Sequence[int] = (7700, 7701, 7702, 7703),
+    held_out: Sequence[int] = (8800, 8801, 8802),
+    form: str = "all",
+    shift: float | None = None,
+    teacher: int = TEACHER,
+    tune: int = 2,
+    stock: Sequence[str] = STOCK,
+    truths: tuple[Truth, Truth] | None = None,
+    tell: Tell = lambda text, part: None,
+) -> CalibratedSampler:
+    """Fit on ``seeds``, choose the grid and prove it on ``held_out`` against the best of ``stock``.
+
+    ``form="last"`` fits the last step alone, on the grid of ``shift``: it costs no call and repairs what every solver
+    does worst. ``shift`` is the user's grid; without one the best of the stock grids stands for it. The first ``tune`` seeds
+    choose each stock solver's shift. ``truths`` are fine runs of both kinds of seeds made before. Raises ValueError where the
+    sampler does not win by ``MARGIN``.
+    """
+    seeds, held_out = list(seeds), list(held_out)
+    _sane(steps, seeds, held_out, form, teacher)
+    few = seeds[:tune]
+    grids = 3 if form == "all" else 1
+    fine, coarse = teacher * (len(seeds) + len(held_out)), len(stock) * (len(SHIFTS) * len(few) + len(held_out))
+    clock = Clock(fine + steps * (coarse + grids * (len(seeds) + len(held_out))), tell)
+    model.tick = clock.tick
+
+    clock.stage(f"teacher: {teacher} calls on {len(seeds)} seeds", len(seeds))
+    known = truths[0] if truths else truth(model, seeds, teacher)
+    clock.stage("stock solvers: their best grid", len(few))
+    tuned: dict[str, float] = {}
+    for name in stock:
+        found = {s: stock_errors(model, name, s, steps, few, known)["error"] for s in SHIFTS}
+        tuned[name] = min(found, key=found.__getitem__)
+    clock.stage(f"teacher: {teacher} calls on {len(held_out)} seeds that the fit does not see", len(held_out))
+    unseen = truths[1] if truths else truth(model, held_out, teacher)
+    clock.stage("stock solvers on these", len(held_out))
+    rivals: list[dict[str, Any]] = [{"name": n, "shift": s, **stock_errors(model, n, s, steps, held_out, unseen)} for n, s in tuned.items()]
+    best = min(rivals, key=lambda r: r["error"])
+    clock.stage("the sampler", (len(seeds) + len(held_out)) / 2)
+    students = {}
+    for name, nodes in _grids(known, steps, form, shift, tuned.get("ab2", best["shift"])).items():
+        theta = fit(model, seeds, known, nodes, form)
+        students[name] = errors(model, held_out, unseen, nodes, theta), nodes, theta
+    calls = model.branch_calls()
+    chosen = min(students, key=lambda n: students[n][0]["error"])
+    figures, nodes, theta = students[chosen]
+    if form == "last":  # its rival is the same solver on the same grid
+        best = {"name": "ab2", "shift": shift or tuned["ab2"], **errors(model, held_out, unseen, nodes)}
+    if not figures["error"] <= MARGIN * best["error"]:
+        raise ValueError(
+            f"no file was made: with {steps} steps the calibrated sampler has NMSE {figures['error']:.3g} on held-out seeds, "
+            f"{best['name']} at shift {best['shift']:g} has {best['error']:.3g}, and less than a quarter below it is not worth a file. "
+            "Use that solver, or calibrate with more steps or more seeds"
+        )
+    held = {**figures, "stock": best, "grids": {name: student[0]["error"] for name, student in students.items()}}
+    return CalibratedSampler(
+        **model.header(), grid=chosen, nodes=nodes[:-1], theta=theta, form=form, calls=calls,
+        teacher={"calls": teacher, "shift": TEACHER_SHIFT}, seeds={"fit": tuple(seeds), "held_out": tuple(held_out)}, held_out=held,
+    )  # fmt: skip
+
+
+def widen(
+    model: Model, sampler: CalibratedSampler, guidance: float, samples: int = 2, tell: Tell = lambda text, part: None
+) -> CalibratedSampler:
+    """The sampler, allowed up (or down) to ``guidance`` if it wins there, too, against the stock solver it was proved
+    against; unchanged if it does not."""
+    seeds = list(sampler.seeds["held_out"])[:samples]
+    teacher, rival = int(sampler.teacher["calls"]), sampler.held_out["stock"]
+    clock = Clock((teacher + 2 * sampler.steps) * len(seeds), tell)
+    model.tick = clock.tick
+    clock.stage(f"guidance {guidance:g}", len(seeds))
+    with model.guided(guidance):
+        exact = truth(model, seeds, teacher)
+        ours = errors(model, seeds, exact, (*sampler.nodes, 0.0), sampler.theta)["error"]
+        theirs = stock_errors(model, rival["name"], rival["shift"], sampler.steps, seeds, exact)["error"]
+    g = dict(sampler.guidance)
+    g["proved"] = [*g["proved"], {"at": guidance, "error": ours, "stock": theirs}]
+    if ours <= MARGIN * theirs:
+        g["low"], g["high"] = min(g["low"], guidance), max(g["high"], guidance)
+    elif g["low"] < guidance < g["high"]:
+        g["low" if guidance < g["made"] else "high"] = g["made"]
+    return replace(sampler, guidance=g)
+
+
+class Clock:
+    """How much of a calibration is done, counted in samples that went through the model."""
+
+    def __init__(self, total: float, tell: Tell) -> None:
+        self.total, self.tell, self.done = total, tell, 0.0
+
+    def stage(self, text: str, samples: float) -> None:
+        self.text, self.samples = text, samples
+        self.tell(text, min(self.done / self.total, 1.0))
+
+    def tick(self, share: float) -> None:
+        """A batch of ``share`` of the stage's samples has made a step."""
+        self.done += self.samples * share
+        self.tell(self.text, min(self.done / self.total, 1.0))
+
+
+def _grids(teacher: Truth, steps: int, form: str, shift: float | None, tuned: float) -> dict[str, tuple[float, ...]]:
+    """The grids to try: nodes at equal shares of the teacher's change, stock ones, and half-way between, which spares the
+    dense end where the former bet too much on it."""
+    home = tuned if shift is None else shift
+    if form == "last":
+        return {f"shift {home:g}": grid(steps, home)}
+    change = [sum(parts) for parts in zip(*(run.change for run in teacher.runs), strict=True)]
+    equal, stock = equidistributed(teacher.runs[0].nodes, change, steps), grid(steps, home)
+    between = tuple((a + b) / 2 for a, b in zip(equal, grid(steps, TEACHER_SHIFT), strict=True))
+    return {"equidistributed": equal, "half-way": between, f"shift {home:g}": stock}
+
+
+def _sane(steps: int, seeds: Sequence[int], held_out: Sequence[int], form: str, teacher: int) -> None:
+    if form not in ("all", "last"):
+        raise ValueError(f"form={form!r}: give 'all' (every step) or 'last' (the step to 0 alone)")
+    if steps < 3:
+        raise ValueError(f"{steps} steps: a calibrated sampler takes 3 or more")
+    if teacher < 4 * steps:
+        raise ValueError(f"a teacher of {teacher} calls is too coarse for {steps} steps: give {max(4 * steps, TEACHER)} or more")
+    if not seeds or not held_out or set(seeds) & set(held_out):
+        raise ValueError(f"seeds {list(seeds)} and held-out seeds {list(held_out)}: give at least one each, and none twice")

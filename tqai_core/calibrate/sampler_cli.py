@@ -1,0 +1,129 @@
+"""``tqai calibrate --sampler``: arguments, prompts and the bar."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PROMPTS = (
+    "a portrait of an old fisherman, studio light",
+    "a city street at night in the rain, neon signs",
+    "a bowl of fruit on a wooden table, oil painting",
+    "a mountain lake at sunrise with mist",
+    "a red sports car driving along the coast",
+    "a cat sleeping on a windowsill, watercolour",
+    "an astronaut riding a horse",
+    "a page with the words HELLO WORLD in large letters",
+)
+FIRST, FIRST_HELD_OUT = 7700, 8800
+
+
+def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``--sampler`` adds to ``tqai calibrate``, which has -m, -o and --demo itself."""
+    group = parser.add_argument_group("with --sampler")
+    group.add_argument("--sampler", action="store_true", help="fit a sampler of few steps to a fine run of the model")
+    group.add_argument("--steps", type=int, default=12, help="steps of the sampler")
+    group.add_argument("--form", choices=("all", "last"), default="all", help="fit every step, or only the step to 0 on your own grid")
+    group.add_argument("--shift", type=float, help="your own grid's shift; always the grid of --form last")
+    group.add_argument("--difference", action="store_true", help="with guidance: forecast cond - uncond on half of the steps while fitting")
+    group.add_argument("--teacher", type=int, default=100, help="calls of the fine run")
+    group.add_argument("--samples", type=int, default=4, help="seeds to fit on")
+    group.add_argument("--held-out", type=int, default=3, help="other seeds, which prove it")
+    group.add_argument("--batch", type=int, help="seeds in one call of the model; default: 1, and all for a demo")
+    group.add_argument("--guidance", type=float, help="guidance to calibrate at; default: the pipeline's own, and 2 for a demo")
+    group.add_argument(
+        "--reach", type=_guidances, default=(), metavar="W,...", help="other guidances to prove it at; allowed where it wins"
+    )
+    group.add_argument("--prompts", type=Path, metavar="TEXTFILE", help="one prompt a line; eight of ours without it")
+    group.add_argument("--size", help="WIDTHxHEIGHT, and xFRAMES for video; default: the pipeline's own")
+    group.add_argument("--device", default="cpu", help="where the model runs, as in cuda")
+    group.add_argument("--dtype", default="bfloat16", help="of the weights of -m")
+
+
+def _guidances(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",") if part.strip())
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Make the file and return its content with what it cost."""
+    from ..adapters.sampler import PipelineModel
+    from .sampler import calibrate, widen
+
+    if args.samples < 1 or args.held_out < 1:
+        raise ValueError(f"--samples {args.samples} --held-out {args.held_out}: give 1 or more")
+    pipe, inputs = _demo(args) if args.demo else _pipeline(args)
+    model = PipelineModel(pipe, inputs, batch=args.batch or (args.samples if args.demo else 1), difference=args.difference)
+    began = time.process_time()
+    with Bar() as bar:
+        sampler = calibrate(
+            model, args.steps, seeds=range(FIRST, FIRST + args.samples), held_out=range(FIRST_HELD_OUT, FIRST_HELD_OUT + args.held_out),
+            form=args.form, shift=args.shift, teacher=args.teacher, tell=bar,
+        )  # fmt: skip
+        for guidance in args.reach:
+            sampler = widen(model, sampler, guidance, tell=bar)
+    sampler.save(args.output)
+    return {**sampler.to_dict(), "file": str(args.output), "seconds_cpu": time.process_time() - began}
+
+
+def tables_of(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    held, e4 = result["held_out"], lambda v: f"{v * 1e4:.2f}"
+    stock = held["stock"]
+    rows = [
+        ["calibrated", f"{result['calls']:g}", result["grid"], e4(held["error"]), e4(held["before_last"])],
+        [stock["name"], str(len(result["nodes"])), f"shift {stock['shift']:g}", e4(stock["error"]), e4(stock["before_last"])],
+    ]
+    head = ["sampler", "calls", "grid", "NMSE e-4 on unseen seeds", "before the last step"]
+    return [(f"{result['file']}: {len(result['nodes'])} steps, {result['seconds_cpu']:.0f} CPU s", head, rows)]
+
+
+def _demo(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict[str, Any]]]:
+    """A mini; its labels are 0 to 4 alone, so that 5 to 9 stay unseen."""
+    from ..adapters import minis
+
+    guidance = 2.0 if args.guidance is None else args.guidance
+    return minis.pipeline(args.demo), lambda seeds: minis.inputs(args.demo, [seed % 5 for seed in seeds], guidance)
+
+
+def _pipeline(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict[str, Any]]]:
+    from ..adapters.sampler import load_pipeline
+
+    prompts = PROMPTS
+    if args.prompts is not None:
+        prompts = tuple(line.strip() for line in args.prompts.read_text().splitlines() if line.strip())
+        if not prompts:
+            raise ValueError(f"{args.prompts} has no prompts: write one a line")
+    fixed: dict[str, Any] = {}
+    if args.size is not None:
+        try:
+            fixed = dict(zip(("width", "height", "num_frames"), map(int, args.size.lower().split("x")), strict=False))
+        except ValueError:
+            raise ValueError(f"--size {args.size}: give WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, as in 1024x1024") from None
+    pipe, guidance = load_pipeline(args.model, args.dtype, args.device)
+    if args.guidance is not None:
+        fixed[guidance] = args.guidance
+    return pipe, lambda seeds: {"prompt": [prompts[seed % len(prompts)] for seed in seeds], **fixed}
+
+
+class Bar:
+    """A progress bar on stderr; says nothing where that is no terminal."""
+
+    def __enter__(self) -> Bar:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self.progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.progress.add_task("calibrating", total=1.0)
+        self.progress.start()
+        return self
+
+    def __call__(self, text: str, part: float) -> None:
+        self.progress.update(self.task, description=text, completed=part)
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.stop()
+        sys.stderr.flush()
