@@ -431,9 +431,10 @@ class Policy:
         """What the methods did here: exact average bits, share of fine tokens, prediction, share of the blocks read."""
         fine, packed = sum(map(len, kv.fine)), kv.packed
         out: dict[str, Any] = {}
-        if packed:
-            for name, base, high in zip(("bits_k", "bits_v"), (self.plan.bits_k, self.plan.bits_v), self.fine, strict=True):
-                out[name] = round(base + (high - base) * fine / packed, 4)
+        if packed and kv.keys is not None and kv.values is not None:
+            for name, d in (("k", kv.keys.shape[3]), ("v", kv.values.shape[3])):
+                held = sum(len(s) * getattr(s, f"codes_{name}").shape[3] for s in (*kv.segments, *kv.fine))
+                out[f"bits_{name}"] = round(8 * held / (packed * d), 4)
             out["share_fine"] = round(fine / packed, 4)
         if self.strategy.terms and self.gate is not None:
             out |= {"predicted": self.gate, "residual_energy": None if self.residual is None else round(self.residual, 4)}
