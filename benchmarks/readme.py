@@ -166,12 +166,13 @@ def peers(result: dict[str, Any]) -> str:
 
 def kv_of(result: dict[str, Any]) -> str:
     """Methods alone over two and four bits, beside a plain cache of equal bytes."""
-    at = {(r["method"], r["bits"]): r for r in result["alone"]}
+    short = {r["method"]: re.sub(r"^(\w+)(:\S*)?", r"`\1`", r["method"]) for r in result["alone"]}
+    at = {(short[r["method"]], r["bits"]): r for r in result["alone"]}
     rows = []
-    for name in dict.fromkeys(r["method"] for r in result["alone"] if not r["method"].startswith("window")):
+    for name in dict.fromkeys(name for name in short.values() if "window" not in name):
         found = [at.get((name, bits)) for bits in ("k2v2", "k4v4")]
         cells = [cell for r in found for cell in (("", "") if r is None else (f"{r['held_bits']:.2f}", f"{r['against_plain']:.2f}"))]
-        rows.append([f"`{name}`" if " by " not in name else name, *cells])
+        rows.append([name, *cells])
     return table(["method", "over k2v2: bits held", "KL to plain", "over k4v4: bits held", "KL to plain"], rows)
 
 

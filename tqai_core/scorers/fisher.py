@@ -22,6 +22,7 @@ class Fisher(Scorer, name="fisher", paper="Gauss-Newton Fisher by Hutchinson pro
     """A table of true gradient sensitivities, layer x head x K/V x sigma, made offline by ``tqai calibrate`` and tied to its
     model. The one real importance signal: rank correlation .91 to .93 with true damage by unit. Importance of a step is the
     sensitivity of its sigma band, of a layer that of its heads, both against the largest of the table.
+    At level kv the keys or values of the layers that matter most get one size more.
     """
 
     levels = (*Scorer.levels, "kv")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Delta2(Strategy, name="delta2", paper="linear multistep prediction, as in Adams-Bashforth and TaylorSeer 2503.06923"):
     """Forecast = last value + slope x (change of sigma), the line through the last two computed values.
+    At level kv keys are residuals against the line through their block, where that pays: .88 (2 bits) and .80 (4 bits) of the KL of a
+    plain cache of equal bytes.
 
     Held as value and slope: the slope is taken from the exact new value against the decoded old one, so that it stands a
     few bits. At 8 + 3 bits the final error is .96 to 1.1 times that of uncoded copies, at .35 of the bytes of fp16 ones.
