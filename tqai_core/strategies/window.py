@@ -22,7 +22,8 @@ class Window(Delta2, name="window", paper="residual sharing of DiTFastAttn 2406.
     extrapolated over one support: order 1 with a frozen support has 1.6 times less error than order 0 with a support chosen
     anew (WAN mini, full every fourth step). Saves a part of the attention alone: skipping whole steps is better where the model allows it.
     At level kv a step reads the exact tokens and ``density`` of the packed blocks, half of them the newest: at 16k tokens and density
-    .25 a step takes about half the time, at 6 times the KL of reading all of a four bit cache (.0005 on the trained LM).
+    .25 a step takes half (nearest blocks) to two thirds (``bsa``) of the time, and has 6 times the KL of reading all of a four bit
+    cache (.0005 on the trained LM).
     """
 
     density: float = param(0.25, "part of the key blocks that a query block sees", low=0.0, high=1.0)
