@@ -29,7 +29,7 @@ from ..kv import FLUSH, PackedKV, Plan
 from ..kv_methods import Policy, policy
 from ..registry import build
 from ..report import Report
-from ..types import nbytes
+from ..types import nbytes, tensors_in
 
 NAME = "tqai"
 FORMAT = 1
@@ -216,7 +216,7 @@ class KVCache(Cache):
         report.fallbacks = list(self._fallbacks)
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, PackedLayer):
-                report.bytes_exact += nbytes(vars(layer))
+                report.bytes_exact += sum(2 * x.numel() for x in tensors_in(vars(layer)))
                 continue
             kv = layer.kv
             exact = 0
