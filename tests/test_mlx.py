@@ -341,6 +341,8 @@ def test_bad_input_has_a_cure(qwen, monkeypatch):
         make_prompt_cache(qwen, tqai.Config())
     with pytest.raises(ValueError, match="level='kv'"):
         tqai.apply(qwen, tqai.Config())
+    with pytest.raises(ValueError, match="scorer and monitor asked"):
+        make_prompt_cache(qwen, tqai.Config(level="kv", scorer="palm", monitor="stability"))
     with pytest.raises(ValueError, match=r"mlx_lm\.load"):
         make_prompt_cache(object())
     with pytest.raises(ValueError, match="layers 0 to 1"):

@@ -15,7 +15,8 @@ from .config import Config
 from .registry import ROLES, parse
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-LM_ONLY = ("bits_k", "bits_v", "sink", "recent", "max_tokens", "temperature", "chat")
+CACHE_OPTIONS = ("sink", "recent", "protect", "calibrate")
+LM_ONLY = ("bits_k", "bits_v", *CACHE_OPTIONS, "max_tokens", "temperature", "chat")
 PIPE_ONLY = ("level", "steps", "guidance", "negative", "height", "width", "frames", "video")
 TOKENS = {"demo": 512, "model": 256}  # the mini writes bytes, and packing starts at 256 tokens
 
@@ -38,6 +39,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
     lm.add_argument("--bits-v", type=int, help="bits of values")
     lm.add_argument("--sink", type=int, help="first tokens that stay exact")
     lm.add_argument("--recent", type=int, help="last tokens that stay exact")
+    lm.add_argument("--protect", type=int, help="first and last layers at 8 bits, at most an eighth of all each")
+    lm.add_argument("--calibrate", type=int, help="tokens waited for before keys are scaled and packed; 0: never scaled, packed at once")
     lm.add_argument("--max-tokens", type=int, help=f"most tokens to write; left out: {TOKENS['model']}, with --demo {TOKENS['demo']}")
     lm.add_argument("--temperature", type=float, help="0 is greedy; left out: what the model's own settings say, with --demo .8")
     lm.add_argument("--chat", action=argparse.BooleanOptionalAction, help="the tokenizer's chat template; left out: where it has one")
@@ -106,7 +109,7 @@ def config_of(args: argparse.Namespace, level: str) -> Config | None:
         given = data.get("codec") or "turbo"
         name, options = parse("turbo" if given == "default" else given)
         data["codec"] = {"name": name, **options, **bits}
-    data |= {name: given for name in ("sink", "recent", "skip_layers") if (given := getattr(args, name)) is not None}
+    data |= {name: given for name in (*CACHE_OPTIONS, "skip_layers") if (given := getattr(args, name)) is not None}
     if level != "kv" and not data.keys() - {"level"} and data["level"] == "model":
         return None
     return Config.from_dict(data)

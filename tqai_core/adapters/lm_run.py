@@ -88,6 +88,8 @@ def load(args: argparse.Namespace, device: torch.device) -> Loaded:
         raise ValueError(f"cannot load {name}: {_line(error)}; {cure}") from None
     finally:
         logging.set_verbosity(verbosity)
+    if getattr(model.generation_config, "cache_implementation", None):
+        model.generation_config.cache_implementation = None  # each run brings its own cache
     return Loaded(model.eval().requires_grad_(False).to(device), tokenizer, name)
 
 
