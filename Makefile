@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-comfyui browser bench lint types clean
+.PHONY: demo test test-comfyui test-mlx browser bench lint types clean
 
 demo: .venv/demo
 	$(BIN)/tqai demo
@@ -28,6 +28,11 @@ test-comfyui: .venv/dev
 	for tag in $(COMFYUI_TAGS); do case ":$(COMFYUI_PATH):" in *:$(CURDIR)/out/comfyui/$$tag:*) \
 	  $(BIN)/python tests/comfyui/fetch.py $$tag out/comfyui/$$tag || exit 1;; esac; done
 	COMFYUI_PATH=$(COMFYUI_PATH) $(BIN)/python -m pytest -s tests/test_comfyui.py
+
+# mlx-lm, on Linux its CPU build
+test-mlx: .venv/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mlx]'
+	$(BIN)/python -m pytest tests/test_mlx.py
 
 # the page in a browser: needs node, npm and a chromium (CHROMIUM=path) besides
 browser: .venv/dev

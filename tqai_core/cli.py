@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import run
 from .calibrate.sampler_cli import add_sampler_arguments
 
 WHAT = (
@@ -22,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tqai", description="Attention compression for diffusion transformers, measured.")
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, help: str, run: Any) -> argparse.ArgumentParser:
+    def command(name: str, help: str, call: Any) -> argparse.ArgumentParser:
         p = sub.add_parser(name, help=help, description=help)
         p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the figures as JSON, to FILE or stdout")
-        p.set_defaults(run=run)
+        p.set_defaults(run=call)
         return p
 
     demo = command("demo", "run the three trained minis with and without tqai and draw what came out", _demo)
@@ -48,12 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
     bench.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="seeds, as in 0,1,2")
 
+    run.arguments(command("run", "one prompt through a language model or a diffusers pipeline, and what tqai saved and changed", _run))
+
     args = parser.parse_args(argv)
     try:
         return int(args.run(args) or 0)
     except ValueError as error:
         print(f"tqai: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ntqai: stopped", file=sys.stderr)
+        return 130
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -71,6 +77,14 @@ def _demo(args: argparse.Namespace) -> int:
     _finish(args.json, result, demo.tables_of(result))
     if args.json != "-":
         print(f"\npictures and charts: {args.out / 'index.html'}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    result = run.run(args)
+    if args.json:
+        _write(args.json, run.dumps(result))
+    print("", *run.lines_of(result), sep="\n", file=run.tell(args))
     return 0
 
 

@@ -21,7 +21,11 @@ def apply(target: Any, config: Config | None, steps: int | None = None) -> Handl
         from . import transformers
 
         return transformers.attach(target, config, steps)
+    if "mlx_lm" in libraries:
+        from . import mlx
+
+        return mlx.attach(target, config)
     raise ValueError(
         f"cannot apply tqai to a {type(target).__name__}: give a diffusers pipeline (StableDiffusion3Pipeline, FluxPipeline, "
-        "WanPipeline), its transformer, or a language model of transformers"
+        "WanPipeline), its transformer, or a language model of transformers or mlx-lm"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 import warnings
 import weakref
@@ -29,7 +28,8 @@ from ..kv import FLUSH, PackedKV, Plan
 from ..kv_methods import Policy, policy
 from ..registry import build
 from ..report import Report
-from ..types import nbytes
+from ..types import nbytes, tensors_in
+from .kv_layers import chosen, strong_layers
 
 NAME = "tqai"
 FORMAT = 1
@@ -143,7 +143,7 @@ class KVCache(Cache):
         layers = list(DynamicCache(config=model_config).layers) or [DynamicLayer() for _ in range(text.num_hidden_layers)]
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         codec = build("codec", config.codec)
-        skip = _skipped(config.skip_layers, len(layers))
+        skip = chosen(config.skip_layers, len(layers))
         self.config = config
         self.model_key = _key(text)
         self.weights = ""  # a hash of the model's weights, where a handle knows it
@@ -152,8 +152,7 @@ class KVCache(Cache):
             bits_k, bits_v = codec.bits_k or codec.bits, codec.bits_v or codec.bits
             if full:
                 _check(text, Plan(bits_k, bits_v, seed=codec.seed), config)
-            edge = min(config.protect, len(full) // 8)
-            strong = {*full[:edge], *full[len(full) - edge :]} if edge else set()
+            strong = strong_layers(full, config.protect)
             for i in full:
                 if i in skip:
                     continue
@@ -216,7 +215,7 @@ class KVCache(Cache):
         report.fallbacks = list(self._fallbacks)
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, PackedLayer):
-                report.bytes_exact += nbytes(vars(layer))
+                report.bytes_exact += sum(2 * x.numel() for x in tensors_in(vars(layer)))
                 continue
             kv = layer.kv
             exact = 0
@@ -318,18 +317,6 @@ class KVCache(Cache):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return cache
-
-
-def _skipped(layers: tuple[Any, ...], count: int) -> set[int]:
-    """Numbers (-1 is the last) and names of modules (``model.layers.3``)."""
-    out = set()
-    for layer in layers:
-        found = re.search(r"\.(\d+)(\.|$)", layer) if isinstance(layer, str) else None
-        number = int(found[1]) if found else layer
-        if not isinstance(number, int) or not -count <= number < count:
-            raise ValueError(f"skip_layers has {layer!r}: this model has layers 0 to {count - 1}")
-        out.add(number % count)
-    return out
 
 
 def _key(text: Any) -> dict[str, Any]:

@@ -1,0 +1,413 @@
+"""``tqai run``: the mini, a tiny random Qwen2 in a folder, tiny diffusers pipelines in folders, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tqai_core as tqai
+from tqai_core import run as run_module
+from tqai_core.cli import main
+from tqai_core.peak import Peak
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = ("--bits-k", "4", "--bits-v", "4", "--sink", "2", "--recent", "8")
+FIXED = ("--monitor", "fixed:interval=2")  # a random net moves too wildly for error control to skip
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def byte_tokenizer(template=None):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    made.chat_template = template
+    return made
+
+
+@pytest.fixture(scope="module")
+def lm_folder(tmp_path_factory):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=256, hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+            max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("lm")
+    model.save_pretrained(folder)
+    byte_tokenizer(TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+def ask(capsys, *argv):
+    """Exit status and the JSON of a run."""
+    status = main(["run", *map(str, argv), "--json"])
+    out = capsys.readouterr()
+    assert status == 0, out.err
+    return json.loads(out.out, parse_constant=lambda name: pytest.fail(f"{name} in JSON")), out.err
+
+
+def refused(capsys, *argv):
+    assert main(["run", *map(str, argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith("tqai: ")
+    return error
+
+
+# -- language models
+
+
+def test_the_demo_streams_and_counts_in_a_process_of_its_own(tmp_path):
+    target = tmp_path / "r.json"
+    command = [sys.executable, "-m", "tqai_core.cli", "run", "def main(", "--demo", *PLAIN, "--max-tokens", "300", "--json", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(target.read_text())
+    assert done.stdout.startswith(result["text"].rstrip("\n")[:40])
+    assert "tokens/s" in done.stdout
+    assert result["kind"] == "lm"
+    assert result["prompt_tokens"] == 9
+    assert result["new_tokens"] == len(result["tokens"]) == 300
+    assert result["text"] == bytes(result["tokens"]).decode("utf-8", "replace")
+    assert len(result["text"].split()) > 20, "greedy text would be blanks"
+    assert result["tokens_per_second"] == pytest.approx(299 / result["seconds_decode"])
+    cache = result["cache"]
+    assert cache["tokens"] == 308  # the last token is never read
+    assert cache["tokens_packed"] >= 256 - 2 - 8
+    assert cache["bytes_16bit"] == 4 * 2 * 2 * 64 * 308 * 2  # layers, k and v, heads, channels, tokens, bytes
+    assert cache["bytes_held"] < 0.45 * cache["bytes_16bit"]
+    assert cache["bytes_peak"] >= cache["bytes_held"]
+    assert result["peak"]["how"]
+    assert tqai.Config.from_dict(result["config"]).recent == 8
+    assert set(tqai.Report().to_dict()) == set(result["report"])
+
+
+def test_an_exact_cache_gives_the_exact_run(capsys):
+    result, _ = ask(capsys, "import os", "--demo", "--codec", "exact", "--max-tokens", 60, "--compare")
+    other = result["compare"]
+    assert other["tokens"] == result["tokens"]
+    assert other["first_difference"] is None
+    assert other["kl_mean"] == other["kl_max"] == 0
+    assert other["kl_tokens"] == 60
+    assert result["cache"]["bytes_held"] == other["cache"]["bytes_held"] == 2 * other["cache"]["bytes_16bit"]  # fp32
+
+
+def test_compare_reports_what_the_cache_changes(capsys, tmp_path):
+    text = "def read(path):\n    with open(path) as f:\n        return f.read()\n\n" * 8
+    runs = {}
+    for bits in ("4", "2"):
+        runs[bits], told = ask(capsys, text, "--demo", "--bits-k", bits, "--bits-v", bits, "--recent", 0, "--compare", "--max-tokens", 90)
+        assert runs[bits]["text"][:10] in told, "the words go to stderr where JSON has stdout"
+    four, two = (runs[bits]["compare"] for bits in ("4", "2"))
+    assert 0 < four["kl_mean"] < two["kl_mean"] < 1
+    assert four["kl_mean"] <= four["kl_max"]
+    assert four["tokens"] == two["tokens"], "the exact run is the same"
+    at = two["first_difference"]
+    mine = runs["2"]["tokens"]
+    assert mine != two["tokens"]
+    assert mine[:at] == two["tokens"][:at]
+    assert mine[at] != two["tokens"][at]
+    assert runs["2"]["cache"]["bytes_held"] < runs["4"]["cache"]["bytes_held"]
+
+
+def test_divergence_is_that_of_one_plain_pass():
+    """Block by block through a cache, the distributions are those of the whole text at once."""
+    from transformers import DynamicCache
+
+    from tqai_core.adapters.lm_run import divergence
+    from tqai_core.minis import lm, lm_text
+
+    model, whole = lm(), lm_text()[None, :200]
+
+    class Hotter(DynamicCache):
+        """Values a little larger: a change whose KL can be had without a cache too."""
+
+        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return keys, values * 1.05
+
+    with torch.no_grad():
+        got = divergence(model, whole, 40, Hotter(config=model.config))
+        p = model(whole[:, :-1]).logits[0, 39:].log_softmax(-1)
+        q = model(whole[:, :-1], past_key_values=Hotter(config=model.config)).logits[0, 39:].log_softmax(-1)
+    wanted = (p.exp() * (p - q)).sum(-1)
+    assert got.shape == (160,)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-3)
+    assert wanted.mean() > 1e-4
+
+
+def test_methods_at_level_kv_go_through(capsys):
+    """The options reach the cache: sites say what scorer, strategy and monitor did."""
+    text = "def read(path):\n    with open(path) as f:\n        return f.read()\n\n" * 6
+    stages = ("--scorer", "palm", "--strategy", "delta", "--monitor", "stability", "--skip-layers", "0,1", "--recent", 8)
+    result, _ = ask(capsys, text, "--demo", *stages, "--max-tokens", 40, "--compare")
+    config = tqai.Config.from_dict(result["config"])
+    assert (config.scorer, config.strategy, config.monitor, config.skip_layers) == ("palm", "delta", "stability", (0, 1))
+    assert list(result["report"]["per_site"]) == ["attn.2", "attn.3"]
+    assert 0 < result["compare"]["kl_mean"] < 0.1
+
+
+def test_a_folder_with_a_chat_template(capsys, lm_folder):
+    chat, _ = ask(capsys, "hello", "-m", lm_folder, "--max-tokens", 5)
+    plain, _ = ask(capsys, "hello", "-m", lm_folder, "--max-tokens", 5, "--no-chat")
+    assert plain["prompt_tokens"] == 5
+    assert chat["prompt_tokens"] == len("<user>hello<assistant>")
+    assert chat["temperature"] is None
+    assert "nothing is packed yet" in chat["warnings"][0]
+
+
+def test_a_folder_packs_compares_and_keeps_its_seed(capsys, lm_folder):
+    long = "x = 1\n" * 60
+    argv = (long, "-m", lm_folder, *PLAIN, "--skip-layers", "0", "--max-tokens", 40, "--temperature", "1.5", "--seed", 3)
+    first, _ = ask(capsys, *argv, "--compare", "--dtype", "bfloat16")
+    again, _ = ask(capsys, *argv, "--dtype", "bfloat16")
+    assert first["tokens"] == again["tokens"], "warming up and comparing change nothing"
+    assert first["dtype"] == "bfloat16"
+    assert list(first["report"]["per_site"]) == ["attn.1"]
+    assert {"where": "attn.0", "why": "skip_layers"} in first["report"]["fallbacks"]
+    length = first["cache"]["tokens"]
+    assert first["cache"]["bytes_16bit"] == 2 * 2 * 2 * 16 * length * 2  # of both layers, the exact one too
+    assert first["compare"]["kl_mean"] > 0
+    other, _ = ask(capsys, *argv[:-1], 4, "--dtype", "bfloat16")
+    assert other["tokens"] != first["tokens"]
+
+
+def test_a_model_without_rotary_positions_and_with_a_cache_of_its_own_choice(capsys, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None))
+    model.generation_config.cache_implementation = "static"
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert "calibrate=0" in refused(capsys, "hi", "-m", tmp_path)
+    result, _ = ask(capsys, "x" * 60, "-m", tmp_path, *PLAIN, "--calibrate", 0, "--max-tokens", 12, "--compare")
+    assert result["cache"]["tokens_packed"] >= 32
+    assert result["compare"]["kl_mean"] < 0.1
+
+
+def test_too_many_tokens_are_said(capsys, lm_folder):
+    result, _ = ask(capsys, "x" * 505, "-m", lm_folder, "--no-chat", "--max-tokens", 10)
+    assert any("512 positions" in text for text in result["warnings"])
+
+
+def test_pipeline_files_and_options(tmp_path):
+    file = tmp_path / "p.json"
+    args = lambda **kw: _args(**{"pipeline": str(file), **kw})
+    file.write_text(tqai.Config(level="kv", codec="turbo:bits_k=8,bits_v=4", sink=1).to_json())
+    config = run_module.config_of(args(bits_k=2, recent=16, skip_layers="0,-1"), "kv")
+    assert config == tqai.Config(level="kv", codec="turbo:bits_k=2,bits_v=4", sink=1, recent=16, skip_layers=(0, -1))
+    file.write_text(json.dumps({"scorer": "palm", "strategy": "delta", "scorer_kwargs": {"alpha": 0.5}, "skip_layers": [0, 1]}))
+    config = run_module.config_of(args(), "model")
+    assert config == tqai.Config(scorer="palm:alpha=0.5", strategy="delta", skip_layers=(0, 1))
+    config = run_module.config_of(args(scorer="snr", level="attention"), "model")
+    assert (config.scorer, config.level) == ("snr", "attention"), "an option wins, the file's options of the old one go"
+    assert run_module.config_of(_args(), "model") is None
+    assert run_module.config_of(_args(), "kv") == tqai.Config(level="kv")
+    assert run_module.config_of(_args(monitor="none"), "model").monitor is None
+    inline = run_module.config_of(_args(pipeline='{"strategy": "delta"}'), "model")
+    assert inline.strategy == "delta"
+
+
+def _args(**kw):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    run_module.arguments(parser)
+    args = parser.parse_args(["p", "--demo"])
+    vars(args).update(kw)
+    return args
+
+
+def test_bad_input_is_one_line_with_the_cure(capsys, lm_folder, tmp_path):
+    say = lambda *argv: refused(capsys, *argv)
+    assert "no such folder" in say("hi", "-m", "./nowhere")
+    assert "no such folder" in say("hi", "-m", "/no/where/at/all")
+    assert "cannot load no-such-org/no-such-model" in say("hi", "-m", "no-such-org/no-such-model")
+    assert "neither config.json" in say("hi", "-m", tmp_path)
+    (tmp_path / "f").write_text("")
+    assert "is a file" in say("hi", "-m", tmp_path / "f")
+    assert "prompt is empty" in say(" ", "--demo")
+    assert "bits_k=5" in say("hi", "--demo", "--bits-k", 5)
+    assert "recent=-1" in say("hi", "--demo", "--recent", "-1")
+    assert "--max-tokens 0" in say("hi", "--demo", "--max-tokens", 0)
+    assert "--temperature -1" in say("hi", "--demo", "--temperature", "-1")
+    assert "skip_layers has 9" in say("hi", "--demo", "--skip-layers", 9)
+    assert "--device tpu9" in say("hi", "--demo", "--device", "tpu9")
+    assert "--steps asked" in say("hi", "--demo", "--steps", 4)
+    assert "no chat template" in say("hi", "--demo", "--chat")
+    assert "No such file" in say("hi", "--demo", "--pipeline", tmp_path / "none.json")
+    (tmp_path / "f").write_text("{")
+    assert "no JSON" in say("hi", "--demo", "--pipeline", tmp_path / "f")
+    assert "level 'model'" in say("hi", "--demo", "--pipeline", '{"level": "model"}')
+    assert "unknown nonsense" in say("hi", "--demo", "--pipeline", '{"nonsense": 1}')
+    assert "unknown" in say("hi", "--demo", "--scorer", "nonsense")
+    from transformers import BertConfig, BertForMaskedLM
+
+    bert = BertForMaskedLM(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64))
+    bert.save_pretrained(tmp_path / "bert")
+    assert "no causal language model (BertForMaskedLM)" in say("hi", "-m", tmp_path / "bert")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text((lm_folder / "config.json").read_text())
+    assert "cannot load" in say("hi", "-m", tmp_path / "broken")
+    with pytest.raises(SystemExit):
+        main(["run", "hi"])
+    with pytest.raises(SystemExit):
+        main(["run", "hi", "--demo", "-m", str(lm_folder)])
+
+
+def test_a_missing_extra_is_named(capsys, monkeypatch, lm_folder):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "transformers" else real(name, *a))
+    assert "pip install 'tqai-core[transformers]'" in refused(capsys, "hi", "-m", lm_folder)
+
+
+def test_json_has_null_for_what_is_no_number():
+    text = run_module.dumps({"a": math.nan, "b": [math.inf, 1.5], "c": (-math.inf,)})
+    assert json.loads(text) == {"a": None, "b": [None, 1.5], "c": [None]}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_the_peak_is_what_was_needed_and_given_back():
+    with Peak(torch.device("cpu")) as peak:
+        block = torch.ones(64 << 18)  # 64 MiB
+        del block
+    assert 60 << 20 < peak.nbytes < 90 << 20
+    with Peak(torch.device("cpu")) as peak:
+        torch.ones(16)
+    assert peak.nbytes < 4 << 20, "the mark of the first block is gone"
+
+
+# -- diffusers pipelines
+
+
+def sd3(folder):
+    """StableDiffusion3Pipeline with random weights and two tiny CLIPs."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={c: i for i, c in enumerate(letters)}, merges=[], model_max_length=77)
+    clip = lambda: CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(letters), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
+            bos_token_id=52, eos_token_id=53, pad_token_id=53,
+        )
+    )  # fmt: skip
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, out_channels=4,
+        caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=32, pos_embed_max_size=8,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        sample_size=32, block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4, shift_factor=0.0,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=1, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=clip(),
+        text_encoder_2=clip(), tokenizer=tokenizer, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+
+
+def wan(folder):
+    """WanPipeline with random weights and a tiny UMT5."""
+    import diffusers
+    from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in "abcdefghijklmnopqrstuvwxyz")]
+    tokenizer = T5TokenizerFast(vocab=words, extra_ids=0)
+    text = UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=24, d_kv=12, d_ff=32, num_layers=1, num_heads=2))
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=24, freq_dim=16,
+        ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1] * 4, num_res_blocks=1, temperal_downsample=[False, True, True])
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = diffusers.WanPipeline(transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text, tokenizer=tokenizer)
+    pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def picture_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd3")
+    sd3(folder)
+    return folder
+
+
+def test_a_picture(capsys, picture_folder, tmp_path):
+    from PIL import Image
+
+    argv = ("a cat", "-m", picture_folder, "--steps", 18, "--height", 64, "--width", 64, "--out", tmp_path, "--seed", 5)
+    result, _ = ask(capsys, *argv, *FIXED, "--compare")
+    assert result["kind"] == "pipeline"
+    assert result["pipeline"] == "StableDiffusion3Pipeline"
+    assert tqai.Config.from_dict(result["config"]) == tqai.Config(monitor="fixed:interval=2")
+    report, other = result["report"], result["compare"]
+    assert report["evaluations"] == 18
+    assert report["calls_skipped"] == 7, "three first and the last are computed, half of the rest"
+    assert result["files"] == [str(tmp_path / "tqai-5.png")]
+    assert other["files"] == [str(tmp_path / "exact-5.png")]
+    assert Image.open(tmp_path / "tqai-5.png").size == (64, 64)
+    assert not other["identical"]
+    assert other["psnr"] > 20
+    assert other["psnr_latents"] > 20
+    assert main(["run", *map(str, argv), *FIXED]) == 0
+    assert "7 of 18 model calls skipped (39%)" in capsys.readouterr().out
+
+
+def test_a_run_that_skips_nothing_is_identical(capsys, picture_folder, tmp_path):
+    argv = ("a cat", "-m", picture_folder, "--steps", 4, "--height", 64, "--width", 64, "--out", tmp_path, "--compare")
+    result, _ = ask(capsys, *argv)
+    assert tqai.Config.from_dict(result["config"]) == tqai.preset("balanced", "sd3")
+    assert result["compare"]["identical"]
+    assert result["compare"]["psnr"] is None
+    assert any("nothing was skipped" in text for text in result["warnings"])
+
+
+def test_a_video(capsys, tmp_path):
+    from PIL import Image
+
+    wan(tmp_path / "wan")
+    argv = ("a cat", "-m", tmp_path / "wan", "--steps", 16, "--height", 32, "--width", 32, "--frames", 5, "--out", tmp_path / "out")
+    result, _ = ask(capsys, *argv, *FIXED, "--video", "webp", "--negative", "dog", "--guidance", 3)
+    assert result["report"]["calls"] == 32
+    assert result["report"]["calls_skipped"] == 2 * 6
+    assert result["files"] == [str(tmp_path / "out" / "tqai-0.webp")]
+    clip = Image.open(result["files"][0])
+    assert (clip.n_frames, clip.size) == (5, (32, 32))
+    assert main(["run", *map(str, argv), "--video", "gif"]) == 0
+    assert Image.open(tmp_path / "out" / "tqai-0.gif").size == (32, 32)
+
+
+def test_bad_pipeline_input_is_one_line(capsys, picture_folder, tmp_path, monkeypatch):
+    say = lambda *argv: refused(capsys, "a cat", "-m", picture_folder, "--out", tmp_path, *argv)
+    assert "--bits-k asked" in say("--bits-k", 4)
+    assert "takes no num_frames" in say("--frames", 5)
+    assert "divisible" in say("--height", 63)
+    assert "skip_layers 7" in say("--level", "attention", "--skip-layers", 7)
+    assert "level 'kv'" in say("--pipeline", '{"level": "kv"}')
+    from tqai_core.adapters import pipe_run
+
+    monkeypatch.setattr(pipe_run, "find_spec", lambda name: None)
+    assert "--video mp4 needs imageio" in say("--video", "mp4")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text("{}")
+    assert "cannot load" in refused(capsys, "a cat", "-m", tmp_path / "broken")

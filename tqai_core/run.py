@@ -1,0 +1,254 @@
+"""``tqai run``: one prompt through a language model or a diffusers pipeline, then what tqai saved, cost and changed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config
+from .registry import ROLES, parse
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+CACHE_OPTIONS = ("sink", "recent", "protect", "calibrate")
+LM_ONLY = ("bits_k", "bits_v", *CACHE_OPTIONS, "max_tokens", "temperature", "chat")
+PIPE_ONLY = ("level", "steps", "guidance", "negative", "height", "width", "frames", "video")
+TOKENS = {"demo": 512, "model": 256}  # the mini writes bytes, and packing starts at 256 tokens
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("prompt", help="what the model is asked")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("-m", "--model", help="a hub id, or a local folder: of a causal LM, or of a diffusers pipeline (model_index.json)")
+    which.add_argument("--demo", action="store_true", help="the trained byte-level mini: writes what looks like Python")
+    for role in ROLES:
+        p.add_argument(f"--{role}", metavar="SPEC", help=f"{role}: a name, name:key=value,..., or none (see `tqai methods`)")
+    p.add_argument("--skip-layers", metavar="LAYERS", help="blocks that stay exact, as in 0,1,-1 or 2-4")
+    p.add_argument("--pipeline", metavar="FILE", help="the stages from JSON: a file, or the text itself; options above win over it")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dtype", choices=DTYPES, default="auto")
+    p.add_argument("--device", help="as torch names it: cpu, cuda, cuda:1, mps; left out: a GPU where there is one")
+    p.add_argument("--compare", action="store_true", help="run the exact model too, and say what differs")
+    lm = p.add_argument_group("language models")
+    lm.add_argument("--bits-k", type=int, help="bits of keys: 2, 3, 4 or 8")
+    lm.add_argument("--bits-v", type=int, help="bits of values")
+    lm.add_argument("--sink", type=int, help="first tokens that stay exact")
+    lm.add_argument("--recent", type=int, help="last tokens that stay exact")
+    lm.add_argument("--protect", type=int, help="first and last layers at 8 bits, at most an eighth of all each")
+    lm.add_argument("--calibrate", type=int, help="tokens waited for before keys are scaled and packed; 0: never scaled, packed at once")
+    lm.add_argument("--max-tokens", type=int, help=f"most tokens to write; left out: {TOKENS['model']}, with --demo {TOKENS['demo']}")
+    lm.add_argument("--temperature", type=float, help="0 is greedy; left out: what the model's own settings say, with --demo .8")
+    lm.add_argument("--chat", action=argparse.BooleanOptionalAction, help="the tokenizer's chat template; left out: where it has one")
+    pipe = p.add_argument_group("diffusers pipelines (without stages: the balanced preset of the family)")
+    pipe.add_argument("--level", choices=("model", "block", "attention"), help="where the stages act; left out: model")
+    pipe.add_argument("--steps", type=int, help="sampler steps; left out: the pipeline's own number, as for those below")
+    pipe.add_argument("--guidance", type=float)
+    pipe.add_argument("--negative", metavar="PROMPT")
+    pipe.add_argument("--height", type=int)
+    pipe.add_argument("--width", type=int)
+    pipe.add_argument("--frames", type=int)
+    pipe.add_argument("--video", choices=("auto", "mp4", "gif", "webp"), help="auto: mp4 where imageio has ffmpeg, else gif")
+    pipe.add_argument("--out", type=Path, default=Path("out/run"), help="folder of the pictures or the video")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures. ValueError for what cannot be run, before anything large is loaded where that can be known."""
+    try:
+        return _run(args)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory ({_line(error)}): a smaller --dtype, fewer tokens or pixels, or --device cpu needs less") from None
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.prompt.strip():
+        raise ValueError("the prompt is empty: give some text, as in `tqai run 'Once upon' -m MODEL`")
+    pipe = not args.demo and _is_pipeline(args.model)
+    foreign = [name for name in (LM_ONLY if pipe else PIPE_ONLY) if getattr(args, name) is not None]
+    if foreign:
+        asked = ", ".join("--" + name.replace("_", "-") for name in foreign)
+        raise ValueError(f"{asked} asked, but this is a {'diffusers pipeline' if pipe else 'language model'}: leave it out")
+    if not args.demo:
+        _installed("diffusers" if pipe else "transformers")
+    config = config_of(args, "model" if pipe else "kv")
+    device = _device(args.device)
+    if pipe:
+        from .adapters import pipe_run
+
+        return pipe_run.run(args, config, device)
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise ValueError(f"--max-tokens {args.max_tokens}: give 1 or more")
+    if args.temperature is not None and not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature {args.temperature}: give 0 (greedy) or more")
+    _installed("transformers")
+    from .adapters import lm_run
+
+    assert config is not None
+    return lm_run.run(args, config, device)
+
+
+def config_of(args: argparse.Namespace, level: str) -> Config | None:
+    """The pipeline that the options describe; None for a diffusers pipeline without any, which has its family's preset."""
+    data = _pipeline(args.pipeline) if args.pipeline else {}
+    was = data.setdefault("level", getattr(args, "level", None) or level)
+    if (was == "kv") != (level == "kv"):
+        thing = "a language model (level 'kv')" if level == "kv" else "a diffusers pipeline (level 'model', 'block' or 'attention')"
+        raise ValueError(f"--pipeline has level {was!r}, but MODEL is {thing}: take 'level' out of it, or give another MODEL")
+    if getattr(args, "level", None):
+        data["level"] = args.level
+    for role in ROLES:
+        if (spec := getattr(args, role)) is not None:
+            data[role] = spec
+            data.pop(f"{role}_kwargs", None)
+    bits = {f"bits_{part}": given for part in "kv" if (given := getattr(args, f"bits_{part}")) is not None}
+    if bits:
+        given = data.get("codec") or "turbo"
+        name, options = parse("turbo" if given == "default" else given)
+        data["codec"] = {"name": name, **options, **bits}
+    data |= {name: given for name in (*CACHE_OPTIONS, "skip_layers") if (given := getattr(args, name)) is not None}
+    if level != "kv" and not data.keys() - {"level"} and data["level"] == "model":
+        return None
+    return Config.from_dict(data)
+
+
+def _pipeline(given: str) -> dict[str, Any]:
+    text = given
+    if not given.lstrip().startswith("{"):
+        try:
+            text = Path(given).expanduser().read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"--pipeline {given}: {getattr(error, 'strerror', None) or 'no text'}: give a JSON file, or its text"
+            ) from None
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--pipeline {given}: no JSON ({error}); write the file with config.to_json()") from None
+    if not isinstance(data, dict):
+        raise ValueError(f'--pipeline {given}: a {type(data).__name__}, expected an object such as {{"strategy": "delta2"}}')
+    return data
+
+
+def _is_pipeline(model: str) -> bool:
+    """Whether it is a diffusers folder. ValueError for a path that is none, so that it is not asked for on the hub."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if (folder / "model_index.json").exists():
+            return True
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{model} has neither config.json (a language model) nor model_index.json (a diffusers pipeline)")
+        return False
+    if folder.exists():
+        raise ValueError(f"{model} is a file: give the folder that holds config.json or model_index.json")
+    if model.count("/") > 1 or model.startswith((".", "/", "~")) or "\\" in model or not model.strip():
+        raise ValueError(f"no such folder: {model!r}; give an existing one, a hub id such as 'Qwen/Qwen3-0.6B', or --demo")
+    return False
+
+
+def _installed(library: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(library) is None:
+        raise ValueError(f"{library} is not installed: pip install 'tqai-core[{library}]'")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: {_line(error)}; this torch ({torch.__version__}) can always use cpu") from None
+    return device
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a library's complaint."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+
+
+def dumps(result: dict[str, Any]) -> str:
+    """JSON without NaN or inf: null stands for them."""
+
+    def finite(thing: Any) -> Any:
+        if isinstance(thing, dict):
+            return {k: finite(v) for k, v in thing.items()}
+        if isinstance(thing, (list, tuple)):
+            return [finite(v) for v in thing]
+        return None if isinstance(thing, float) and not math.isfinite(thing) else thing
+
+    return json.dumps(finite(result), indent=1, allow_nan=False)
+
+
+def lines_of(result: dict[str, Any]) -> list[str]:
+    """The figures for a terminal."""
+    lines = _lm_lines(result) if result["kind"] == "lm" else _pipe_lines(result)
+    return lines + [f"warning: {text}" for text in result["warnings"]]
+
+
+def _peak(run: dict[str, Any]) -> str:
+    peak = run["peak"]
+    return "peak memory " + (f"{peak['bytes'] / 2**20:.1f} MiB: " if peak["bytes"] is not None else "") + peak["how"]
+
+
+def _speed(run: dict[str, Any]) -> str:
+    speed = f"{run['tokens_per_second']:.1f} tokens/s" if run["tokens_per_second"] else "too few tokens for a speed"
+    return f"{run['new_tokens']} tokens, {speed} after {run['seconds_prefill']:.2f} s for the prompt's {run['prompt_tokens']}"
+
+
+def _lm_lines(result: dict[str, Any]) -> list[str]:
+    cache = result["cache"]
+    ratio = f", {cache['bytes_16bit'] / cache['bytes_held']:.2f}x smaller" if cache["bytes_held"] else ""
+    lines = [
+        _speed(result),
+        f"cache {cache['bytes_held']:,} B for {cache['tokens']} tokens, at 16 bits {cache['bytes_16bit']:,} B{ratio}; "
+        f"{cache['tokens_packed']} of the tokens packed, most ever held {cache['bytes_peak']:,} B",
+        _peak(result),
+    ]
+    if (other := result.get("compare")) is None:
+        return lines
+    same = other["first_difference"] is None
+    kl = "not a number" if other["kl_mean"] is None else f"mean {other['kl_mean']:.6f}, largest {other['kl_max']:.6f} nats"
+    return [
+        *lines,
+        "",
+        "exact run: " + _speed(other),
+        f"cache {other['cache']['bytes_held']:,} B",
+        _peak(other),
+        "tokens identical" if same else f"first difference at token {other['first_difference']} of {other['new_tokens']}",
+        f"KL of the next token along the exact run: {kl}",
+        *([] if same else ["", "the exact run wrote:", other["text"]]),
+    ]
+
+
+def _pipe_lines(result: dict[str, Any]) -> list[str]:
+    report = result["report"]
+    share = report["calls_skipped"] / report["calls"] if report["calls"] else 0.0
+    lines = [
+        f"{report['calls_skipped']} of {report['calls']} model calls skipped ({share:.0%}) in {report['evaluations']} steps, "
+        f"{result['seconds']:.2f} s; {report['bytes_held_peak']:,} B held at most",
+        _peak(result),
+        f"saved {', '.join(result['files'])}",
+    ]
+    if (other := result.get("compare")) is None:
+        return lines
+    close = "identical" if other["identical"] else f"PSNR {other['psnr']:.1f} dB"
+    if not other["identical"] and other["psnr_latents"] is not None:
+        close += f", of the latents {other['psnr_latents']:.1f} dB"
+    return [
+        *lines,
+        "",
+        f"exact run: {other['seconds']:.2f} s, {other['seconds'] / result['seconds']:.2f}x as long; to it: {close}",
+        _peak(other),
+        f"saved {', '.join(other['files'])}",
+    ]
+
+
+def tell(args: argparse.Namespace) -> Any:
+    """Where words go while it runs: stdout is the JSON's when it is asked for there."""
+    return sys.stderr if args.json == "-" else sys.stdout
