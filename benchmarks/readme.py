@@ -140,8 +140,8 @@ def sampler(result: dict[str, Any]) -> str:
             if "tuned" in r["method"] and id(r) not in best:
                 continue
             spread = f"{e4(r['low'])} to {e4(r['high'])}"
-            rows.append([kind, r["method"], f"{r['calls']:g}", e4(r["ode"]), spread, e4(r["unseen"]), e4(r["before_last"])])
-    head = ["mini", "sampler", "calls", "true ODE, NMSE e-4", "over seeds", "labels 5-9", "before last"]
+            rows.append([kind, r["method"], f"{r['calls']:g}", e4(r["ode"]), e4(r["mean"]), spread, e4(r["unseen"]), e4(r["before_last"])])
+    head = ["mini", "sampler", "calls", "true ODE, NMSE e-4", "mean", "over seeds", "labels 5-9", "before last"]
     cost = ", ".join(
         f"{kind} {t['files']['12 steps']['seconds_cpu']:.0f} CPU s and {t['files']['12 steps']['peak'] / t['inference']['peak']:.2f}x the "
         "peak memory of inference"
