@@ -130,7 +130,7 @@ def guidance_of(result: dict[str, Any]) -> str:
 def sampler(result: dict[str, Any]) -> str:
     """The best tuned stock solver of each number of calls beside what was calibrated."""
     rows = []
-    for kind in KINDS:
+    for kind in result["tables"]:
         stock: dict[float, dict[str, Any]] = {}
         for r in result["tables"][kind]["rows"]:
             if "tuned" in r["method"] and r["ode"] < stock.get(r["calls"], r | {"ode": float("inf")})["ode"]:
