@@ -12,8 +12,8 @@ from ..types import Decision, Step
 @dataclass(frozen=True)
 class Schedule(Monitor, name="schedule"):
     """Computes the evaluations that are listed, the first and the last, and forecasts the others, whatever the error. Made by
-    ``tqai tune`` for one model and number of steps: lists found on other seeds have .5 to .7 of the error of ``lyapunov`` at equal
-    calls on the minis (benchmarks/results/calibrate.json). A run with another number of steps is left exact.
+    ``tqai tune`` for one model and number of steps: a list found on other seeds has .64 (Flux) and .71 (SD3) of the balanced
+    preset's error at half the calls; on WAN none that was found beats it. A run with another number of steps is left exact.
     """
 
     steps: tuple[int, ...] = param((0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 19, 23), "evaluations to compute, from 0, as in 0+1+2+5")
