@@ -104,6 +104,11 @@ def pictures(demo: dict[str, Any]) -> str:
     return table(methods, rows)
 
 
+def of_bench(function: Any, result: dict[str, Any]) -> str:
+    """A table as the bench makes it."""
+    return table(*function(result))
+
+
 def sections(bench: Any, result: dict[str, Any]) -> str:
     """All tables of a bench as the command prints them."""
     parts = []
@@ -177,7 +182,7 @@ def kv_of(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    from tqai_core.bench import levels, llm_methods, methods
+    from tqai_core.bench import calibrate, levels, llm_methods, methods
 
     dit, vectors, trajectories = load("dit"), load("codec"), load("stream")
     parts = {
@@ -186,6 +191,8 @@ def main() -> int:
     }  # fmt: skip
     lower = load("levels")
     parts |= {"levels": levels_of(lower), "guidance": guidance_of(lower), "sampler": sampler(load("sampler"))}
+    made = load("calibrate")
+    parts |= {name: of_bench(getattr(calibrate, name), made) for name in ("calibration", "allocation", "tuning")}
     others = load("dit_peers")
     caches = load("llm_methods")
     parts["kv"] = kv_of(caches)

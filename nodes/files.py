@@ -63,5 +63,20 @@ def locate(choice: str) -> Path:
     return path
 
 
+def tables() -> list[str]:
+    """Calibrations in ComfyUI's folder models/tqai."""
+    base = Path(folder_paths.models_dir) / FOLDER
+    return sorted(p.relative_to(base).as_posix() for p in base.rglob("*.safetensors")) if base.is_dir() else []
+
+
+def table(name: str) -> str:
+    """The path of a file of :func:`tables`."""
+    path = inside(os.path.join(folder_paths.models_dir, FOLDER), name)
+    if not path.is_file():
+        known = ", ".join(tables()) or f"none yet; put what `tqai calibrate` writes into {path.parent}"
+        raise ValueError(f"no calibration {name!r} in models/{FOLDER}; there are: {known}")
+    return str(path)
+
+
 def _roots() -> list[tuple[str, str]]:
     return [("output", os.path.join(folder_paths.get_output_directory(), FOLDER)), ("input", folder_paths.get_input_directory())]

@@ -15,6 +15,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from tqai_core.config import Config
+from tqai_core.scorers.fisher import Fisher, load, origin
 
 from .ledger import LEDGER, Entry
 from .levels import FORWARD, Forward, marker, override
@@ -67,6 +68,19 @@ def exact_blocks(config: Config, family: str, blocks: list[str]) -> frozenset[in
     return frozenset(found)
 
 
+def _check_files(config: Config, family: str, depth: int) -> None:
+    """ValueError for a calibration of another family or depth. ComfyUI lays weights out otherwise than diffusers, so that the
+    model's hash cannot be compared here."""
+    scorer = config.build()[0]
+    if isinstance(scorer, Fisher) and (made := origin(scorer.file, "family")) is not None:
+        layers = len(load(scorer.file)[0])
+        if (made, layers) != (family, depth):
+            raise ValueError(
+                f"fisher table {scorer.file!r} is of a {made or 'language'} model with {layers} layers, this is a {family} with {depth}: "
+                "run tqai calibrate on this model"
+            )
+
+
 def _mark(clone: Any, blocks: list[str]) -> None:
     """Markers around every block and an override in front of attention, each around what was there before."""
     options = clone.model_options.setdefault("transformer_options", {})
@@ -84,6 +98,7 @@ def patch(model: Any, settings: Settings) -> Any:
         raise ValueError("this model already went through TQAI Compress: remove one of the two nodes, or set both pipelines in one")
     family, blocks = family_of(model)
     exact_blocks(settings.config, family, blocks)
+    _check_files(settings.config, family, len(blocks))
     config, clone = settings.config, model.clone()
     strategy, monitor = config.build()[1:3]
     if blocks and strategy is not None and monitor is not None and (config.level != "model" or monitor.probes):

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .files import table
 from .pipeline import DEFAULT, Pipeline
 from .widgets import CATEGORY, NONE, PIPELINE, dropdown, pipeline_input
 
@@ -28,4 +29,6 @@ class TQAIScorer(io.ComfyNode):
 
     @classmethod
     def execute(cls, scorer: dict[str, Any] | None = None, pipeline: Pipeline | None = None) -> io.NodeOutput:
+        if scorer and scorer.get("file"):
+            scorer = {**scorer, "file": table(scorer["file"])}
         return io.NodeOutput((pipeline or DEFAULT).with_stage("scorer", scorer))

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from tqai_core.registry import REGISTRY, names
 
+from .files import tables
 from .pipeline import NONE
 
 PIPELINE = io.Custom("TQAI_PIPELINE")
@@ -35,6 +36,8 @@ def _options(role: str, name: str) -> list[Any]:
 def _widget(key: str, option: dict[str, Any]) -> Any:
     kind, default, low, high = option["type"], option["default"], option["low"], option["high"]
     tooltip = option["help"]
+    if key == "file":
+        return io.Combo.Input(key, options=tables() or [""], tooltip=f"{tooltip}; from ComfyUI's folder models/tqai")
     if option["choices"]:
         return io.Combo.Input(key, options=[str(c) for c in option["choices"]], default=str(default), tooltip=tooltip)
     if kind is bool:

@@ -484,3 +484,37 @@ def test_every_node_has_a_help_page_and_two_languages(host):
             if language == "en":
                 assert (told["display_name"], told["description"]) == (schema.display_name, schema.description)
                 assert [told["inputs"][i.id].get("tooltip") for i in schema.inputs] == [i.tooltip for i in schema.inputs]
+
+
+def test_the_scorer_offers_calibrations_of_the_models_folder(host, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(sys.modules["folder_paths"], "models_dir", str(tmp_path))
+    cls = host.pack.NODE_CLASS_MAPPINGS["TQAIScorer"]
+
+    def offered():
+        options = cls.INPUT_TYPES()["required"]["scorer"][1]["options"]
+        return next(o for o in options if o["key"] == "fisher")["inputs"]["required"]["file"][1]["options"]
+
+    assert offered() == [""]
+    for family, layers in (("flux", 2), ("wan", 30)):
+        header = json.dumps({"format": 1, "complete": True, "family": family})
+        tensors = {"fisher": torch.rand(layers, 2, 2, 3), "sigmas": torch.tensor([0.9, 0.5, 0.1])}
+        (tmp_path / "tqai").mkdir(exist_ok=True)
+        save_file(tensors, str(tmp_path / "tqai" / f"{family}.safetensors"), {"tqai-calibration": header})
+    assert offered() == ["flux.safetensors", "wan.safetensors"]
+    flux = host.load("flux")
+    blocks = len(host.part("nodes.patch").family_of(flux)[1])
+    save_file({**tensors, "fisher": torch.rand(blocks, 2, 2, 3)}, str(tmp_path / "tqai" / "mine.safetensors"), {
+        "tqai-calibration": json.dumps({"format": 1, "complete": True, "family": "flux"})
+    })  # fmt: skip
+    made = host.run("TQAIScorer", scorer={"scorer": "fisher", "file": "mine.safetensors"}).result[0]
+    assert made.scorer == f"fisher:file={tmp_path / 'tqai' / 'mine.safetensors'}"
+    host.compress(flux, made)
+    foreign = host.run("TQAIScorer", scorer={"scorer": "fisher", "file": "wan.safetensors"}).result[0]
+    with pytest.raises(ValueError, match="wan model with 30 layers"):
+        host.compress(flux, foreign)
+    with pytest.raises(ValueError, match="no calibration 'gone"):
+        host.run("TQAIScorer", scorer={"scorer": "fisher", "file": "gone.safetensors"})
+    with pytest.raises(ValueError, match="outside"):
+        host.run("TQAIScorer", scorer={"scorer": "fisher", "file": "../x.safetensors"})

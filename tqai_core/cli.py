@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from . import run
+from .calibrate.cli import add_arguments, add_tune
 from .calibrate.sampler_cli import add_sampler_arguments
 
 WHAT = (
     "dit: forecast-skipping; levels: block, attention, guidance, overhead; methods: every scorer x strategy x monitor; "
-    "sampler: the calibrated sampler; codec: vectors; stream: trajectories; llm: KV caches"
+    "sampler: the calibrated sampler; codec: vectors; stream: trajectories; llm: KV caches; "
+    "calibrate: calibration and tuning (also --kinds lm)"
 )
 
 
@@ -35,12 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
     calibrate = command("calibrate", "measure a model once; what helps is kept in a file tied to it", _calibrate)
-    calibrate.add_argument("-m", "--model", help="a diffusers pipeline: its folder or name")
-    calibrate.add_argument("--demo", metavar="MINI", help="flux, sd3 or wan instead of a model")
+    calibrate.add_argument(
+        "-m", "--model", help="a diffusers pipeline: its folder or name; without --sampler also a language model's folder"
+    )
+    calibrate.add_argument("--demo", metavar="MINI", help="flux, sd3, wan (without --sampler also lm) instead of a model")
     calibrate.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
     add_sampler_arguments(calibrate)
+    add_arguments(calibrate)
+    add_tune(command("tune", "search for the pipeline with the least error within a budget, and prove it", _tune))
+    report = command("report", "one HTML page for a calibration or a study", _report)
+    report.add_argument("file", type=Path, help="a file of tqai calibrate, a study of tqai tune, or its --json")
+    report.add_argument("-o", "--out", type=Path, default=Path("out/report.html"), metavar="FILE", help="the page")
     bench = command("bench", "measure, and print what is compared with", _bench)
-    bench.add_argument("what", choices=("dit", "levels", "methods", "sampler", "codec", "stream", "llm"), help=WHAT)
+    bench.add_argument("what", choices=("dit", "levels", "methods", "sampler", "codec", "stream", "llm", "calibrate"), help=WHAT)
     peers = "codec, stream, llm: beside other codecs (default); dit: other step caches instead"
     bench.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
     bench.add_argument("--report", action="store_true", help="stream: ten pipelines on seven model shapes, bytes counted")
@@ -115,19 +124,40 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from .calibrate import sampler_cli
+    from .calibrate import cli, sampler_cli
 
     if (args.model is None) == (args.demo is None):
         raise ValueError("give either -m MODEL or --demo MINI to calibrate")
-    if not args.sampler:
-        raise ValueError("nothing to calibrate asked: give --sampler")
-    result = sampler_cli.run(args)
-    _finish(args.json, result, sampler_cli.tables_of(result))
+    if args.sampler:
+        result = sampler_cli.run(args)
+        _finish(args.json, result, sampler_cli.tables_of(result))
+        return 0
+    found = cli.summary(cli.run(args))
+    _finish(args.json, found, cli.tables_of(found))
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .calibrate import cli
+
+    found = cli.tune(args)
+    _finish(args.json, found, cli.tune_tables(found))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .calibrate.page import page
+
+    _write(str(args.out), page(args.file))
+    if args.json:
+        _write(args.json, json.dumps({"page": str(args.out)}))
+    if args.json != "-":
+        print(f"page: {args.out}")
     return 0
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import codec, dit, dit_peers, levels, llm, llm_methods, methods, sampler, stream, stream_report
+    from .bench import calibrate, codec, dit, dit_peers, levels, llm, llm_methods, methods, sampler, stream, stream_report
 
     peers = args.peers is not False
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
@@ -138,6 +168,8 @@ def _bench(args: argparse.Namespace) -> int:
     elif args.what in ("levels", "methods", "sampler"):
         module: Any = {"levels": levels, "methods": methods, "sampler": sampler}[args.what]
         result, tables = module.bench(args.kinds, args.seeds, tell), module.tables_of
+    elif args.what == "calibrate":
+        result, tables = calibrate.bench(args.kinds, tell), calibrate.tables_of
     elif args.what == "codec":
         result, tables = codec.bench(peers, tell), codec.tables_of
         if args.plot:

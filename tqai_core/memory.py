@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .codecs.bases import load
+from .codecs.vector import VectorCodec
 from .registry import Codec, build
 from .types import Packed, Part, Step, Where, nbytes, signature
 
@@ -66,8 +68,21 @@ class Stream:
             flat = x.flatten()  # latents [b, c, h, w]: short rows would pay a gain each
             x = F.pad(flat, (0, -flat.numel() % VECTOR)).view(-1, VECTOR)
             codec = _changed(codec, mean="never")  # vectors cut from a latent have no common mean
-        packed = codec.encode(x)
+        packed = self._coded(codec, x)
         return packed if self.home is None else _moved(packed, self.home)
+
+    def _coded(self, codec: Codec, x: Tensor) -> Packed:
+        """``x`` on the calibrated axes of this stream (``attn.3/out``) where the codec's file has them at this width, else on
+        the random rotation: files of ``tqai calibrate`` are of keys and values."""
+        file = getattr(codec, "basis", "hadamard")
+        if file == "hadamard":
+            return codec.encode(x)
+        name = f"{self.where.site}/{self.where.kind}" if self.where else ""
+        bases = load(file)
+        known = bases.streams.get(name, ())
+        if bases.bits != getattr(codec, "bits", 0) or not known or any(b is not None and b.matrix.shape[-1] != x.shape[-1] for b in known):
+            return _changed(codec, basis="hadamard").encode(x)
+        return cast(VectorCodec, codec).encode(x, stream=name)
 
 
 class Memory:

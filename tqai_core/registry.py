@@ -82,6 +82,9 @@ class Method:
         """First paragraph of the docstring: what it does, with its measured figure."""
         return " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
 
+    def belongs(self, model: Any) -> None:
+        """ValueError if a file that this method reads was calibrated on another model than ``model``."""
+
     @property
     def spec(self) -> str:
         """The shortest spec string that builds this method again."""

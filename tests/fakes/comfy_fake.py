@@ -433,9 +433,9 @@ def modules(profile: str, folder: Path) -> dict[str, ModuleType]:
         "comfy_execution": {},
         "comfy_execution.utils": {"get_executing_context": lambda: EXECUTING[-1] if EXECUTING else None},
         "folder_paths": {
+            "models_dir": str(folder / "models"),
             "get_output_directory": lambda: str(folder / "output"),
             "get_input_directory": lambda: str(folder / "input"),
-            "models_dir": str(folder / "models"),
         },
         "server": {"PromptServer": SimpleNamespace(instance=FakeServer([]))},
     }

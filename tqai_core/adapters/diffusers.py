@@ -117,6 +117,9 @@ def _check(name: str, model: Any, family: Family, config: Config) -> set[str]:
     registry = getattr(model, "_diffusers_hook", None)
     if registry is not None and registry.get_hook(HOOK) is not None:
         raise ValueError(f"tqai is already applied to this {name}: call handle.remove() first")
+    for method in config.build():
+        if method is not None:
+            method.belongs(model)
     blocks = [block for block, _ in family.layers(model)]
     modules = [module for _, module, _ in family.attentions(model)]
     depth = len(blocks)

@@ -423,6 +423,9 @@ def attach(model: Any, config: Config | None, steps: int | None = None) -> LMHan
         raise ValueError(f"{type(model).__name__} is a language model: give tqai.Config(level='kv', ...), got level={config.level!r}")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"cannot apply tqai to a {type(model).__name__}: give a transformers model, as AutoModelForCausalLM loads it")
+    for method in config.build():
+        if method is not None:
+            method.belongs(model)
     KVCache(model.config, config)  # says what cannot be packed before anything is touched
     if hasattr(model, "_can_set_attn_implementation") and not model._can_set_attn_implementation():
         raise ValueError(f"{type(model).__name__} has attention of its own that cannot be replaced: pass tqai.KVCache(model.config) alone")

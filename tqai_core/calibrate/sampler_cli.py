@@ -26,7 +26,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``--sampler`` adds to ``tqai calibrate``, which has -m, -o and --demo itself."""
     group = parser.add_argument_group("with --sampler")
     group.add_argument("--sampler", action="store_true", help="fit a sampler of few steps to a fine run of the model")
-    group.add_argument("--steps", type=int, default=12, help="steps of the sampler")
+    group.add_argument("--steps", type=int, help="steps of the sampler (default 12); without --sampler of a run (default 24)")
     group.add_argument("--form", choices=("all", "last"), default="all", help="fit every step, or only the step to 0 on your own grid")
     group.add_argument("--shift", type=float, help="your own grid's shift; always the grid of --form last")
     group.add_argument("--difference", action="store_true", help="with guidance: forecast cond - uncond on half of the steps while fitting")
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..adapters.sampler import PipelineModel
     from .sampler import calibrate, widen
 
+    args.steps = 12 if args.steps is None else args.steps
     if args.samples < 1 or args.held_out < 1:
         raise ValueError(f"--samples {args.samples} --held-out {args.held_out}: give 1 or more")
     pipe, inputs = _demo(args) if args.demo else _pipeline(args)

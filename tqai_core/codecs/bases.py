@@ -132,8 +132,12 @@ def klt(samples: Tensor, bits: int, centred: bool = True) -> Basis:
     x = samples.float()
     if centred:
         x = x - x.mean(0)
-    moment = (x.T @ x / max(len(x), 1)).double()
-    variance, vectors = torch.linalg.eigh(moment)
+    return klt_of(x.T @ x / max(len(x), 1), bits)
+
+
+def klt_of(moment: Tensor, bits: int) -> Basis:
+    """The KLT basis of vectors whose second moment is ``moment [d, d]``."""
+    variance, vectors = torch.linalg.eigh(moment.double())
     variance, vectors = variance.flip(0).clamp_min(0), vectors.flip(1)
     sign = torch.sign(vectors[vectors.abs().argmax(0), torch.arange(len(vectors))])  # eigenvectors have no sign of their own
     d = len(variance)
@@ -253,6 +257,11 @@ class BasesFile:
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with a JSON header."""
+        tensors, header = self.content()
+        save_file(tensors, str(path), {"tqai-bases": json.dumps(header)})
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of the file; other files may carry them beside their own."""
         tensors: dict[str, Tensor] = {}
         header: dict[str, Any] = {"format": FORMAT, "bits": self.bits, "model": self.model, "streams": {}}
         for name, heads in self.streams.items():
@@ -261,7 +270,7 @@ class BasesFile:
                 if basis is not None and basis.scale is not None:
                     tensors[f"{name}/{i}/matrix"] = basis.matrix.half()
                     tensors[f"{name}/{i}/scale"] = basis.scale
-        save_file(tensors, str(path), {"tqai-bases": json.dumps(header)})
+        return tensors, header
 
     @staticmethod
     def load(path: str | Path) -> BasesFile:

@@ -52,6 +52,10 @@ class VectorCodec(Codec, role="codec"):
         """Which quantiser a call with so many vectors gets; written into the packed tensor."""
         raise NotImplementedError
 
+    def belongs(self, model: Any) -> None:
+        if self.basis != "hadamard":
+            load(self.basis, model)
+
     def encode(self, x: Tensor, stream: str | None = None, bases: Bases | None = None) -> Packed:
         """Code the vectors of ``x [..., heads, tokens, d]`` (bf16, fp16 or fp32; any strides; may be empty).
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..modelhash import model_hash
 from ..registry import Scorer, param
 from ..types import Step
 
@@ -59,11 +61,32 @@ class Fisher(Scorer, name="fisher", paper="Gauss-Newton Fisher by Hutchinson pro
         raised = torch.zeros(worth.numel(), dtype=torch.bool).scatter_(0, best, True).view_as(worth)[layer]
         return bool(raised[0]), bool(raised[1])
 
+    def belongs(self, model: Any) -> None:
+        if (given := origin(self.file)) is not None and given != model_hash(model):
+            raise ValueError(
+                f"fisher table {self.file!r} belongs to model {given}, {type(model).__name__} here is {model_hash(model)}: "
+                "run tqai calibrate on this one"
+            )
+
     def heads(self, layer: int, sigma: float) -> Tensor:
         """Sensitivity of K and V of every head, ``fp32 [heads, 2]``, against the largest of the layer."""
         table, sigmas = load(self.file)
         unit = table[layer, :, :, min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - sigma))]
         return unit / unit.max().clamp_min(1e-30)
+
+
+def origin(file: str, field: str = "model") -> str | None:
+    """What the header of ``file`` says of the model it was calibrated on; None for a table without a header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as f:
+            header = json.loads((f.metadata() or {}).get("tqai-calibration", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"fisher table {file!r} is not readable ({error}): run `tqai calibrate -m MODEL -o {file}`") from None
+    if header and not header.get("complete"):
+        raise ValueError(f"{file!r} is a calibration that was stopped: run the same tqai calibrate command again to finish it")
+    return header.get(field)
 
 
 @lru_cache(maxsize=8)

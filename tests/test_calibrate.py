@@ -1,0 +1,241 @@
+"""Calibration: what is measured, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import tqai_core as tqai
+from tqai_core import minis
+from tqai_core.adapters import subjects, taps
+from tqai_core.calibrate import policy, run
+from tqai_core.calibrate.file import WIDTHS, Calibration
+from tqai_core.calibrate.fisher import Sums, probe
+from tqai_core.cli import main
+from tqai_core.registry import build
+from tqai_core.types import Step
+
+
+def small(kind="flux"):
+    return subjects.demo(kind, count=1, steps=4, bands=2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibration") / "flux.safetensors"
+    subject = small()
+    return subject, path, run.calibrate(subject, path, seeds=(100,))
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "wan", "lm"])
+def test_taps_show_attention_and_leave_the_model_as_it_was(kind):
+    subject = small(kind)
+    _, call = subject.record(1)[0]
+    seen = []
+    with torch.no_grad():
+        exact = call()
+        with taps.checkpointed(subject.model), taps.tapped(subject.model, lambda i, q, k, v: seen.append((i, k.shape)) or (k, v)):
+            assert torch.equal(call(), exact)
+        with taps.tapped(subject.model, lambda i, q, k, v: (k, v * 0 if i == 1 else v)):
+            assert not torch.equal(call(), exact)
+        assert torch.equal(call(), exact)
+    assert [i for i, _ in seen] == list(range(len(taps.blocks_of(subject.model))))
+    assert len({shape for _, shape in seen}) == 1
+    assert not [name for name, module in subject.model.named_modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("kind", ["sd3", "lm"])
+def test_probes_predict_what_a_small_error_costs(kind):
+    """The mean over probes is e'J'GJe, here against two forward passes."""
+    subject = small(kind)
+    codecs = {bits: build("codec", f"turbo:bits={bits}") for bits in WIDTHS}
+    band, call = subject.record(1)[-1]
+    heads = {"sd3": 3, "lm": 2}[kind]
+    sums = Sums(len(taps.blocks_of(subject.model)), heads, len(subject.sigmas))
+    for i in range(24):
+        probe(subject, band, call, sums, codecs, torch.Generator().manual_seed(i))
+    damage = sums.tables()["damage"][1, 0, :, band, 5]
+
+    def coded(which):
+        def change(layer, q, k, v):
+            kv = [k, v]
+            if layer == 1:
+                whole = codecs[6].decode(codecs[6].encode(kv[which]))
+                kv[which] = torch.cat([whole[:, :1], kv[which][:, 1:]], 1)
+            return kv
+
+        return change
+
+    with torch.no_grad():
+        exact = call()
+        for which in (0, 1):
+            with taps.tapped(subject.model, coded(which)):
+                true = subject.damage(call(), exact) / len(exact)
+            factor = 0.5 if kind == "lm" else 1.0  # KL is half the quadratic form
+            assert true / 2.5 < factor * float(damage[which]) < true * 2.5
+    assert not [p for p in subject.model.parameters() if p.grad is not None]
+
+
+def test_the_file_holds_what_was_measured_and_knows_its_model(made):
+    subject, path, calibration = made
+    again = Calibration.load(path, subject.model)
+    assert again.header["seeds"] == [100]
+    assert again.header["samples"] == [2, 2]  # one sample, cond and uncond
+    for name, x in calibration.tensors.items():
+        assert torch.equal(again.tensors[name], x), name
+    fisher, error, damage = (again.tensors[name] for name in ("fisher", "error", "damage"))
+    assert fisher.shape == (4, 1, 2, 2)
+    assert bool((error.diff(dim=-1) < 0).all()), "more bits, less error"
+    assert bool((damage[..., 7] < damage[..., 1]).all())
+    assert {v["kept"] for heads in again.header["verdicts"]["bases"].values() for v in heads} <= {"klt", "hadamard"}
+    other = subjects.demo("sd3").model
+    with pytest.raises(ValueError, match="belongs to model"):
+        Calibration.load(path, other)
+    with pytest.raises(ValueError, match="belong to model"):
+        again.bases.check(other)
+
+
+def test_methods_read_the_same_file(made):
+    _, path, calibration = made
+    scorer = build("scorer", {"name": "fisher", "file": str(path)})
+    assert scorer.heads(0, 0.5).shape == (1, 2)
+    codec = tqai.codec({"name": "trellis", "basis": str(path)})
+    x = torch.randn(2, 1, 68, 128)
+    assert codec.decode(codec.encode(x, stream="0/k")).shape == x.shape
+    assert list(calibration.bases.streams) == [f"{i}/{kind}" for i in range(4) for kind in "kv"]
+
+
+def test_a_pipeline_reads_its_own_file_and_no_other(made):
+    subject, path, _ = made
+    plain = tqai.Config(monitor="lyapunov:tau=0.1,min_steps=1", codec="trellis:bits=4", strategy="delta2:slope_bits=4")
+    with_file = tqai.Config.from_dict(plain.to_dict() | {"codec": f"trellis:basis={path}"})
+    scored = tqai.Config.from_dict(plain.to_dict() | {"scorer": f"fisher:file={path}"})
+    subject = subjects.demo("flux", count=1, steps=24)
+    out = {name: subject.run(1, config) for name, config in (("plain", plain), ("bases", with_file), ("fisher", scored))}
+    assert torch.equal(out["plain"][0], out["bases"][0]), "outputs of steps have no calibrated axes"
+    calls = {name: [d["action"] for d in report.decisions] for name, (_, _, report) in out.items()}
+    assert calls["fisher"] != calls["plain"], "the tolerance follows the table"
+    assert "forecast" in calls["plain"]
+    other = subjects.demo("sd3").pipe
+    for config in (with_file, scored):
+        with pytest.raises(ValueError, match="model"):
+            tqai.apply(other, config)
+        assert not hasattr(other.transformer, "_diffusers_hook")
+
+
+def test_streams_with_axes_of_their_own_use_them(tmp_path):
+    from tqai_core.codecs import bases
+    from tqai_core.memory import Memory
+    from tqai_core.types import Part, Where
+
+    mixing = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+    draw = lambda n: (torch.randn(2, n, 64) * torch.logspace(0, -2, 64)) @ mixing
+    file, _ = bases.calibrate({"attn.0/out": draw(4000).flatten(0, 1)[None]}, 4)
+    file.save(tmp_path / "b")
+    memory = Memory(tqai.codec({"name": "trellis", "basis": str(tmp_path / "b")}))
+    x, error = draw(100), {}
+    for site in ("attn.0", "attn.1"):
+        stream = memory[Where(site)]
+        stream.hold({"value": Part(x), "slope": Part(x, 3)}, x, Step(0, 1.0))
+        error[site] = float((stream.value("value") - x).square().sum())
+        assert stream.value("slope").shape == x.shape
+    assert error["attn.0"] < error["attn.1"] / 4
+
+
+def test_damaged_partial_and_foreign_files_are_refused(made, tmp_path):
+    _, path, _ = made
+    blob = path.read_bytes()
+    size = int.from_bytes(blob[:8], "little")
+    text = blob[8 : 8 + size].replace(b'\\"complete\\": true', b'\\"complete\\":false')
+    cases = {
+        "cut": (blob[: len(blob) // 2], "not a readable"),
+        "noise": (b"\x00" * 100, "not a readable"),
+        "partial": (blob[:8] + text + blob[8 + size :], "stopped"),
+    }
+    for name, (content, why) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=why):
+            Calibration.load(tmp_path / name)
+    with pytest.raises(ValueError, match="is not there"):
+        Calibration.load(tmp_path / "nothing")
+
+
+def test_a_stopped_calibration_goes_on_where_it_was(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def tell(text, part):
+        if "102" in text:
+            raise Stop
+
+    ways = {}
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(Stop):
+        run.calibrate(small(), path, seeds=(100, 102), tell=tell)
+    partial = tmp_path / "a.safetensors.partial"
+    assert not path.exists()
+    assert partial.exists()
+    with pytest.raises(ValueError, match="stopped"):
+        Calibration.load(partial)
+    with pytest.raises(ValueError, match="other settings"):
+        run.calibrate(small(), path, seeds=(100, 103))
+    seen = []
+    ways["resumed"] = run.calibrate(small(), path, seeds=(100, 102), tell=lambda text, part: seen.append(text))
+    assert not any("seed 100" in text for text in seen), "the finished seed is not run again"
+    assert not partial.exists()
+    ways["straight"] = run.calibrate(small(), tmp_path / "b.safetensors", seeds=(100, 102))
+    for name, x in ways["straight"].tensors.items():
+        assert torch.allclose(x.float(), ways["resumed"].tensors[name].float(), rtol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "wrong, why",
+    [(dict(seeds=()), "one or more"), (dict(seeds=(104,)), "kept for the verdicts"), (dict(probes=0), "probes")],
+)
+def test_settings_are_checked(wrong, why, tmp_path):
+    with pytest.raises(ValueError, match=why):
+        run.calibrate(small(), tmp_path / "x", **wrong)
+
+
+def test_water_filling_spends_the_budget_where_it_helps():
+    damage = 4.0 ** -torch.arange(1, 9).float() * torch.tensor([1.0, 256.0]).view(1, 2, 1, 1, 1).expand(1, 2, 2, 1, 1)
+    bits = policy.water_fill(damage, 4)
+    assert bits.float().mean() == 4
+    assert bool((bits[0, 1] == 6).all()), "256 times the damage: four bits more"
+    assert bool((bits[0, 0] == 2).all())
+    assert bool((policy.water_fill(damage * 0 + 1, 3).float().mean() <= 3).all())
+    with pytest.raises(ValueError, match="average"):
+        policy.water_fill(damage, 9)
+
+
+def test_a_losing_allocation_is_dropped_and_the_file_says_so():
+    subject = small()
+    subject.record(1)
+    damage = torch.ones(4, 1, 2, 2, 8) * torch.arange(8.0).flip(0)
+    damage[0] *= 1e6  # all bits into one layer
+    bits, verdict = policy.allocate(subject, damage, 4, "turbo", (1,), (2,))
+    assert verdict["kept"] == "uniform"
+    assert bool((bits == 4).all())
+    assert verdict["fisher"]["loss"] > verdict["uniform"]["loss"] / policy.MARGIN
+    assert verdict["fisher"]["bytes"] <= verdict["uniform"]["bytes"]
+
+
+def test_command_on_folders(tmp_path, capsys):
+    from transformers import ByT5Tokenizer
+
+    folder = tmp_path / "lm"
+    minis.lm().save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    (tmp_path / "text").write_text("def f(x):\n    return x\n" * 60)
+    command = ["calibrate", "-m", str(folder), "-o", str(tmp_path / "lm.safetensors"), "--seeds", "1", "--probes", "1"]
+    assert main(command) == 2
+    assert "--text" in capsys.readouterr().err
+    assert main([*command, "--text", str(tmp_path / "text"), "--json", str(tmp_path / "o.json")]) == 0
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert found["verdicts"]["bases"]["of"] == 16
+    keys = Calibration.load(tmp_path / "lm.safetensors").tensors
+    assert keys["mean"].shape == keys["scale"].shape == (4, 2, 64)
+    assert main(["calibrate", "-m", str(tmp_path), "-o", str(tmp_path / "x")]) == 2
+    assert "neither model_index.json" in capsys.readouterr().err

@@ -1,0 +1,159 @@
+"""``tqai calibrate``: arguments, progress, what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..adapters.subjects import Subject
+    from .file import Calibration
+    from .run import Tell
+
+DEMOS = ("flux", "sd3", "wan", "lm")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Arguments that name a model and its data; :func:`subject_of` reads them."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("-m", "--model", type=Path, metavar="FOLDER", help="a diffusers pipeline or a language model of transformers")
+    which.add_argument("--demo", choices=DEMOS, help="a mini that ships with tqai")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="pipelines: one prompt a line")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="language models: text to calibrate on")
+    parser.add_argument("--part", default="transformer", help="pipelines: transformer, or transformer_2 for WAN 2.2's second expert")
+    parser.add_argument("--steps", type=int, default=24, help="pipelines: sampler steps of a run")
+    parser.add_argument("--batch", type=int, metavar="N", help="samples (or windows of text) a seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``tqai calibrate`` takes without ``--sampler``; -m, --demo, -o, --steps, --batch and --prompts are there already."""
+    parser = parser.add_argument_group("without --sampler")  # type: ignore[assignment]
+    parser.add_argument("--text", type=Path, metavar="FILE", help="language models: text to calibrate on")
+    parser.add_argument("--part", default="transformer", help="pipelines: transformer, or transformer_2 for WAN 2.2's second expert")
+    parser.add_argument("--seeds", type=_numbers, default=(100, 101, 102, 103), help="seeds to measure on, as in 100,101")
+    parser.add_argument("--bands", type=int, default=3, help="pipelines: sigma bands of the sensitivities")
+    parser.add_argument("--probes", type=int, help="backward passes a call; default 1, language models 4")
+    parser.add_argument("--bits", type=int, default=4, help="bits of the calibrated bases")
+    parser.add_argument("--average", type=int, default=3, help="bits a number on average that are shared out among units")
+    parser.add_argument("--codec", default="turbo", choices=("turbo", "trellis"), help="whose errors are weighed")
+
+
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--budget", default="calls=0.5", help="calls=SHARE or time=SHARE of the exact run, or bytes=HELD")
+    parser.add_argument("--trials", type=int, default=40, help="finished trials to reach, those of a resumed study counted")
+    parser.add_argument("--study", type=Path, default=Path("out/tune.db"), metavar="FILE", help="SQLite file; resumed where it exists")
+    parser.add_argument("--sampler", default="nsga2", choices=("nsga2", "tpe"), help="how candidates are proposed")
+    parser.add_argument("--levels", type=_names, default=("model",), help="levels to search, as in model,block")
+    parser.add_argument("-o", "--out", type=Path, default=Path("out/tuned.json"), metavar="FILE", help="the best Config, as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="error against cost of all trials, as SVG")
+
+
+def tune(args: argparse.Namespace) -> dict[str, Any]:
+    from ..adapters.subjects import Diffusion
+    from ..config import Config
+    from . import plots
+    from .tune import Budget, tune
+
+    budget = Budget.parse(args.budget)
+    with progress("tuning") as tell:
+        subject = subject_of(args)
+        if not isinstance(subject, Diffusion):
+            raise ValueError("tune searches pipelines of diffusion models; for a language model give Config(level='kv') a scorer or bits")
+        found = tune(subject, budget, args.study, args.trials, args.sampler, args.levels, tell=tell)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(Config.from_dict(found["config"]).to_json() + "\n")
+    if args.plot:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        args.plot.write_text(plots.pareto(found))
+    return found
+
+
+def tune_tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows): the Pareto front, layers, and the proof."""
+    what, by = found["budget"]["what"], {row["trial"]: row for row in found["trials"]}
+    line = lambda name, row: [name, f"{row['error'] * 1e4:.3f}", f"{row['calls']:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"]  # noqa: E731
+    told = lambda row: f"{row['config']['strategy']} {row['config']['monitor']} {row['config']['codec']}"  # noqa: E731
+    head = ["error e-4", "calls", "bytes held", "time"]
+    rows = [[*line(str(n), by[n]), told(by[n])] for n in found["front"]]
+    out = [(f"Pareto front, error and {what}", ["trial", *head, "pipeline"], rows)]
+    layers = [[str(layer), f"{error * 1e4:.4f}"] for layer, error in found["layers"]]
+    told_skip = found["skip_layers"] or "none"
+    out.append((f"each layer forecast alone; proposed as skip_layers: {told_skip}", ["layer", "error e-4"], layers))
+    if "proof" in found:
+        title = f"seeds the search never saw; written: {found['kept']}"
+        out.append((title, ["pipeline", *head], [line(name, row) for name, row in found["proof"].items()]))
+    return out
+
+
+def subject_of(args: argparse.Namespace, bands: int = 3) -> Subject:
+    """ValueError for a folder that is no model, and for text or prompts that are not there."""
+    from ..adapters import subjects
+
+    steps = 24 if args.steps is None else args.steps
+    if args.demo:
+        return subjects.demo(args.demo, args.batch, steps, bands)
+    for given in (args.prompts, args.text):
+        if given is not None and not given.is_file():
+            raise ValueError(f"{given} is not there: give a text file")
+    lines = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else []
+    text = args.text.read_text() if args.text else ""
+    return subjects.folder(Path(args.model), lines, text, steps, bands, args.part, args.batch or 1)
+
+
+def run(args: argparse.Namespace) -> Calibration:
+    from .run import calibrate
+
+    with progress("calibrating") as tell:
+        subject = subject_of(args, args.bands)
+        return calibrate(subject, args.output, args.seeds, args.probes, args.bits, args.average, args.codec, tell)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Tell]:
+    """A bar on stderr with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda text, part: bar.update(task, description=text, completed=part)
+
+
+def summary(made: Calibration) -> dict[str, Any]:
+    """The header as plain data, bases counted."""
+    verdicts = [v for heads in made.header["verdicts"]["bases"].values() for v in heads]
+    mean = lambda what: sum(v[what] for v in verdicts) / max(len(verdicts), 1)  # noqa: E731
+    kept = sum(v["kept"] == "klt" for v in verdicts)
+    bases = {"kept": kept, "of": len(verdicts), "klt": mean("klt"), "hadamard": mean("hadamard")}
+    return {**made.header, "verdicts": {"bases": bases, "bits": made.header["verdicts"]["bits"]}}
+
+
+def tables_of(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows) for a terminal."""
+    bases, bits = found["verdicts"]["bases"], found["verdicts"]["bits"]
+    rows = [
+        ["model", f"{found['class']} {found['model']}"],
+        ["probes a band", ", ".join(map(str, found["samples"]))],
+        ["CPU seconds", f"{found['seconds_cpu']:.1f}"],
+        ["bases kept", f"{bases['kept']} of {bases['of']}; NMSE on a seed not fitted {bases['klt']:.2e}, rotation {bases['hadamard']:.2e}"],
+        [
+            f"bits, {bits['average']} on average",
+            f"{bits['kept']} kept; loss {bits['fisher']['loss']:.2e} ({bits['how']}), uniform {bits['uniform']['loss']:.2e}",
+        ],
+        ["bits of keys, values", f"{bits['key_bits']:.2f}, {bits['value_bits']:.2f}"],
+    ]
+    return [("calibration", ["what", "measured"], rows)]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -1,0 +1,100 @@
+"""What calibration writes: one safetensors file with a JSON header, tied to its model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..codecs.bases import BasesFile
+from ..modelhash import model_hash
+
+FORMAT = 1
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)  # bits whose damage is told
+UNFINISHED = ".partial"  # of the file that a stopped calibration leaves beside the target
+SHAPES = {"fisher": 4, "sigmas": 1, "error": 5, "damage": 5, "bits": 4, "mean": 3, "scale": 3}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``tensors``, by layer, head and key (0) or value (1):
+
+    ``fisher fp32 [layers, heads, 2, bands]`` mean square gradient of the output at a number of the unit, ``sigmas [bands]``;
+    ``error`` and ``damage [layers, heads, 2, bands, 8]`` what 1 to 8 bits do to a unit: mean square error of a number, and
+    the predicted loss of the output; ``bits uint8 [layers, heads, 2, bands]`` the allocation; of language models ``mean`` and
+    ``scale [layers, heads, d]`` of the keys. ``bases`` are per-head KLT bases. ``header`` says on what all was measured.
+    """
+
+    header: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    bases: BasesFile = field(default_factory=lambda: BasesFile({}, 4))
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError if this was measured on another model."""
+        given = model_hash(model)
+        if self.header.get("model") != given:
+            raise ValueError(
+                f"this calibration belongs to model {self.header.get('model')}, {type(model).__name__} here is {given}: "
+                "on another model it is worse than none; run tqai calibrate on this one"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the file in one go: it is never seen half written."""
+        tensors, bases = self.bases.content()
+        tensors |= {name: x.contiguous() for name, x in self.tensors.items()}
+        header = json.dumps({"format": FORMAT, "complete": True, **self.header})
+        write(path, tensors, {"tqai-calibration": header, "tqai-bases": json.dumps(bases)})
+
+    @staticmethod
+    def load(path: str | Path, model: nn.Module | None = None) -> Calibration:
+        """Read a file of :meth:`save`. ValueError for a file that is missing, partial, damaged, newer or of another model."""
+        header, tensors = read(path)
+        if not header.get("complete"):
+            raise ValueError(f"{path} is a calibration that was stopped: run the same tqai calibrate command again to finish it")
+        found = {}
+        for name, ndim in SHAPES.items():
+            x = tensors.get(name)
+            if x is None and name in ("mean", "scale"):
+                continue
+            if x is None or x.ndim != ndim or (x.is_floating_point() and not bool(torch.isfinite(x).all())):
+                raise ValueError(f"{path}: field {name!r} is missing or damaged: calibrate again")
+            found[name] = x
+        if any(found[name].shape[:4] != found["fisher"].shape for name in ("error", "damage", "bits")):
+            raise ValueError(f"{path}: fields 'fisher', 'error', 'damage' and 'bits' speak of different units: calibrate again")
+        made = Calibration(header, found, BasesFile.load(path))
+        if model is not None:
+            made.check(model)
+        return made
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".writing")
+    save_file(dict(tensors), str(part), metadata)
+    os.replace(part, path)
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a calibration, finished or not. ValueError says what is wrong with the file."""
+    if not Path(path).is_file():
+        raise ValueError(f"calibration {str(path)!r} is not there: run `tqai calibrate -m MODEL -o {path}`")
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            header = json.loads((f.metadata() or {}).get("tqai-calibration", "null"))
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable calibration ({error}): calibrate again") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: field 'tqai-calibration' is missing: this is no calibration; run tqai calibrate")
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path}: field 'format' is {header.get('format')!r}, this tqai reads {FORMAT}: upgrade or calibrate again")
+    return header, tensors

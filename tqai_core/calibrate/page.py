@@ -1,0 +1,100 @@
+"""``tqai report``: one page for a calibration or a study, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .file import Calibration
+
+KINDS = ("keys", "values")
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #ccc;padding:2px 8px;text-align:left;vertical-align:top}
+.row{display:flex;flex-wrap:wrap;gap:14px}svg{max-width:100%}.won{color:#17632f}.lost{color:#8a3d00}pre{white-space:pre-wrap}"""
+
+
+def page(path: Path) -> str:
+    """HTML of a file of ``tqai calibrate``, a study of ``tqai tune`` (.db) or its ``--json``. ValueError for anything else."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: give a file of tqai calibrate or tqai tune")
+    head = path.read_bytes()[:16]
+    if head.startswith(b"SQLite format"):
+        from .tune import load_study
+
+        return _page(f"tqai tune: {path.name}", _study(load_study(path)))
+    if head.lstrip().startswith(b"{"):
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}): give what tqai tune --json wrote") from None
+        if found.get("what") != "study":
+            raise ValueError(f"{path} is JSON, but no study: give what tqai tune --json wrote")
+        return _page(f"tqai tune: {path.name}", _study(found))
+    return _page(f"tqai calibrate: {path.name}", _calibration(Calibration.load(path)))
+
+
+def _calibration(made: Calibration) -> list[str]:
+    h, t = made.header, made.tensors
+    rows = [[key, json.dumps(h.get(key))] for key in ("class", "model", "seeds", "held_out", "steps", "samples", "codec", "versions")]
+    parts = [_table(["what", "value"], rows), "<h2>Sensitivity</h2><p>What a unit of squared error of keys or values costs the output.</p>"]
+    for band, sigma in enumerate(t["sigmas"].tolist()):
+        maps = [plots.heat(t["fisher"][:, :, which, band].tolist(), f"{KINDS[which]}, sigma {sigma:.2f}") for which in (0, 1)]
+        parts.append(f"<div class=row>{''.join(maps)}</div>")
+    verdict = h["verdicts"]["bits"]
+    losing = "" if verdict["kept"] == "fisher" else ", so that uniform bits stand in the file"
+    parts.append(
+        f"<h2>Bits</h2><p>{verdict['average']} on average, {html.escape(verdict['how'])}. Loss on seeds {verdict['seeds']}: "
+        f"{verdict['fisher']['loss']:.3g} ({verdict['fisher']['bytes']:,} bytes), uniform {verdict['uniform']['loss']:.3g} "
+        f"({verdict['uniform']['bytes']:,} bytes): {_mark(verdict['kept'], 'fisher')} kept{losing}.</p>"
+    )
+    for band, sigma in enumerate(t["sigmas"].tolist()):
+        maps = [plots.heat(t["bits"][:, :, w, band].float().tolist(), f"bits of {KINDS[w]}, sigma {sigma:.2f}", log=False) for w in (0, 1)]
+        parts.append(f"<div class=row>{''.join(maps)}</div>")
+    rows = [
+        [name, str(i), f"{v['klt']:.2e}", f"{v['hadamard']:.2e}", _mark(v["kept"], "klt")]
+        for name, heads in h["verdicts"]["bases"].items()
+        for i, v in enumerate(heads)
+    ]
+    parts.append(f"<h2>Bases</h2><p>NMSE at {h['basis_bits']} bits on seed {h['held_out']}, which nothing was fitted on.</p>")
+    parts.append(_table(["stream", "head", "KLT", "rotation", "kept"], rows, raw=(4,)))
+    return parts
+
+
+def _study(found: Mapping[str, Any]) -> list[str]:
+    by = {row["trial"]: row for row in found["trials"]}
+    figures = lambda r: [f"{r['error']:.3e}", f"{r['calls']:.1%}", f"{r['bytes']:,.0f}", f"{r['time']:.2f}"]  # noqa: E731
+    what = found["budget"]
+    parts = [
+        _table(["what", "value"], [[key, json.dumps(value)] for key, value in found["settings"].items()]),
+        f"<h2>Error against {html.escape(str(what['what']))}</h2>" + (plots.pareto(found) if by else "<p>no trial is finished yet</p>"),
+    ]
+    head = ["error", "calls", "bytes held", "time"]
+    rows = [[str(n), *figures(by[n]), json.dumps(by[n]["config"])] for n in found["front"]]
+    parts.append("<h2>Pareto front</h2>" + _table(["trial", *head, "pipeline"], rows))
+    rows = [[str(layer), f"{error:.3e}"] for layer, error in found["layers"]]
+    told = found["skip_layers"] or "none stands out"
+    parts.append(f"<h2>Layers, each forecast alone</h2><p>proposed as skip_layers: {told}</p>" + _table(["layer", "error"], rows))
+    if "proof" in found:
+        parts.append(f"<h2>Proof on seeds {found['proof_seeds']}</h2><p>written: {_mark(found['kept'], 'tuned')}</p>")
+        parts.append(_table(["pipeline", *head], [[name, *figures(row)] for name, row in found["proof"].items()]))
+        parts.append(f"<pre>{html.escape(json.dumps(found['config'], indent=1))}</pre>")
+    return parts
+
+
+def _mark(kept: str, winner: str) -> str:
+    return f'<b class="{"won" if kept == winner else "lost"}">{html.escape(kept)}</b>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], raw: Sequence[int] = ()) -> str:
+    cells = lambda row: "".join(f"<td>{c if i in raw else html.escape(c)}</td>" for i, c in enumerate(row))  # noqa: E731
+    body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr>{body}</table>"
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    title = html.escape(title)
+    return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{''.join(parts)}\n"

@@ -1,0 +1,123 @@
+"""``tqai calibrate``: probes, moments, bases, bits; resumable."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import taps
+from ..adapters.subjects import Diffusion, Subject
+from ..modelhash import model_hash
+from ..registry import build
+from . import basis, policy
+from .file import FORMAT, UNFINISHED, WIDTHS, Calibration, read, write
+from .fisher import Sums, probe
+
+SEEDS = (100, 101, 102, 103)
+HELD_OUT = 104  # verdicts on bases
+CHOICE, VALIDATION = (105,), (106, 107)  # of an allocation, and its verdict
+Tell = Callable[[str, float], None]  # what is being done, part done in [0, 1]
+
+
+def calibrate(
+    subject: Subject,
+    path: Path,
+    seeds: Sequence[int] = SEEDS,
+    probes: int | None = None,
+    bits: int = 4,
+    average: int = 3,
+    codec: str = "turbo",
+    tell: Tell = lambda text, part: None,
+) -> Calibration:
+    """Measure ``subject`` and write ``path``. A stopped run leaves a partial file beside it, and the same call goes on from there.
+
+    ``probes`` backward passes a call; ``bits`` of the KLT bases; ``average`` bits of the allocation; ``codec`` the quantiser
+    whose errors are weighed. Raises ValueError for settings that cannot be, and a model whose attention is not found.
+    """
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise ValueError(f"seeds {list(seeds)}: give one or more, each once")
+    if taken := set(seeds) & {HELD_OUT, *CHOICE, *VALIDATION}:
+        raise ValueError(f"seeds {sorted(taken)} are kept for the verdicts: give others")
+    probes = subject.probes if probes is None else probes
+    if probes < 1:
+        raise ValueError(f"probes={probes}: give 1 or more")
+    name = model_hash(subject.model)
+    settings = {
+        "model": name, "class": type(subject.model).__name__, "kind": subject.kind,
+        "family": subject.family.name if isinstance(subject, Diffusion) else "", "seeds": list(seeds), "probes": probes,
+        "codec": codec, "basis_bits": bits, "average": average, "steps": getattr(subject, "steps", None),
+    }  # fmt: skip
+    began = time.process_time()
+    codecs = {b: build("codec", {"name": codec, "bits": b}) for b in WIDTHS}
+    partial = path.with_name(path.name + UNFINISHED)
+    moments, sums, done = basis.Moments(), None, 0
+    if partial.exists():
+        moments, sums, done = _resume(partial, settings, subject)
+    for nth, seed in enumerate(seeds):
+        if nth < done:
+            continue
+        tell(f"seed {seed}: a run", nth / (len(seeds) + 1))
+        calls = subject.record(seed, moments.see)
+        if sums is None:
+            heads = {len(moments.sums[f"{layer}/mean"]) for layer in moments.layers}
+            if moments.layers != list(range(len(taps.blocks_of(subject.model)))) or len(heads) != 1:
+                raise ValueError(
+                    f"{type(subject.model).__name__}: attention was seen in layers {moments.layers} with {sorted(heads)} heads; "
+                    "calibration needs one self-attention a layer through scaled_dot_product_attention, alike in all"
+                )
+            sums = Sums(len(moments.layers), heads.pop(), len(subject.sigmas))
+        for i, (band, call) in enumerate(calls):
+            tell(f"seed {seed}: sensitivity", (nth + (i + 1) / (len(calls) + 1)) / (len(seeds) + 1))
+            for p in range(probes):
+                probe(subject, band, call, sums, codecs, torch.Generator().manual_seed(seed * 1_000_003 + i * 1009 + p))
+        _keep(partial, settings, moments, sums, nth + 1, subject.sigmas)
+    assert sums is not None
+    tables = sums.tables() | {"sigmas": torch.tensor(subject.sigmas)}
+    tell("verdicts on bases", len(seeds) / (len(seeds) + 1))
+    bases, verdicts = basis.judge(subject, moments, bits, HELD_OUT, name)
+    tell("verdict on bits", (len(seeds) + 0.5) / (len(seeds) + 1))
+    tables["bits"], verdict = policy.allocate(subject, tables["damage"], average, codec, CHOICE, VALIDATION)
+    if subject.kind == "lm":
+        tables |= moments.keys()
+    header = {
+        **settings, "held_out": HELD_OUT, "samples": sums.samples.int().tolist(), "seconds_cpu": time.process_time() - began,
+        "verdicts": {"bases": verdicts, "bits": verdict},
+        "versions": {"torch": str(torch.__version__), "python": platform.python_version(), "format": FORMAT},
+    }  # fmt: skip
+    made = Calibration(header, tables, bases)
+    made.save(path)
+    partial.unlink(missing_ok=True)
+    tell("done", 1.0)
+    return made
+
+
+def _keep(partial: Path, settings: dict[str, Any], moments: basis.Moments, sums: Sums, done: int, sigmas: Sequence[float]) -> None:
+    tensors: dict[str, Tensor] = {f"moments/{name}": x.contiguous() for name, x in moments.sums.items()}
+    tensors |= {f"sums/{name}": x for name, x in vars(sums).items()}
+    header = {"format": FORMAT, "complete": False, "done": done, "sigmas": list(sigmas), **settings}
+    write(partial, tensors, {"tqai-calibration": json.dumps(header)})
+
+
+def _resume(partial: Path, settings: dict[str, Any], subject: Subject) -> tuple[basis.Moments, Sums, int]:
+    header, tensors = read(partial)
+    if differing := [key for key, value in settings.items() if header.get(key) != value]:
+        raise ValueError(
+            f"{partial} was begun with other settings ({', '.join(f'{k}={header.get(k)!r}' for k in differing)}): "
+            "give the same ones to go on, or delete it"
+        )
+    moments = basis.Moments()
+    moments.sums = {name.removeprefix("moments/"): x for name, x in tensors.items() if name.startswith("moments/")}
+    sums = Sums(1, 1, 1)
+    for name in list(vars(sums)):
+        if f"sums/{name}" not in tensors:
+            raise ValueError(f"{partial}: field {name!r} is missing: delete it and calibrate again")
+        setattr(sums, name, tensors[f"sums/{name}"])
+    subject.sigmas = tuple(header["sigmas"])
+    return moments, sums, header["done"]

@@ -1,0 +1,314 @@
+"""``tqai tune``: search over pipelines, each measured against the exact run, and a proof on seeds the search never saw.
+
+NSGA-II (Deb et al. 2002) or TPE (Bergstra et al. 2011) of Optuna over the stages of a :class:`Config`. Every candidate is a
+valid pipeline by construction: a stage's own options exist only where the stage is chosen. Two objectives, error and what
+the budget is about; what exceeds the budget is infeasible.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters.subjects import Diffusion
+from ..config import FAMILIES, Config, preset
+from ..modelhash import model_hash
+
+SEEDS, CHOICE, PROOF = (100, 101), (102, 103), (104, 105, 106)  # of the search, of the pick among its best, of the proof
+BUDGETS = ("calls", "bytes", "time")
+FINALISTS = 3
+Row = dict[str, Any]
+Tell = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pipeline may cost: ``calls`` and ``time`` as a share of the exact run, ``bytes`` held at the peak."""
+
+    what: str
+    limit: float
+
+    @staticmethod
+    def parse(text: str) -> Budget:
+        """``"calls=0.5"``. ValueError says what is wrong with it."""
+        what, _, value = text.partition("=")
+        try:
+            made = Budget(what.strip(), float(value))
+        except ValueError:
+            raise ValueError(f"budget {text!r}: give calls=0.5, time=0.6 or bytes=100000") from None
+        if made.what not in BUDGETS or not made.limit > 0 or (made.what != "bytes" and made.limit > 1):
+            raise ValueError(f"budget {text!r}: give calls= or time= with a share of the exact run from 0 to 1, or bytes= held at the peak")
+        return made
+
+
+class Bench:
+    """Runs pipelines on one subject and remembers exact runs."""
+
+    def __init__(self, subject: Diffusion) -> None:
+        self.subject = subject
+        self._exact: dict[int, tuple[Tensor, float]] = {}
+
+    def measure(self, config: Config, seeds: Sequence[int]) -> Row:
+        """Means over ``seeds``: error (NMSE to the exact run), share of calls and CPU time, bytes held."""
+        rows = []
+        for seed in seeds:
+            if seed not in self._exact:
+                self._exact[seed] = self.subject.run(seed)[:2]
+            truth, seconds = self._exact[seed]
+            out, spent, report = self.subject.run(seed, config)
+            assert report is not None
+            rows.append((
+                self.subject.damage(out, truth) / self.subject.size(truth), (report.calls - report.calls_skipped) / max(report.calls, 1),
+                report.bytes_held_peak, spent / seconds,
+            ))  # fmt: skip
+        return dict(zip(("error", "calls", "bytes", "time"), map(mean, zip(*rows, strict=True)), strict=True))
+
+
+def spread(first: int, last: int, power: float, count: int, total: int, bend: float = 0.0) -> tuple[int, ...]:
+    """``count`` of ``total`` evaluations: the ``first`` and ``last`` ones, and between them a grid that ``power`` over 1 makes
+    dense where it begins, under 1 where it ends; ``bend`` over 0 thins both ends, under 0 the middle."""
+    middle = max(count - first - last, 0)
+    low, high = first - 1, total - last
+    at = [((i + 1) / (middle + 1)) ** power for i in range(middle)]
+    inner = {round(low + (high - low) * (x + bend * math.sin(2 * math.pi * x) / (2 * math.pi))) for x in at}
+    return tuple(sorted({*range(first), *range(high, total)} | inner))
+
+
+def candidate(trial: Any, steps: int, budget: Budget, levels: Sequence[str], fragile: Sequence[int]) -> Config:
+    """The pipeline a trial stands for."""
+    level = trial.suggest_categorical("level", list(levels)) if len(levels) > 1 else levels[0]
+    strategy: Row = {"name": trial.suggest_categorical("strategy", ["delta2", "delta", "tiered"])}
+    if strategy["name"] != "delta":
+        strategy["slope_bits"] = trial.suggest_int("slope_bits", 2, 8)
+    strategy["cfg"] = trial.suggest_categorical("cfg", ["none", "difference"])
+    name = trial.suggest_categorical("monitor", ["schedule", "lyapunov", "fixed", "stability"])
+    monitor: Row = {"name": name}
+    scorer = None
+    if name == "schedule":
+        share = budget.limit if budget.what in ("calls", "time") else 0.5
+        most = max(round(share * steps), 4)
+        if strategy["cfg"] == "difference":  # half of the computed steps spare a branch
+            most = min(round(most * 1.3), steps - 1)
+        count = trial.suggest_int(f"count_{strategy['cfg']}", max(most - 2, 4), most)
+        shape = (trial.suggest_int("first", 1, 3), trial.suggest_int("last", 1, 4), trial.suggest_float("power", 0.6, 1.6))
+        monitor |= {"steps": spread(*shape, count, steps, trial.suggest_float("bend", -0.6, 0.6)), "total": steps}
+    else:
+        scorer = trial.suggest_categorical("scorer", ["none", "snr", "change", "palm", "sheaf"])
+        warmup = trial.suggest_int("warmup", 1, 3)
+        if name == "fixed":
+            monitor |= {"interval": trial.suggest_float("interval", 1.2, 4.0), "warmup": warmup}
+        else:
+            low, high = (0.02, 0.3) if name == "lyapunov" else (0.001, 0.1)
+            monitor |= {"tau": trial.suggest_float(f"tau_{name}", low, high, log=True), "warmup": warmup}
+            monitor["max_gap"] = trial.suggest_int("max_gap", 1, 8)
+        monitor["min_steps"] = min(steps, 16)
+    codec = trial.suggest_categorical("codec", ["turbo:bits=8", "turbo:bits=7", "turbo:bits=6", "trellis:bits=6", "exact"])
+    skip: tuple[int, ...] = ()
+    if level != "model" and fragile:
+        skip = tuple(fragile[: trial.suggest_int("protected", 0, min(len(fragile), 2))])
+    return Config(
+        scorer=None if scorer in (None, "none") else scorer, strategy=strategy, monitor=monitor, codec=codec, level=level, skip_layers=skip
+    )
+
+
+def fragile_layers(bench: Bench, seed: int, tell: Tell = lambda text, part: None) -> list[tuple[int, float]]:
+    """(layer, error) of forecasting every second step of one layer alone, worst first: what to propose as ``skip_layers``."""
+    from ..adapters import taps
+
+    depth = len(taps.blocks_of(bench.subject.model))
+    found = []
+    for layer in range(depth):
+        others = tuple(i for i in range(depth) if i != layer)
+        config = Config(level="block", monitor={"name": "fixed", "interval": 2.0, "min_steps": 1}, skip_layers=others)
+        found.append((layer, bench.measure(config, [seed])["error"]))
+        tell(f"layer {layer} alone", (layer + 1) / depth)
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def proposed(layers: Sequence[tuple[int, float]]) -> tuple[int, ...]:
+    """Layers that do more than twice the median's damage, at most a quarter of them (one at least may be)."""
+    if len(layers) < 2:
+        return ()
+    middle = sorted(error for _, error in layers)[len(layers) // 2]
+    return tuple(layer for layer, error in layers[: max(len(layers) // 4, 1)] if error > 2 * middle)
+
+
+def tune(
+    subject: Diffusion,
+    budget: Budget,
+    study_file: Path,
+    trials: int = 40,
+    sampler: str = "nsga2",
+    levels: Sequence[str] = ("model",),
+    seed: int = 0,
+    tell: Tell = lambda text, part: None,
+) -> Row:
+    """Search until ``trials`` are finished, those of a resumed study counted, then choose and prove. Plain data."""
+    optuna = _optuna()
+    if trials < 1:
+        raise ValueError(f"trials={trials}: give 1 or more")
+    if unknown := [level for level in levels if level not in ("model", "block", "attention")]:
+        raise ValueError(f"levels {unknown}: give model, block, attention")
+    makers = {
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=12, seed=seed),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, group=True),
+    }
+    if sampler not in makers:
+        raise ValueError(f"sampler {sampler!r} is unknown; known: {', '.join(makers)}")
+    study_file.parent.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{study_file}", study_name="tqai", sampler=makers[sampler](), load_if_exists=True,
+        directions=["minimize", "minimize"],
+    )  # fmt: skip
+    settings = {
+        "model": model_hash(subject.model), "class": type(subject.model).__name__, "steps": subject.steps, "levels": list(levels),
+        "budget": [budget.what, budget.limit], "seeds": list(SEEDS),
+    }  # fmt: skip
+    had = study.user_attrs.get("settings")
+    if had is not None and had != settings:
+        differing = ", ".join(f"{k}={had.get(k)!r}" for k in settings if had.get(k) != settings[k])
+        raise ValueError(f"study {study_file} was begun with other settings ({differing}): give the same ones, or another --study")
+    study.set_user_attr("settings", settings)
+    bench = Bench(subject)
+    fragile: list[tuple[int, float]] = [tuple(pair) for pair in study.user_attrs.get("layers", [])]
+    if not fragile:
+        fragile = fragile_layers(bench, SEEDS[0], lambda text, part: tell(text, 0.0))
+        study.set_user_attr("layers", fragile)
+    skip = proposed(fragile)
+    finished = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    if not study.trials:
+        for known in _known(subject.steps, budget):
+            study.enqueue_trial(known)
+
+    def objective(trial: Any) -> tuple[float, float]:
+        config = candidate(trial, subject.steps, budget, levels, skip)
+        row = bench.measure(config, SEEDS)
+        trial.set_user_attr("config", config.to_dict())
+        trial.set_user_attr("row", row)
+        trial.set_constraint(budget.what, row[budget.what] - budget.limit)
+        return row["error"], row[budget.what]
+
+    def heard(study: Any, trial: Any) -> None:
+        count = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
+        tell(f"{count} of {trials} trials", 0.9 * count / trials)
+        if count >= trials // 4 and count % 3:  # two of three trials look around the best one
+            near = _near(study, random.Random(f"{seed} {count}"))
+            if near is not None:
+                study.enqueue_trial(near)
+
+    study.optimize(objective, n_trials=max(trials - len(finished), 0), callbacks=[heard])
+    return _outcome(subject, bench, study, budget, settings, fragile, skip, tell)
+
+
+def _outcome(
+    subject: Diffusion, bench: Bench, study: Any, budget: Budget, settings: Row, layers: Sequence[Any], skip: Sequence[int], tell: Tell
+) -> Row:
+    rows = rows_of(study)
+    default = preset("balanced", subject.family.name if subject.family.name in FAMILIES else None)
+    allowed = sorted((r for r in rows if r[budget.what] <= budget.limit), key=lambda r: r["error"])
+    unique = list({json.dumps(r["config"], sort_keys=True): r for r in reversed(allowed)}.values())[::-1][:FINALISTS]
+    finals: list[tuple[float, Config]] = []
+    for i, row in enumerate(unique):
+        tell("the best on other seeds", 0.9 + 0.05 * i / FINALISTS)
+        config = Config.from_dict(row["config"])
+        found = bench.measure(config, CHOICE)
+        if found[budget.what] <= budget.limit:
+            finals.append((row["error"] + found["error"], config))
+    best = min(finals, key=lambda pair: pair[0])[1] if finals else default
+    tell("the proof on unseen seeds", 0.96)
+    proof = {"default": bench.measure(default, PROOF), "tuned": bench.measure(best, PROOF)}
+    fits = proof["default"][budget.what] <= budget.limit
+    kept = best != default and (proof["tuned"]["error"] <= proof["default"]["error"] or not fits)
+    return {
+        "what": "study", "settings": settings, "budget": {"what": budget.what, "limit": budget.limit}, "trials": rows,
+        "front": front(rows, budget.what), "layers": [list(pair) for pair in layers], "skip_layers": list(skip),
+        "proof_seeds": list(PROOF), "proof": proof, "kept": "tuned" if kept else "default", "tuned": best.to_dict(),
+        "config": (best if kept else default).to_dict(), "default_fits": fits,
+    }  # fmt: skip
+
+
+def rows_of(study: Any) -> list[Row]:
+    """Finished trials as plain data."""
+    done = [t for t in study.trials if t.values is not None and "row" in t.user_attrs]
+    return [{"trial": t.number, "config": t.user_attrs["config"], **t.user_attrs["row"]} for t in done]
+
+
+def front(rows: Sequence[Mapping[str, Any]], what: str) -> list[int]:
+    """Numbers of the trials that no other beats in both error and cost, cheapest first."""
+    best, out = float("inf"), []
+    for row in sorted(rows, key=lambda r: (r[what], r["error"])):
+        if row["error"] < best:
+            best = row["error"]
+            out.append(row["trial"])
+    return out
+
+
+def load_study(path: Path) -> Row:
+    """What a study file holds, as far as :func:`tune` came. ValueError for a file that is none."""
+    optuna = _optuna()
+    if not path.is_file():
+        raise ValueError(f"study {path} is not there: tqai tune --study {path} makes it")
+    try:
+        study = optuna.load_study(study_name="tqai", storage=f"sqlite:///{path}")
+    except Exception as error:  # SQLAlchemy has many
+        raise ValueError(f"{path} is no study of tqai tune ({type(error).__name__})") from None
+    settings = study.user_attrs.get("settings", {})
+    what, limit = settings.get("budget", ["calls", 0.5])
+    rows = rows_of(study)
+    return {
+        "what": "study", "settings": settings, "budget": {"what": what, "limit": limit}, "trials": rows, "front": front(rows, what),
+        "layers": study.user_attrs.get("layers", []), "skip_layers": list(proposed(study.user_attrs.get("layers", []))),
+    }  # fmt: skip
+
+
+def _near(study: Any, chance: random.Random) -> Row | None:
+    """The parameters of the best trial within the budget, one or two of them moved a little."""
+    fits = [t for t in study.trials if t.values is not None and all(v <= 0 for v in t.constraints.values())]
+    if not fits:
+        return None
+    best = min(fits, key=lambda t: t.values[0])
+    known, params = best.distributions, dict(best.params)
+    moving = [name for name in params if hasattr(known[name], "low")]
+    for name in chance.sample(moving, min(chance.choice((1, 1, 2)), len(moving))):
+        low, high = known[name].low, known[name].high
+        if isinstance(params[name], int):
+            params[name] = min(max(params[name] + chance.choice((-1, 1)), low), high)
+        elif known[name].log:
+            params[name] = min(max(params[name] * math.exp(chance.gauss(0, 0.2)), low), high)
+        else:
+            params[name] = min(max(params[name] + chance.gauss(0, 0.15) * (high - low), low), high)
+    return params
+
+
+def _known(steps: int, budget: Budget) -> list[Row]:
+    """Where the search begins: error control as the presets have it, and three schedules."""
+    share = budget.limit if budget.what in ("calls", "time") else 0.5
+    common = {"level": "model", "strategy": "delta2", "slope_bits": 3, "cfg": "none", "codec": "turbo:bits=8"}
+    control = {"monitor": "lyapunov", "scorer": "none", "warmup": 3, "max_gap": 6}
+    grid = {"monitor": "schedule", "bend": 0.0, "count_none": max(round(share * steps), 4)}
+    return [
+        {**common, **control, "tau_lyapunov": 0.06},
+        {**common, **grid, "first": 3, "last": 2, "power": 1.2, "slope_bits": 6},
+        {**common, **grid, "first": 3, "last": 3, "power": 1.2, "slope_bits": 6},
+        {**common, **grid, "first": 2, "last": 2, "power": 1.0, "slope_bits": 6},
+    ]
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError("tuning needs Optuna: pip install 'tqai-core[tune]'") from None
+    optuna.logging.set_verbosity(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
