@@ -168,7 +168,9 @@ def _hook(name: str, model: Any, family: Family, config: Config, handle: Handle,
     depth = len(family.layers(model))
     whole = config.level == "model" and len({block for block, _ in family.layers(model)} & protected) == depth
     registry = HookRegistry.check_if_exists_or_initialize(model)
-    registry.register_hook(_root_hook(flow, family, handle, clock, config, protected, whole, sites), HOOK)
+    hook = _root_hook(flow, family, handle, clock, config, protected, whole, sites)
+    registry.register_hook(hook, HOOK)
+    ours = model.forward
     registry.invalidate_child_registries_cache()
     lacks_reset = not hasattr(model, "_reset_stateful_cache")  # SD3 has no CacheMixin; pipelines call this after a run
     if lacks_reset:
@@ -178,12 +180,15 @@ def _hook(name: str, model: Any, family: Family, config: Config, handle: Handle,
         for site in sites:
             for key in [key for key in vars(site.module) if key.startswith("_tqai_")]:
                 delattr(site.module, key)
+        outer = vars(model).get("forward")
         registry.remove_hook(HOOK, recurse=False)
+        if outer is not ours:  # a hook of another library (accelerate's offload) stands around ours: it stays, ours lets through
+            model.forward, hook.fn_ref.forward = outer, hook.fn_ref.original_forward
         registry.invalidate_child_registries_cache()
         if lacks_reset:
             vars(model).pop("_reset_stateful_cache", None)
         if not registry.hooks:
-            if not had_forward:
+            if not had_forward and outer is ours:
                 vars(model).pop("forward", None)
             if not had_registry:
                 vars(model).pop("_diffusers_hook", None)
