@@ -236,7 +236,9 @@ class SchedulerClock(Clock):
         elif len(self.sigmas) < len(self.timesteps):
             bypass = f"{type(scheduler).__name__} has no sigmas: use a flow-matching scheduler"
         sigma = self.sigmas[at] if at < len(self.sigmas) else 0.0
-        return Tick(at, Step(at, sigma, total, at == len(self.timesteps) - 1, self._width(at)), fresh, bypass)
+        euler = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.get("stochastic_sampling", False)
+        after = self.sigmas[at + 1] if euler and at + 1 < len(self.sigmas) else None
+        return Tick(at, Step(at, sigma, total, at == len(self.timesteps) - 1, self._width(at), after), fresh, bypass)
 
     def _width(self, at: int) -> float:
         """The step from here relative to the mean step of the schedule."""
