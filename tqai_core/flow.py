@@ -10,7 +10,9 @@
    Scorer.score(x) -> Strategy.plan -> parts, bits -> Codec.encode -> Packed -> memory
      |                                                                             |
    Monitor.observe(forecast against x)   (free: the truth is here)                 v
-     +--------------------------------- x goes on exact                     x^ goes on
+     +--------------------------------- x goes on exact*                    x^ goes on
+
+* at level model, where the sampler is Euler: plus what the forecasts before it lacked (``Strategy.correction``)
 
 A door calls ``begin`` for a generation, ``enter`` for a step, then for each site ``through``; or, where computing and
 asking lie apart (compiled blocks), ``skips``, ``recall`` and ``observe``; and ``end``.

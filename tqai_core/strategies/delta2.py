@@ -46,7 +46,9 @@ class Line(Strategy, role="strategy"):
 @dataclass(frozen=True)
 class Delta2(Line, name="delta2", paper="linear multistep prediction, as in Adams-Bashforth and TaylorSeer 2503.06923"):
     """Forecast = last value + slope x (change of sigma), the line through the last two computed values. Held as value and
-    slope: the slope is taken from the exact new value against the decoded old one, so that it stands a few bits.
+    slope: the slope is taken from the exact new value against the decoded old one, so that it stands a few bits: at 8 + 3 bits
+    the final error is .96 to 1.1 times that of uncoded copies, at .35 of the bytes of fp16 ones. With ``correct`` an Euler
+    sampler ends with .51 to .58 of the error it has without (preset balanced, seeds 100 to 103 of the minis).
 
     An Euler sampler adds up outputs, so that a wrong forecast can be taken back once the next output is known: the
     parabola through the last three computed values says what the forecasts lacked, and the computed step adds it. That
