@@ -143,6 +143,41 @@ def test_the_estimate_is_right_for_polynomials_on_any_grid(grid, order):
     assert told >= 3
 
 
+def gaps(config, sigmas, told=True):
+    """An Euler sampler of a field that is a parabola over sigma, through a flow: how far it is from its own way without
+    forecasts after each computed step, and whether that step was the model's own. ``told``: the flow knows it is Euler."""
+    field = lambda s: A + s * B + s * s * A.flip(-1)
+    flow = Flow(config, Recorder(lambda: 0))
+    flow.recorder.begin()
+    x, exact, found = torch.zeros_like(A), torch.zeros_like(A), []
+    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        last = i == len(sigmas) - 2
+        flow.enter(Step(i, now, len(sigmas) - 1, last, 1.0, then if told else None))
+        out = flow.through(WHERE[0], lambda now=now: field(now))
+        x, exact = x + (then - now) * out, exact + (then - now) * field(now)
+        if flow.decision.compute:
+            found.append((nmse(x, exact), torch.equal(out, field(now)), now < 0.1 or last))
+    return found
+
+
+@given(st.lists(st.floats(0.2, 1.0), min_size=24, max_size=24), st.sampled_from([1.5, 2.0, 3.0]))
+@settings(max_examples=25, deadline=None)
+def test_an_euler_sampler_takes_back_what_forecasts_of_a_parabola_lack(widths, interval):
+    """On any grid. Not below sigma .1, not in the last step, and not where the sampler is another one."""
+    sigmas = [1 - part / sum(widths) for part in itertools.accumulate([0.0, *widths])]
+    config = lambda correct: tqai.Config(
+        strategy=f"delta2:correct={correct}", monitor=f"fixed:interval={interval},min_steps=1", codec="exact"
+    )
+    off = gaps(config("false"), sigmas)
+    assert gaps(config("true"), sigmas, told=False) == off
+    assert all(own for _, own, _ in off), "a computed step is the model's own"
+    assert max(error for error, _, _ in off) > 1e-8
+    on = gaps(config("true"), sigmas)
+    assert all(error < 1e-10 for error, _, end in on if not end)
+    assert all(own for _, own, end in on if end)
+    assert not all(own for _, own, _ in on)
+
+
 def test_the_exponent_is_the_growth_of_the_error_a_step():
     monitor, state = build("monitor", "lyapunov"), {}
     for i in range(8):

@@ -325,6 +325,68 @@ def test_block_offload_first(kind, level, tiny):
     assert same(loop(call), exact)
 
 
+def _model_offload(model):
+    """What ``enable_model_cpu_offload`` puts on a transformer."""
+    from accelerate import cpu_offload_with_hook
+
+    cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
+
+
+def _sequential_offload(model):
+    """What ``enable_sequential_cpu_offload`` puts on it: weights are on ``meta`` until a module's own forward."""
+    from accelerate import cpu_offload
+
+    cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert any(p.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize("level", ["model", "block", "attention"])
+@pytest.mark.parametrize("offload", [_model_offload, _sequential_offload])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
+def test_accelerate_offload_before_and_after(kind, offload, level, tiny):
+    from accelerate.hooks import remove_hook_from_module
+
+    config = tqai.Config(level=level, monitor=HALF)
+    model, call = tiny(kind)
+    with tqai.apply(model, config, steps=STEPS):
+        want = loop(call)
+    for first in (True, False):
+        model, call = tiny(kind)
+        exact = loop(call)
+        if first:
+            offload(model)
+        with tqai.apply(model, config, steps=STEPS) as handle:
+            if not first:
+                offload(model)
+            assert same(loop(call), want), f"offload {'before' if first else 'after'} apply"
+            assert handle.report().calls_skipped > 0
+        assert same(loop(call), exact), "the offload still works after remove"
+        remove_hook_from_module(model, recurse=True)
+        assert not [k for m in model.modules() for k in vars(m) if k.startswith("_tqai")]
+
+
+@pytest.mark.parametrize("kind", ["flux", "wan"])
+def test_a_pipeline_offloaded_by_accelerate_skips_as_before(kind):
+    from tqai_core.adapters import minis as adapter
+
+    config = tqai.Config(level="attention", monitor="fixed:interval=2", codec="turbo:bits=6")
+
+    def run(pipe):
+        inputs = adapter.inputs(kind, [3], 2.0)
+        generator = torch.Generator().manual_seed(0)
+        return pipe(**inputs, num_inference_steps=16, generator=generator, output_type="latent", return_dict=False)[0]
+
+    pipe = adapter.pipeline(kind)
+    with tqai.apply(pipe, config):
+        want = run(pipe)
+    pipe = adapter.pipeline(kind)
+    pipe.enable_model_cpu_offload(device="cpu")
+    with tqai.apply(pipe, config) as handle:
+        assert torch.equal(run(pipe), want)
+        assert handle.report().calls_skipped > 0
+        assert handle.nbytes == 0
+
+
 @pytest.mark.parametrize("level", ["block", "attention"])
 @pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
 def test_lora_stays_in_force(kind, level, tiny):

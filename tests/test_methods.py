@@ -215,3 +215,29 @@ def test_a_scorer_changes_what_the_monitor_tolerates(name):
 def test_window_names_its_level():
     with pytest.raises(ValueError, match="attention"):
         tqai.Config(strategy="window")
+
+
+def test_window_trusts_each_token_s_slope_as_far_as_it_came_true():
+    """Half of the tokens go straight on, the other half jump about: the first are extrapolated, the others hardly."""
+    g = torch.Generator().manual_seed(0)
+    start, pace, noise = torch.randn(3, 1, 32, 64, generator=g)
+    steady = torch.arange(32) < 16
+    strategy = build("strategy", "window")
+    stream = Stream(build("codec", "exact"))
+
+    def truth(i):
+        jump = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(100 + i))
+        return start + torch.where(steady[:, None], -i / 24 * pace * 8, jump * noise.abs())
+
+    for i in (0, 1, 2, 6):
+        step = Step(i, 1 - i / 24, 24)
+        stream.hold(strategy.plan(truth(i), None, stream, step), truth(i), step)
+    trust = stream.state["trust"].float().view(-1)
+    assert trust[steady].min() > 0.99
+    assert trust[~steady].mean() < 0.3
+    assert stream.nbytes >= stream.state["trust"].numel() * 2 + 2 * start.numel() * 4
+    error = lambda guess: (guess - truth(8)).square().sum()
+    ahead = Step(8, 1 - 8 / 24, 24)
+    trusted = error(strategy.forecast(stream, ahead))
+    stream.state.pop("trust")
+    assert trusted < error(strategy.forecast(stream, ahead)) * 0.8

@@ -10,7 +10,9 @@
    Scorer.score(x) -> Strategy.plan -> parts, bits -> Codec.encode -> Packed -> memory
      |                                                                             |
    Monitor.observe(forecast against x)   (free: the truth is here)                 v
-     +--------------------------------- x goes on exact                     x^ goes on
+     +--------------------------------- x goes on exact*                    x^ goes on
+
+* at level model, where the sampler is Euler: plus what the forecasts before it lacked (``Strategy.correction``)
 
 A door calls ``begin`` for a generation, ``enter`` for a step, then for each site ``through``; or, where computing and
 asking lie apart (compiled blocks), ``skips``, ``recall`` and ``observe``; and ``end``.
@@ -68,6 +70,7 @@ class Flow:
         self.step: Step | None = None
         self.exact: set[Where] = set()
         self.importance: float | None = None  # mean score of the last computed step
+        self._missed: list[tuple[float, float]] = []  # (sigma, width) of the steps forecast since the last computed one
         self._first: set[Where] | None = None  # streams of the first evaluation; None before it
         self._pending: list[tuple[Where, bool, Tensor]] = []
         self._signals: dict[str, list[Tensor]] = {}
@@ -88,6 +91,10 @@ class Flow:
         if self.late and self.decision.compute and self.step is not None:
             self.memory.keep(self.step)
         self._first = set() if self.step is None else (self._first or set())
+        if self.step is None or self.decision.compute:
+            self._missed = []
+        else:
+            self._missed.append((self.step.sigma, step.sigma - self.step.sigma))
         self.opening, self.step = self.step is None, step
         if self.opening and self.bypass is None:
             self.bypass = self.monitor.idle(step)
@@ -117,8 +124,19 @@ class Flow:
         if beside is not None and self.spares(where, beside):
             return self.spare(where, beside)
         x = compute()
+        lack = self._lack(where, x)
         self.observe(where, x, beside)
-        return x
+        return x if lack is None else x + lack
+
+    def _lack(self, where: Where, x: Tensor) -> Tensor | None:
+        """What to add to ``x`` so that the sampler's step from here takes back the error of the forecasts before it."""
+        step, stream = cast(Step, self.step), self.memory.streams.get(where)
+        if not self._missed or step.next is None or step.next == step.sigma or self.bypass is not None or self.guidance.on:
+            return None
+        if stream is None or stream.kind != signature(x) or where in self.exact or x.requires_grad:
+            return None
+        lack = self.strategy.correction(x, stream, step, self._missed)
+        return None if lack is None else lack.div_(step.next - step.sigma).to(x.dtype)
 
     def skips(self, where: Where) -> bool:
         """Whether this site is forecast at this step."""
@@ -171,6 +189,9 @@ class Flow:
         if against is not None:
             errors = torch.stack([errors[0], squares(None, against)[1]])
         self._pending.append((where, guess is not None, errors))
+        if self.step.last:  # nobody will ask again
+            stream.decoded.clear()
+            return
         self._hold(where, x, self.step)
         if beside is not None:
             self.guidance.observe(where, beside, x, self.strategy, self.step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from types import ModuleType
@@ -162,6 +162,11 @@ class Strategy(Method, role="strategy"):
     def forecast(self, stream: Stream, step: Step) -> Tensor | None:
         """The stream's value at ``step`` from what is held, fp32, or None when the history is too short."""
         raise NotImplementedError
+
+    def correction(self, x: Tensor, stream: Stream, step: Step, missed: Sequence[tuple[float, float]]) -> Tensor | None:
+        """What the forecasts since the last value lack, summed over the ``missed`` steps as (sigma, width) and judged by the
+        new value ``x``; None where nothing is to be taken back."""
+        return None
 
     def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
         """The parts to hold from now on, given the exact new value ``x``; they replace the old ones."""

@@ -171,7 +171,9 @@ def _hook(name: str, model: Any, family: Family, config: Config, handle: Handle,
     depth = len(family.layers(model))
     whole = config.level == "model" and len({block for block, _ in family.layers(model)} & protected) == depth
     registry = HookRegistry.check_if_exists_or_initialize(model)
-    registry.register_hook(_root_hook(flow, family, handle, clock, config, protected, whole, sites), HOOK)
+    hook = _root_hook(flow, family, handle, clock, config, protected, whole, sites)
+    registry.register_hook(hook, HOOK)
+    ours = model.forward
     registry.invalidate_child_registries_cache()
     lacks_reset = not hasattr(model, "_reset_stateful_cache")  # SD3 has no CacheMixin; pipelines call this after a run
     if lacks_reset:
@@ -181,12 +183,15 @@ def _hook(name: str, model: Any, family: Family, config: Config, handle: Handle,
         for site in sites:
             for key in [key for key in vars(site.module) if key.startswith("_tqai_")]:
                 delattr(site.module, key)
+        outer = vars(model).get("forward")
         registry.remove_hook(HOOK, recurse=False)
+        if outer is not ours:  # a hook of another library (accelerate's offload) stands around ours: it stays, ours lets through
+            model.forward, hook.fn_ref.forward = outer, hook.fn_ref.original_forward
         registry.invalidate_child_registries_cache()
         if lacks_reset:
             vars(model).pop("_reset_stateful_cache", None)
         if not registry.hooks:
-            if not had_forward:
+            if not had_forward and outer is ours:
                 vars(model).pop("forward", None)
             if not had_registry:
                 vars(model).pop("_diffusers_hook", None)
@@ -234,7 +239,9 @@ class SchedulerClock(Clock):
         elif len(self.sigmas) < len(self.timesteps):
             bypass = f"{type(scheduler).__name__} has no sigmas: use a flow-matching scheduler"
         sigma = self.sigmas[at] if at < len(self.sigmas) else 0.0
-        return Tick(at, Step(at, sigma, total, at == len(self.timesteps) - 1, self._width(at)), fresh, bypass)
+        euler = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.get("stochastic_sampling", False)
+        after = self.sigmas[at + 1] if euler and at + 1 < len(self.sigmas) else None
+        return Tick(at, Step(at, sigma, total, at == len(self.timesteps) - 1, self._width(at), after), fresh, bypass)
 
     def _width(self, at: int) -> float:
         """The step from here relative to the mean step of the schedule."""
@@ -402,7 +409,7 @@ def _root_hook(
 
         def _armed(self, branch: str, before: str | None, compute: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
             """The model's own forward, its sites told what to do in it."""
-            if not sites:
+            if not sites or flow.bypass is not None:  # the modules are as disarm left them: exact
                 return compute(*args, **kwargs)
             constant = self._same_text(branch, kwargs)
             for site in sites:

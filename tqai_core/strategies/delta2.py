@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,24 +15,16 @@ from ..types import Part, Step
 if TYPE_CHECKING:
     from ..memory import Stream
 
+BEND = 0.1  # below this sigma an output bends too sharply for a parabola: taking back would put in more than it takes
+
 
 @dataclass(frozen=True)
-class Delta2(Strategy, name="delta2", paper="linear multistep prediction, as in Adams-Bashforth and TaylorSeer 2503.06923"):
-    """Forecast = last value + slope x (change of sigma), the line through the last two computed values.
-    At level kv keys are residuals against the line through their block, where that pays: .88 (2 bits) and .80 (4 bits) of the KL of a
-    plain cache of equal bytes.
-
-    Held as value and slope: the slope is taken from the exact new value against the decoded old one, so that it stands a
-    few bits. At 8 + 3 bits the final error is .96 to 1.1 times that of uncoded copies, at .35 of the bytes of fp16 ones.
-    """
+class Line(Strategy, role="strategy"):
+    """The line through the last two computed values, held as value and slope."""
 
     slope_bits: int = param(3, "bits a coordinate of the slope", low=1, high=8)
 
-    block: int = param(64, "level kv: tokens that share a line", choices=(16, 32, 64, 128))
-
     order = 1
-    levels = (*Strategy.levels, "kv")
-    terms = 2
 
     def forecast(self, stream: Stream, step: Step) -> Tensor | None:
         value, slope = stream.value("value"), stream.value("slope")
@@ -48,6 +41,42 @@ class Delta2(Strategy, name="delta2", paper="linear multistep prediction, as in 
         elif (kept := stream.value("slope")) is not None:  # Heun evaluates a sigma twice
             parts["slope"] = Part(kept.to(x.dtype), self.slope_bits)
         return parts
+
+
+@dataclass(frozen=True)
+class Delta2(Line, name="delta2", paper="linear multistep prediction, as in Adams-Bashforth and TaylorSeer 2503.06923"):
+    """Forecast = last value + slope x (change of sigma), the line through the last two computed values. Held as value and
+    slope: the slope is taken from the exact new value against the decoded old one, so that it stands a few bits: at 8 + 3 bits
+    the final error is .96 to 1.1 times that of uncoded copies, at .35 of the bytes of fp16 ones. With ``correct`` an Euler
+    sampler ends with .51 to .58 of the error it has without (preset balanced, seeds 100 to 103 of the minis).
+    At level kv keys are residuals against the line through their block, where that pays: .88 (2 bits) and .80 (4 bits) of the KL of a
+    plain cache of equal bytes.
+
+    An Euler sampler adds up outputs, so that a wrong forecast can be taken back once the next output is known: the
+    parabola through the last three computed values says what the forecasts lacked, and the computed step adds it. That
+    costs no call and no memory. At a sigma below .1 and in the last step nothing is taken back.
+    """
+
+    block: int = param(64, "level kv: tokens that share a line", choices=(16, 32, 64, 128))
+    correct: bool = param(True, "after forecasts take back what they put wrong, where the sampler is Euler (level model)")
+
+    levels = (*Line.levels, "kv")
+    terms = 2
+
+    def correction(self, x: Tensor, stream: Stream, step: Step, missed: Sequence[tuple[float, float]]) -> Tensor | None:
+        value, slope, before = stream.value("value"), stream.value("slope"), stream.state.get("before")
+        if not self.correct or value is None or slope is None or stream.step is None or before is None:
+            return None
+        now, at = step.sigma, stream.step.sigma
+        if step.last or now < BEND or now in (at, before):
+            return None
+        # parabola through (before, at, now) less the line that was forecast, at each missed sigma
+        weight = sum((sigma - at) * (sigma - before) * width for sigma, width in missed) / (now - before)
+        return ((x.float() - value) / (now - at) - slope).mul_(weight)
+
+    def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
+        stream.state["before"] = None if stream.step is None else stream.step.sigma
+        return super().plan(x, score, stream, step)
 
     @property
     def span(self) -> int:
