@@ -7,7 +7,8 @@ again. Segments of at most 1024 tokens are exactly as large as what they hold, s
 Keys are stored as (k - mean) / scale, per sequence, head and channel: softmax ignores what is added to all scores of a
 query, and q.k is unchanged when q takes the scale. scale = (E k^2 / E q^2)^(1/4), pooled over rotary pairs (i, i + d/2),
 takes away outlier channels and key biases, which make plain quantisers fail (Qwen2 at 4 bits). Its statistics need 256
-tokens: with 64 they cost more than they gain. Until then everything is held exact.
+tokens: with 64 they cost more than they gain. Until then everything is held exact. Values get axes of their own where that
+pays (:mod:`codecs.split`).
 
 A scorer, strategy or monitor (:mod:`kv_methods`) may give some tokens finer rows, which then lie in segments of their own,
 store keys as residuals, or choose what a step reads.
@@ -23,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .codecs import split
 from .codecs.rows import Rows, rows
+from .codecs.split import Split
 from .types import nbytes
 
 if TYPE_CHECKING:
@@ -48,7 +51,8 @@ class Plan:
 
 @dataclass
 class Segment:
-    """Packed rows of consecutive tokens: codes ``uint8 [B, H, n, bytes]``, gains ``bf16 [B, H, n]``; all contiguous."""
+    """Packed rows of consecutive tokens: codes ``uint8 [B, H, n, bytes]``, gains ``bf16 [B, H, n]``, of split values
+    ``[B, H, n, 2]``; all contiguous."""
 
     codes_k: Tensor
     gain_k: Tensor
@@ -88,6 +92,9 @@ class PackedKV:
         self.length = 0
         self.mean: Tensor | None = None  # fp32 [B, H, 1, D]
         self.scale: Tensor | None = None
+        self.basis: Tensor | None = None  # axes of the values int8 [H, r, D], of all sequences alike
+        self.bits_v: tuple[int, ...] = (self.plan.bits_v,)  # of the parts of a row
+        self._coder_v: Split | None = None
         self._q2: Tensor | None = None  # running sum of squares of the queries of each kv head [B, H, 1, D]
         self.exact_why: str | None = None  # set when this layer can no longer pack
         self.decoded = 0  # times dense values were made
@@ -110,14 +117,19 @@ class PackedKV:
     def nbytes(self) -> int:
         """Bytes of everything that is kept, statistics included."""
         methods = None if self.policy is None else [self.policy.tensors, self.policy.states]
-        return nbytes([[vars(s) for s in (*self.segments, *self.fine)], self.keys, self.values, self.mean, self.scale, self._q2, methods])
+        statistics = [self.mean, self.scale, self.basis, self._q2]
+        return nbytes([[vars(s) for s in (*self.segments, *self.fine)], self.keys, self.values, statistics, methods])
 
     def coder_k(self) -> Rows:
         assert self.keys is not None
         return rows(self.keys.shape[-1], self.plan.bits_k, self.plan.seed, self.keys.device)
 
-    def coder_v(self) -> Rows:
+    def coder_v(self) -> Rows | Split:
         assert self.values is not None
+        if self.basis is not None:
+            if self._coder_v is None or self._coder_v.basis is not self.basis:
+                self._coder_v = Split(self.values.shape[-1], (self.bits_v[0], self.bits_v[-1]), self.basis, self.plan.seed + 1)
+            return self._coder_v
         return rows(self.values.shape[-1], self.plan.bits_v, self.plan.seed + 1, self.values.device)
 
     # -- tokens in and out
@@ -180,7 +192,8 @@ class PackedKV:
         if due < FLUSH:
             return
         if self.wants_statistics:
-            self._calibrate(self.keys[:, :, min(plan.sink, self.length - 1) :])
+            start = min(plan.sink, self.length - 1)
+            self._calibrate(self.keys[:, :, start:], self.values[:, :, start:])
         if self.policy is not None:
             self._pack_by(self.policy, front, due)
             return
@@ -191,7 +204,7 @@ class PackedKV:
             if not sound:
                 self.exact_why = f"keys or values of tokens {self.length - self.keys.shape[2] + at} and on hold NaN or inf"
                 if not self.segments:
-                    self.mean = self.scale = self._q2 = None
+                    self.mean = self.scale = self.basis = self._q2 = None
                 return
             made.append(segment)
         for segment in made:
@@ -248,12 +261,16 @@ class PackedKV:
         return self.rows_of(self.stored(k), v.float(), self.coder_k(), self.coder_v())
 
     @staticmethod
-    def rows_of(k: Tensor, v: Tensor, coder_k: Rows, coder_v: Rows) -> tuple[Segment, bool]:
+    def rows_of(k: Tensor, v: Tensor, coder_k: Rows, coder_v: Rows | Split) -> tuple[Segment, bool]:
         """Rows of keys in their stored form and of values, and whether all of them are numbers."""
         segment = Segment(*coder_k.encode(k), *coder_v.encode(v))
         return segment, bool((segment.gain_k.isfinite().all() & segment.gain_v.isfinite().all()).item())
 
-    def _calibrate(self, k: Tensor) -> None:
+    def _calibrate(self, k: Tensor, v: Tensor) -> None:
+        if self.policy is None:  # methods sort tokens by rows that are all alike
+            found = split.plan(v[:, :, :: -(-v.shape[2] // SAMPLE)].float(), self.plan.bits_v, self.length)
+            if found is not None:
+                self.bits_v, self.basis = found
         k = k[:, :, :: -(-k.shape[2] // SAMPLE)].float()
         self.mean = k.mean(2, keepdim=True)
         if self._q2 is None:  # an attention that hid its queries: centred only
@@ -312,8 +329,13 @@ class PackedKV:
             left = self.keys.shape[2] - count
             self.keys, self.values = _first(self.keys, left), _first(self.values, left)
 
+    def move(self, device: torch.device | str) -> None:
+        """Everything to another device, without waiting for it."""
+        self.map_batch(lambda x: x.to(device, non_blocking=True))
+        self.basis = None if self.basis is None else self.basis.to(device, non_blocking=True)
+
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Reorder, repeat or select sequences: ``change`` is applied to every tensor, whose first dimension is the batch."""
+        """Reorder, repeat or select sequences: ``change`` is applied to every tensor whose first dimension is the batch."""
         self.settle()
         for segment in (*self.segments, *self.fine):
             segment.map(change)
@@ -374,14 +396,14 @@ class PackedKV:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and header of a file; :meth:`restore` reads them back."""
         self.settle()
-        names = ("keys", "values", "mean", "scale", "_q2")
+        names = ("keys", "values", "mean", "scale", "basis", "_q2")
         tensors = {name: t for name in names if (t := getattr(self, name)) is not None}
         for kind, segments in (("segments", self.segments), ("fine", self.fine)):
             for i, segment in enumerate(segments):
                 tensors |= {f"{kind}.{i}.{name}": t for name, t in vars(segment).items()}
         header = {
             "length": self.length, "segments": len(self.segments), "fine": len(self.fine), "exact_why": self.exact_why,
-            "plan": vars(self.plan),
+            "plan": vars(self.plan), "bits_v": list(self.bits_v),
         }  # fmt: skip
         if self.policy is not None:
             own, header["policy"] = self.policy.state()
@@ -393,8 +415,11 @@ class PackedKV:
         self.clear()
         if header["plan"] != vars(self.plan):
             raise ValueError(f"the file was written with {header['plan']}, this cache is {vars(self.plan)}: give the same config")
-        for name in ("keys", "values", "mean", "scale", "_q2"):
+        for name in ("keys", "values", "mean", "scale", "basis", "_q2"):
             setattr(self, name, tensors.get(name))
+        self.bits_v = tuple(header["bits_v"])
+        if (self.basis is None) != (len(self.bits_v) == 1):
+            raise ValueError("field 'basis' does not go with 'bits_v': save the cache again")
         if self.keys is None or self.values is None:
             if header["length"]:
                 raise ValueError("field 'keys' or 'values' is missing: save the cache again")
@@ -415,7 +440,7 @@ class PackedKV:
                 f"field 'length' says {self.length}, the tensors hold {self.packed + self.keys.shape[2]}: save the cache again"
             )
 
-    def _segment(self, tensors: dict[str, Tensor], name: str, coder_k: Rows, coder_v: Rows) -> Segment:
+    def _segment(self, tensors: dict[str, Tensor], name: str, coder_k: Rows, coder_v: Rows | Split) -> Segment:
         """The segment of a file, checked field by field."""
         assert self.keys is not None
         parts = []

@@ -27,20 +27,26 @@ def _plain(held: tuple[Tensor, ...], bits: int, size: int) -> Tensor:
 
 
 class KiviLayer(DynamicLayer):
-    """KIVI 2402.02750: keys in groups of 32 tokens a channel, values in groups of 64 channels a token, the last 32 exact."""
+    """KIVI 2402.02750: keys in groups of 32 tokens a channel, values in groups of 64 channels a token, the last 32 exact.
+    ``sink``: so many first tokens exact as well, which is ours and not KIVI's."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, sink: int = 0) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.sink = bits, sink
+        self.first: tuple[Tensor, Tensor] | None = None
         self.held: list[tuple[Any, Any]] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.first is None:
+            self.first = key_states[:, :, : self.sink].clone(), value_states[:, :, : self.sink].clone()
+            key_states, value_states = key_states[:, :, self.sink :], value_states[:, :, self.sink :]
         self.keys: Tensor = torch.cat([self.keys, key_states], 2) if self.keys.numel() else key_states
         self.values: Tensor = torch.cat([self.values, value_states], 2) if self.values.numel() else value_states
-        k = torch.cat([_plain(k, self.bits, 32).transpose(2, 3) for k, _ in self.held] + [self.keys.float()], 2).to(self.dtype)
-        v = torch.cat([_plain(v, self.bits, 64).flatten(3) for _, v in self.held] + [self.values.float()], 2).to(self.dtype)
+        first_k, first_v = (x.float() for x in self.first)
+        k = torch.cat([first_k] + [_plain(k, self.bits, 32).transpose(2, 3) for k, _ in self.held] + [self.keys.float()], 2).to(self.dtype)
+        v = torch.cat([first_v] + [_plain(v, self.bits, 64).flatten(3) for _, v in self.held] + [self.values.float()], 2).to(self.dtype)
         while self.keys.shape[2] >= 64:
             group = self.keys[:, :, :32].float().transpose(2, 3).contiguous()
             value = self.values[:, :, :32].float().unflatten(3, (-1, 64)).contiguous()
@@ -49,7 +55,8 @@ class KiviLayer(DynamicLayer):
         return k, v
 
     def get_seq_length(self) -> int:
-        return 32 * len(self.held) + (self.keys.shape[2] if self.is_initialized and self.keys.numel() else 0)
+        first = 0 if self.first is None else self.first[0].shape[2]
+        return first + 32 * len(self.held) + (self.keys.shape[2] if self.is_initialized and self.keys.numel() else 0)
 
 
 class UpstreamLayer(DynamicLayer):
@@ -92,6 +99,7 @@ def caches(config: Any, bits: int) -> tuple[dict[str, Maker], dict[str, str]]:
         "quanto": quantized("quanto", 0),
         "hqq": quantized("hqq", 1),
         "KIVI-like": lambda: Cache(layers=[KiviLayer(bits) for _ in range(layers)]),
+        "KIVI-like, 4 sinks": lambda: Cache(layers=[KiviLayer(bits, sink=4) for _ in range(layers)]),
         "tqai 0.6 (upstream)": lambda: Cache(layers=[UpstreamLayer(bits, bits) for _ in range(layers)]),
     }
     found: dict[str, Maker] = {}

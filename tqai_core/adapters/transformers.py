@@ -32,7 +32,7 @@ from ..types import nbytes, tensors_in
 from .kv_layers import chosen, strong_layers
 
 NAME = "tqai"
-FORMAT = 1
+FORMAT = 2
 
 
 class PackedLayer(DynamicLayer):
@@ -115,11 +115,11 @@ class PackedLayer(DynamicLayer):
         self.kv.map_batch(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:
-        self.kv.map_batch(lambda x: x.to("cpu", non_blocking=True))
+        self.kv.move("cpu")
 
     def prefetch(self) -> None:
         if self.is_initialized:
-            self.kv.map_batch(lambda x: x.to(self.device, non_blocking=True))
+            self.kv.move(self.device)
 
 
 class KVCache(Cache):

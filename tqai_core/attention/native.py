@@ -40,17 +40,23 @@ UNITS = 32
 
 class _Job(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "group", "count", "d", "dv", "bits_k", "bits_v")),
-        *((name, ctypes.c_void_p) for name in ("level_k", "level_v", "segments")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "group", "count", "d", "dv", "bits_k", "runs")),
+        *((name, ctypes.c_void_p) for name in ("level_k", "run", "segments")),
         *((name, ctypes.c_int64) for name in ("segment_count", "first")),
-        *((name, ctypes.c_void_p) for name in ("q", "shift", "exact_k", "exact_v")),
+        *((name, ctypes.c_void_p) for name in ("q", "forward", "mean", "scale", "basis")),
+        ("axes", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("exact_k", "exact_v")),
         *((name, ctypes.c_int64) for name in ("exact", "front", "exact_kind")),
-        *((name, ctypes.c_void_p) for name in ("q_exact", "mask")),
+        *((name, ctypes.c_void_p) for name in ("mask",)),
         *((name, ctypes.c_int64) for name in ("mask_kind", "mask_batch", "mask_head", "mask_row", "seen", "after", "precise")),
         ("softcap", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("top", "weight", "sum", "sum_exact", "read")),
+        *((name, ctypes.c_void_p) for name in ("top", "weight", "sum", "read")),
         *((name, ctypes.c_int64) for name in ("read_head", "read_block")),
     ]  # fmt: skip
+
+
+class _Run(ctypes.Structure):
+    _fields_ = [("d", ctypes.c_int64), ("bits", ctypes.c_int64), ("level", ctypes.c_void_p), ("back", ctypes.c_void_p)]
 
 
 class _Segment(ctypes.Structure):
@@ -243,10 +249,10 @@ def _run(
         if mask.stride(-1) != 1:
             mask = mask.contiguous()
         strides = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
-    q, shift, turned = q.contiguous(), None, q
-    if kv.mean is not None and kv.scale is not None:
-        shift, turned = (q * kv.mean).sum(-1), q * kv.scale
-    turned = keys.rotate(turned)
+    q = q.contiguous()
+    mean, scale = (None if x is None else x.contiguous() for x in (kv.mean, kv.scale))
+    basis = values.basis
+    runs = (_Run * len(values.runs))(*((run.d, run.bits, run.level.data_ptr(), run.back.data_ptr()) for run in values.runs))
     read = None if read is None else read.contiguous()
     states, jobs, at = [], [], 0
     for i in range(parts):
@@ -256,14 +262,15 @@ def _run(
         if aux is not None and i == 0:
             top.view(b, h, group, count).copy_(aux.view(h, group, 1))
             weight.fill_(1)
-        state = (top, weight, q.new_empty(b, h, r, values.d), q.new_empty(b, h, r, values.d))
+        state = (top, weight, q.new_empty(b, h, r, values.d))
         states.append(state)
         jobs.append(_Job(
-            b * h, h, group, count, d, values.d, keys.bits, values.bits,
-            keys.level.data_ptr(), values.level.data_ptr(), ctypes.addressof(table), len(own), kv.sinks + at,
-            turned.data_ptr(), None if shift is None else shift.data_ptr(), exact_k.data_ptr(), exact_v.data_ptr(),
+            b * h, h, group, count, d, values.d, keys.bits, len(runs),
+            keys.level.data_ptr(), ctypes.addressof(runs), ctypes.addressof(table), len(own), kv.sinks + at,
+            q.data_ptr(), keys.forward.data_ptr(), *(None if x is None else x.data_ptr() for x in (mean, scale, basis)),
+            0 if basis is None else basis.shape[1], exact_k.data_ptr(), exact_v.data_ptr(),
             *((exact_k.shape[2], kv.sinks) if i == 0 else (0, 0)), 1 if exact_k.dtype == torch.bfloat16 else 2,
-            q.data_ptr(), None if mask is None else mask.data_ptr(), 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+            None if mask is None else mask.data_ptr(), 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
             *strides, seen, kv.sinks + kv.packed, precise, softcap or 0.0, *(x.data_ptr() for x in state),
             None if read is None else read.data_ptr() + at // block, 0 if read is None else read.shape[2], block,
         ))  # fmt: skip
@@ -277,14 +284,13 @@ def _run(
         done = list(_pool.map(lambda job: library.tqai_attend(ctypes.byref(job)), jobs))
     if any(done):
         return None
-    top, weight, packed, exact = states[0]
-    for t, w, p, _ in states[1:]:
+    top, weight, total = states[0]
+    for t, w, x in states[1:]:
         high = torch.maximum(top, t)
         mine, theirs = torch.exp(top - high), torch.exp(t - high)
         top, weight = high, weight * mine + w * theirs
-        packed = packed * mine[..., None] + p * theirs[..., None]
-        exact = exact * mine[..., None]
-    return values.unrotate(packed).add_(exact), weight[..., None], top[..., None]
+        total = total * mine[..., None] + x * theirs[..., None]
+    return total, weight[..., None], top[..., None]
 
 
 def _tensors(segment: Segment) -> tuple[Tensor, Tensor, Tensor, Tensor]:

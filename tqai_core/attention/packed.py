@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codecs.rows import Scratch
+from ..codecs.rows import Rows, Scratch
 from ..kv import PackedKV, Segment
 from . import native as kernel
 from . import triton_packed
 
 CHUNK = 1 << 17  # coordinates looked up at a time on a CPU: half a MiB of fp32 stays in its cache
-GROUP = 1 << 15  # scores that one softmax sees at a time
+GROUP = 1 << 16  # scores that one softmax sees at a time
 SCORES = 1 << 20  # the same where many queries come together
 NEGLIGIBLE = 1e-6  # share of the weight so far below which a chunk's values are skipped; on CPUs only: it asks the device
 
@@ -117,7 +117,7 @@ def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float 
     if use is not ALL:
         _partly(q, kv, run, seen, softcap, scratch, shift, use)
         return
-    if native and triton_packed.wanted(q):
+    if native and isinstance(values, Rows) and triton_packed.wanted(q):
         triton_packed.attend(
             kv.segments, q, shift, keys, values, mask=seen.at(0, kv.length), first=kv.sinks, group=run.group, softcap=softcap,
             top=run.top, weight=run.weight, total=run.sum,
@@ -144,11 +144,11 @@ def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float 
         for segment, part in zip(group, p.split(sizes, 2), strict=True):
             if p.device.type == "cpu" and not bool((part.sum(-1, keepdim=True) > least).any()):
                 continue
-            part = part * segment.gain_v.flatten(0, 1)[:, None].float()
-            step = _heads(segment, values.d)
-            codes = segment.codes_v.flatten(0, 1).split(step)
-            for own, theirs, out in zip(part.split(step), codes, total.split(step), strict=True):
-                out.baddbmm_(own, values.lookup(theirs, scratch))
+            for (coder, codes, gain), sums in zip(values.parts(segment.codes_v, segment.gain_v), values.cut(total), strict=True):
+                weighted = part * gain.flatten(0, 1)[:, None].float()
+                step = _heads(segment, coder.d)
+                for own, theirs, out in zip(weighted.split(step), codes.flatten(0, 1).split(step), sums.split(step), strict=True):
+                    out.baddbmm_(own, coder.lookup(theirs, scratch))
 
 
 def _partly(
@@ -156,6 +156,7 @@ def _partly(
 ) -> None:
     """The same a segment at a time; on a CPU the rows of blocks that are not read are not looked up."""
     keys, values = kv.coder_k(), kv.coder_v()
+    assert isinstance(values, Rows)  # a cache with methods has no axes of its own
     first, at = kv.sinks, 0
     for segment in kv.segments:
         n = len(segment)

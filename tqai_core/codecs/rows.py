@@ -7,6 +7,8 @@ The container of ``turbo`` codes a whole tensor with one span of gains; a cache 
 |---|---|
 | 4 | code ``2j`` in the low half, ``2j + 1`` in the high one |
 | 2 | code ``4j + i`` at bit ``2i`` |
+| 5 | ``d/2`` bytes as for 4 bits with the four low bits of each code; then ``d/8`` bytes, the high bit of code ``8j + i`` at bit ``i`` |
+| 6 | ``d/2`` bytes the same; then ``d/4`` bytes, the two high bits of code ``4j + i`` at bit ``2i`` |
 | 3 | ``d/4`` bytes as for 2 bits with the two low bits of each code; then ``d/8`` bytes, the high bit of code ``8j + i`` at bit ``i`` |
 | 8 | code ``j``; levels are uniform: ``(code - 127.5) * gain`` |
 
@@ -26,12 +28,13 @@ from . import packing
 from .levels import lloyd_max
 from .rotation import matrix
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
+PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2)}  # bits of a code in the first bytes of a row, and in those after
 REACH = 4.5  # standard deviations that the 256 uniform levels of 8 bits cover
 
 
 class Rows:
-    """Coder of rows of ``d`` coordinates (a multiple of 8) with ``bits`` of 2, 3, 4 or 8 each."""
+    """Coder of rows of ``d`` coordinates (a multiple of 8) with ``bits`` of 2 to 6 or 8 each."""
 
     def __init__(self, d: int, bits: int, seed: int, device: torch.device) -> None:
         if bits not in BITS:
@@ -39,6 +42,7 @@ class Rows:
         if d % 8 or not 16 <= d <= 1024:
             raise ValueError(f"head dimension {d} cannot be packed: it must be a multiple of 8 from 16 to 1024; leave those layers exact")
         self.d, self.bits, self.device = d, bits, device
+        self.runs, self.basis = (self,), None
         self.row_bytes = d * bits // 8
         self.forward = matrix(d, seed).T.contiguous().to(device)
         self.back = matrix(d, seed).to(device)
@@ -46,19 +50,18 @@ class Rows:
             self.level = (torch.arange(256) - 127.5).to(device)
             self.unit = 127.5 / REACH
             return
-        level, self.unit = lloyd_max(bits, d), 1.0
+        # what kernels read as integers of 14 bits, exactly; it moves no level by more than 1 / 4096
+        level, self.unit = (lloyd_max(bits, d) * 2048).round().clamp(-8191, 8191) / 2048, 1.0
         self.level = level.to(device)
         cells = 2048
         reach = float(level[-1]) * 1.05 + 0.1
         self._scale, self._cells = cells / (2 * reach), cells
         centre = (torch.arange(cells) + 0.5) / cells * 2 * reach - reach
         self._code = torch.bucketize(centre, (level[1:] + level[:-1]) / 2).to(torch.uint8).to(device)
-        if bits == 3:  # index: a byte of low bits, and four high bits above it
-            index = torch.arange(4096)[:, None]
-            part = torch.arange(4)
-            code = ((index >> (2 * part)) & 3) | (((index >> (8 + part)) & 1) << 2)
-        else:
-            code = (torch.arange(256)[:, None] >> torch.arange(0, 8, bits)) & (2**bits - 1)
+        low, high = PLANES[bits]
+        part = torch.arange(8 // low)
+        index = torch.arange(2 ** (8 + high * len(part)))[:, None]  # a byte of low bits, and the high bits above it
+        code = ((index >> (low * part)) & (2**low - 1)) | (((index >> (8 + high * part)) & (2**high - 1)) << low)
         wide = {2: torch.float64, 4: torch.complex128}[code.shape[1]]  # several levels read as one number: three times faster
         self._table = level[code].contiguous().view(wide).view(-1).to(device)
 
@@ -73,10 +76,10 @@ class Rows:
         else:
             cell = (y * (inverse * self._scale)).add_(self._cells / 2).clamp_(0, self._cells - 1).nan_to_num_(0).to(torch.int32)
             codes = self._code.index_select(0, cell.view(-1)).view(y.shape)
-            if self.bits == 3:
-                packed = torch.cat([packing.pack(codes & 3, 2), packing.pack(codes >> 2, 1)], dim=1)
-            else:
-                packed = packing.pack(codes, self.bits)
+            low, high = PLANES[self.bits]
+            packed = packing.pack(codes & (2**low - 1) if high else codes, low)
+            if high:
+                packed = torch.cat([packed, packing.pack(codes >> low, high)], dim=1)
         q = self.lookup(packed)
         below = torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-30)
         if self.bits >= 4:  # least squares
@@ -91,11 +94,13 @@ class Rows:
         index, flat_index, out, flat_out = (scratch or Scratch()).views(self, codes)
         if self.bits == 8:
             return out.copy_(codes).sub_(127.5)
-        if self.bits == 3:
-            quarter = self.d // 4
-            high = codes[..., quarter:]
-            index.copy_(torch.stack([high & 15, high >> 4], dim=-1).flatten(-2))
-            index.bitwise_left_shift_(8).bitwise_or_(codes[..., :quarter])
+        low, high = PLANES[self.bits]
+        if high:
+            own = self.d * low // 8
+            wide = high * 8 // low  # high bits that go with a byte of low ones
+            above = codes[..., own:]
+            index.copy_(torch.stack([(above >> i) & (2**wide - 1) for i in range(0, 8, wide)], dim=-1).flatten(-2))
+            index.bitwise_left_shift_(8).bitwise_or_(codes[..., :own])
         else:
             index.copy_(codes)
         torch.index_select(self._table, 0, flat_index, out=flat_out)
@@ -104,6 +109,14 @@ class Rows:
     def decode(self, codes: Tensor, gain: Tensor) -> Tensor:
         """``fp32 [..., d]``: what :meth:`encode` was given, with its error."""
         return (self.lookup(codes) * gain.float()[..., None]) @ self.back
+
+    def parts(self, codes: Tensor, gain: Tensor) -> list[tuple[Rows, Tensor, Tensor]]:
+        """Coder, codes and gains of the runs of a row; here one."""
+        return [(self, codes, gain)]
+
+    def cut(self, x: Tensor) -> tuple[Tensor, ...]:
+        """A tensor ``[..., d]`` by runs."""
+        return (x,)
 
     def rotate(self, q: Tensor) -> Tensor:
         """``q [..., d]`` into the domain of :meth:`lookup`, fp32."""
@@ -125,7 +138,7 @@ class Scratch:
         key = (coder.bits, coder.d, codes.shape)
         if key not in self._views:
             lead, wide = codes.shape[:-1], torch.float32 if coder.bits == 8 else coder._table.dtype
-            units = {2: coder.d // 4, 3: coder.d // 4, 4: coder.d // 2, 8: 0}[coder.bits]
+            units = 0 if coder.bits == 8 else coder.d * PLANES[coder.bits][0] // 8
             index = self._take((*lead, units), torch.int32, codes.device)
             out = self._take((*lead, coder.d), torch.float32, codes.device)
             self._views[key] = index, index.view(-1), out, out.view(wide).view(-1)
