@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
     bench.add_argument("--report", action="store_true", help="stream: ten pipelines on seven model shapes, bytes counted")
     bench.add_argument("--methods", action="store_true", help="llm: scorers, strategies and monitors on the packed cache instead")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="codec: NMSE against bits with the Shannon line, as SVG")
+    plots = "as SVG; codec: NMSE against bits with the Shannon line; llm: KL against bits held"
+    bench.add_argument("--plot", type=Path, metavar="FILE", help=plots)
     bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
     bench.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="seeds, as in 0,1,2")
 
@@ -178,6 +179,8 @@ def _bench(args: argparse.Namespace) -> int:
         result, tables = llm_methods.bench(tell), llm_methods.tables_of
     elif args.what == "llm":
         result, tables = llm.bench(peers, tell), llm.tables_of
+        if args.plot:
+            _write(str(args.plot), llm.plot(result))
     elif args.report:
         result, tables = stream_report.bench(args.seeds, peers, tell), stream_report.tables_of
     else:

@@ -132,7 +132,7 @@ def build(folder: Path | None = None, flags: Sequence[str] = ()) -> Path:
         out = Path(there) / "out.so"
         for tune in TUNE:
             command = [compiler, *OPTIONS, *tune, *flags, str(SOURCE), "-o", str(out), "-lm"]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
             if run.returncode == 0 and out.is_file():
                 os.replace(out, path)
                 return path

@@ -592,6 +592,7 @@ static void orders(const int bits, int64_t d, int32_t *rows, int32_t *sums, int1
   b.level[1] = 1, b.low[1] = 1;
   int16_t w[TOKENS] = {1};
   float one = 1.0f;
+  if (d <= 0) return;
   memset(rows, 0, (size_t)d * 4);
   memset(sums, 0, (size_t)d * 4);
   for (int bit = 0; bit < 10; bit++) {

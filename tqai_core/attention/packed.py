@@ -117,7 +117,7 @@ def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float 
     if use is not ALL:
         _partly(q, kv, run, seen, softcap, scratch, shift, use)
         return
-    if native and isinstance(values, Rows) and triton_packed.wanted(q):
+    if native and isinstance(values, Rows) and triton_packed.wanted(q, keys.bits, values.bits):
         triton_packed.attend(
             kv.segments, q, shift, keys, values, mask=seen.at(0, kv.length), first=kv.sinks, group=run.group, softcap=softcap,
             top=run.top, weight=run.weight, total=run.sum,
@@ -144,10 +144,10 @@ def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float 
         for segment, part in zip(group, p.split(sizes, 2), strict=True):
             if p.device.type == "cpu" and not bool((part.sum(-1, keepdim=True) > least).any()):
                 continue
-            for (coder, codes, gain), sums in zip(values.parts(segment.codes_v, segment.gain_v), values.cut(total), strict=True):
-                weighted = part * gain.flatten(0, 1)[:, None].float()
+            for (coder, rows, own_gain), sums in zip(values.parts(segment.codes_v, segment.gain_v), values.cut(total), strict=True):
+                weighted = part * own_gain.flatten(0, 1)[:, None].float()
                 step = _heads(segment, coder.d)
-                for own, theirs, out in zip(weighted.split(step), codes.flatten(0, 1).split(step), sums.split(step), strict=True):
+                for own, theirs, out in zip(weighted.split(step), rows.flatten(0, 1).split(step), sums.split(step), strict=True):
                     out.baddbmm_(own, coder.lookup(theirs, scratch))
 
 

@@ -22,8 +22,11 @@ BLOCK = 128  # tokens of a program
 ROWS = 64  # queries of one kv head, group included
 
 
-def wanted(q: Tensor) -> bool:
-    """Whether to run for ``q [B, H, rows, D]``: asked for, installed, and on a device that Triton (or its interpreter) knows."""
+def wanted(q: Tensor, bits_k: int, bits_v: int) -> bool:
+    """Whether to run for ``q [B, H, rows, D]``: asked for, installed, and on a device that Triton (or its interpreter) knows;
+    5 and 6 bits are left to torch."""
+    if not {bits_k, bits_v} <= {2, 3, 4, 8}:
+        return False
     if os.environ.get("TQAI_TRITON") != "1" or q.shape[2] > ROWS:
         return False
     if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -352,3 +352,33 @@ def tables_of(result: Row) -> Iterable[tuple[str, list[str], list[list[str]]]]:
     )
     for name, why in result["missing"].items():
         yield f"not compared: {name}", ["why"], [[why]]
+
+
+def plot(result: Row, width: int = 600, height: int = 360) -> str:
+    """KL to the unquantised mini against all bits held, every cache, as SVG: left and low is better."""
+    rows = [r for r in result["quality"] if r["variant"] == "plain" and r["kl"] > 0]
+    left, top, right, floor = 60, 16, width - 14, height - 40
+    low = min(math.log10(r["kl"]) for r in rows) - 0.2
+    x = lambda bits: left + (bits - 2) / 8 * (right - left)  # noqa: E731
+    y = lambda kl: floor - (math.log10(kl) - low) / (-1 - low) * (floor - top)  # noqa: E731
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="11">'
+        f'<rect width="{width}" height="{height}" fill="#fff"/>'
+    ]
+    for e in range(1, int(-low) + 1):
+        parts.append(f'<path d="M{left} {y(10**-e):.1f}H{right}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{y(10**-e) + 4:.1f}" text-anchor="end">1e-{e}</text>')
+    for bits in range(2, 11):
+        parts.append(f'<text x="{x(bits):.1f}" y="{floor + 16}" text-anchor="middle">{bits}</text>')
+    for r in rows:
+        ours = r["cache"].startswith("tqai k")
+        colour, across, down = "#1f5fa8" if ours else "#d2691e", x(r["held_bits"]), y(r["kl"])
+        parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{colour}"/>')
+        name, last = r["cache"] if ours else f"{r['cache']} {r['bits']}", r["held_bits"] > 7
+        side = f'x="{across - 7:.1f}" text-anchor="end"' if last else f'x="{across + 7:.1f}"'
+        parts.append(f'<text {side} y="{down + 4:.1f}" fill="{colour}">{name}</text>')
+    parts.append(
+        f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">'
+        f"bits a coordinate, everything counted; KL on {WINDOWS} windows of {LENGTH}</text></svg>"
+    )
+    return "".join(parts)
