@@ -169,6 +169,34 @@ def peers(result: dict[str, Any]) -> str:
     return table(["mini", "peer", "setting", "calls", "CPU ratio", "own, NMSE e-4", "true ODE, NMSE e-4", "bytes held"], rows)
 
 
+def llm_quality(result: dict[str, Any]) -> str:
+    """Every cache on the mini and its two variants."""
+    kinds = ("plain", "outlier", "bias")
+    at = {(r["variant"], r["cache"], r["bits"]): r for r in result["quality"]}
+    rows = []
+    for _, name, bits in (key for key in at if key[0] == "plain" and key[1] != "DynamicCache"):
+        own = at["plain", name, bits]
+        deltas = [f"{100 * at[kind, name, bits]['delta']:+.3f}" for kind in kinds]
+        rows.append(
+            [name if name.startswith("tqai k") else f"{name}, {bits} bits", f"{own['held_bits']:.2f}", f"{own['kl'] * 1e4:.2f}", *deltas]
+        )
+    return table(["cache", "bits held", "KL e-4", "perplexity, %", "outlier keys, %", "key bias, %"], rows)
+
+
+def llm_speed(result: dict[str, Any]) -> str:
+    rows = []
+    for r in result["step"]:
+        best = next(x["ms"] for x in result["step"] if x["tokens"] == r["tokens"] and x["method"] == "best dense")
+        rows.append(
+            [f"{r['tokens']:,}", r["method"], f"{r['ms']:.2f}", f"{best / r['ms']:.2f}", f"{r['held_mib']:.2f}", f"{r['peak_mib']:.1f}"]
+        )
+    whole = ", ".join(f"{r['method']} {r['ms']:.2f} ms" for r in result["model"])
+    missed = [v["what"] for v in result["verdicts"] if not v["ok"]]
+    told = f"A random Qwen2 of 4 layers at 4,096 tokens, a token: {whole}. On {result['machine']['cpu']}, one thread."
+    told += f" Promises missed there: {'; '.join(missed)}." if missed else " Every promise of the bench met."
+    return f"{table(['tokens', 'one layer, one step', 'CPU ms', 'x best dense', 'held MiB', 'peak above MiB'], rows)}\n\n{told}"
+
+
 def kv_of(result: dict[str, Any]) -> str:
     """Methods alone over two and four bits, beside a plain cache of equal bytes."""
     short = {r["method"]: re.sub(r"^(\w+)(:\S*)?", r"`\1`", r["method"]) for r in result["alone"]}
@@ -194,6 +222,7 @@ def main() -> int:
     made = load("calibrate")
     parts |= {name: of_bench(getattr(calibrate, name), made) for name in ("calibration", "allocation", "tuning")}
     others = load("dit_peers")
+    parts["llm"] = f"{llm_quality(load('llm'))}\n\n{llm_speed(load('llm'))}"
     caches = load("llm_methods")
     parts["kv"] = kv_of(caches)
     details = {"methods": sections(methods, load("methods")), "levels": sections(levels, lower), "peers": peers(others)}
