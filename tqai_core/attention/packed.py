@@ -20,7 +20,7 @@ from . import native as kernel
 from . import triton_packed
 
 CHUNK = 1 << 17  # coordinates looked up at a time on a CPU: half a MiB of fp32 stays in its cache
-GROUP = 1 << 16  # scores that one softmax sees at a time
+GROUP = 1 << 15  # scores that one softmax sees at a time
 SCORES = 1 << 20  # the same where many queries come together
 NEGLIGIBLE = 1e-6  # share of the weight so far below which a chunk's values are skipped; on CPUs only: it asks the device
 

@@ -88,6 +88,7 @@ def quality(tell: Callable[[str], None], peers: bool) -> tuple[list[Row], dict[s
 
         settings: list[tuple[str, int, Config]] = [
             ("tqai k4v4", 4, ours(4, 4)), ("tqai k2v2", 2, ours(2, 2)), ("tqai k5v4, 32 exact", 4, ours(5, 4, recent=28)),
+            ("tqai k5v4, 64 exact", 4, ours(5, 4, recent=60)),
             ("tqai k5v4, no window", 4, ours(5, 4, sink=0, recent=0)), ("tqai k4v4, no window", 4, ours(4, 4, sink=0, recent=0)),
             ("tqai k2v2, no window", 2, ours(2, 2, sink=0, recent=0)), ("tqai k4v2", 3, ours(4, 2)),
         ]  # fmt: skip
@@ -309,12 +310,12 @@ def verdicts(result: Row) -> list[Row]:
 
 def _against(rows: list[Row], bits: int) -> float | None:
     """The largest ratio, over the peers, of our least KL with no more bits held than that peer."""
-    plain = [r for r in rows if r["variant"] == "plain" and r["bits"] == bits]
+    plain = [r for r in rows if r["variant"] == "plain"]
     mine = [r for r in plain if r["cache"].startswith("tqai k")]
     ratios = [
         min([r["kl"] for r in mine if r["held_bits"] <= peer["held_bits"]], default=math.inf) / peer["kl"]
         for peer in plain
-        if not peer["cache"].startswith("tqai k")
+        if peer["bits"] == bits and not peer["cache"].startswith("tqai k")
     ]
     return max(ratios, default=None)
 
