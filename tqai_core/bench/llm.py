@@ -296,13 +296,22 @@ def verdicts(result: Row) -> list[Row]:
         need(f"KL against the hardest peer, ours holding no more bits, {bits} bits", _against(rows, bits), most=most)
     for d, most in ((64, 4.6), (128, 4.45)):
         need(f"bits a coordinate held, d = {d}", max(r["bits"] for r in result["held"] if r["d"] == d), most=most)
+    # least times: where the C library takes fresh pages at each call, the median of the dense cat triples, and we would gain
     last = {r["method"]: r for r in result["step"] if r["tokens"] == 16384}
     model = {r["method"]: r["ms"] for r in result["model"]}
     for name, best in (("torch", 0.9), ("native", 4.0)):
         mine = last.get(f"packed, {name}")
         need(f"step at 16k, {name}: peak above held, MiB", mine and mine["peak_mib"], most=2)
-        need(f"step at 16k, {name}: times faster than DynamicCache", mine and last["DynamicCache as called"]["ms"] / mine["ms"], least=5)
-        need(f"step at 16k, {name}: times the speed of the best dense", mine and last["best dense"]["ms"] / mine["ms"], least=best)
+        need(
+            f"step at 16k, {name}: times faster than DynamicCache",
+            mine and last["DynamicCache as called"]["ms_least"] / mine["ms_least"],
+            least=5,
+        )
+        need(
+            f"step at 16k, {name}: times the speed of the best dense",
+            mine and last["best dense"]["ms_least"] / mine["ms_least"],
+            least=best,
+        )
         whole = model.get(f"packed, {name}")
         need(f"whole model at 4k, {name}: times the speed of DynamicCache", whole and model["DynamicCache"] / whole, least=1)
     return out
