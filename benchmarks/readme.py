@@ -186,13 +186,21 @@ def llm_quality(result: dict[str, Any]) -> str:
 def llm_speed(result: dict[str, Any]) -> str:
     rows = []
     for r in result["step"]:
-        best = next(x["ms"] for x in result["step"] if x["tokens"] == r["tokens"] and x["method"] == "best dense")
+        best = next(x["ms_least"] for x in result["step"] if x["tokens"] == r["tokens"] and x["method"] == "best dense")
         rows.append(
-            [f"{r['tokens']:,}", r["method"], f"{r['ms']:.2f}", f"{best / r['ms']:.2f}", f"{r['held_mib']:.2f}", f"{r['peak_mib']:.1f}"]
+            [
+                f"{r['tokens']:,}",
+                r["method"],
+                f"{r['ms_least']:.2f}",
+                f"{best / r['ms_least']:.2f}",
+                f"{r['held_mib']:.2f}",
+                f"{r['peak_mib']:.1f}",
+            ]
         )
     whole = ", ".join(f"{r['method']} {r['ms']:.2f} ms" for r in result["model"])
     missed = [v["what"] for v in result["verdicts"] if not v["ok"]]
     told = f"A random Qwen2 of 4 layers at 4,096 tokens, a token: {whole}. On {result['machine']['cpu']}, one thread."
+    told += " Best dense: cat, then sdpa of grouped heads; with memory taken before for all tokens there is no cat."
     told += f" Promises missed there: {'; '.join(missed)}." if missed else " Every promise of the bench met."
     return f"{table(['tokens', 'one layer, one step', 'CPU ms', 'x best dense', 'held MiB', 'peak above MiB'], rows)}\n\n{told}"
 
