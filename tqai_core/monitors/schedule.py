@@ -19,6 +19,8 @@ class Schedule(Monitor, name="schedule"):
     steps: tuple[int, ...] = param((0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 19, 23), "evaluations to compute, from 0, as in 0+1+2+5")
     total: int = param(24, "evaluations of the run the list is for", low=2, high=1000)
 
+    elsewhere = "it lists a sampler's evaluations; a cache has none"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(0 <= step < self.total for step in self.steps):
