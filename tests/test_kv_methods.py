@@ -667,3 +667,22 @@ def test_native_ran(qwen):
         finally:
             native._run = run_
         assert len(ran) == len(kv.policy.bands(kv))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_values_on_axes_of_their_own(strategy):
+    """Base rows keep them, fine rows are plain."""
+    k, _, q = spoken(2, 700, d=64)
+    g = torch.Generator().manual_seed(2)
+    v = torch.randn(2, 2, 700, 6, generator=g) @ torch.randn(1, 2, 6, 64, generator=g) + 0.1 * torch.randn(2, 2, 700, 64, generator=g)
+    kv, *_ = filled(n=700, data=(k, v, q), codec="turbo:bits=4", strategy=strategy, scorer="palm", monitor="fixed:interval=3", piece=350)
+    assert kv.basis is not None
+    assert kv.segments
+    assert bool(kv.fine)
+    same(torch.randn(2, 4, 1, 64), kv)
+    same(torch.randn(2, 4, 3, 64), kv)
+    tensors, header = kv.state()
+    kv.crop(300)
+    same(torch.randn(2, 4, 1, 64), kv)
+    kv.restore(tensors, header)
+    same(torch.randn(2, 4, 1, 64), kv)

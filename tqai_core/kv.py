@@ -223,7 +223,7 @@ class PackedKV:
             done += size
         self._forget(front, done)
         if not self.packed:
-            self.mean = self.scale = self._q2 = None
+            self.mean = self.scale = self.basis = self._q2 = None
 
     def _forget(self, front: int, count: int) -> None:
         """Drop ``count`` exact rows after the first ``front``."""
@@ -267,10 +267,9 @@ class PackedKV:
         return segment, bool((segment.gain_k.isfinite().all() & segment.gain_v.isfinite().all()).item())
 
     def _calibrate(self, k: Tensor, v: Tensor) -> None:
-        if self.policy is None:  # methods sort tokens by rows that are all alike
-            found = split.plan(v[:, :, :: -(-v.shape[2] // SAMPLE)].float(), self.plan.bits_v, self.length)
-            if found is not None:
-                self.bits_v, self.basis = found
+        found = split.plan(v[:, :, :: -(-v.shape[2] // SAMPLE)].float(), self.plan.bits_v, self.length)
+        if found is not None:
+            self.bits_v, self.basis = found
         k = k[:, :, :: -(-k.shape[2] // SAMPLE)].float()
         self.mean = k.mean(2, keepdim=True)
         if self._q2 is None:  # an attention that hid its queries: centred only

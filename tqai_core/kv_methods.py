@@ -316,6 +316,7 @@ class Policy:
         if not kv.fine:
             return [base]
         fine = copy.copy(base)
+        fine.basis = None  # plain rows: they have bits to spare
         fine.segments, fine.plan = kv.fine, dataclasses.replace(kv.plan, bits_k=self.fine[0], bits_v=self.fine[1], sink=0)
         fine.keys, fine.values, fine.length = kv.keys[:, :, :0], kv.values[:, :, :0], sum(map(len, kv.fine))
         return [base, fine]

@@ -156,7 +156,6 @@ def _partly(
 ) -> None:
     """The same a segment at a time; on a CPU the rows of blocks that are not read are not looked up."""
     keys, values = kv.coder_k(), kv.coder_v()
-    assert isinstance(values, Rows)  # a cache with methods has no axes of its own
     first, at = kv.sinks, 0
     for segment in kv.segments:
         n = len(segment)
@@ -178,11 +177,13 @@ def _partly(
         s = s if part.added is None else s.add_(part.added[..., at : at + n])
         p = run.weigh(_cap(s, softcap), seen.at(first + at, first + at + n))
         if read is None or read.device.type != "cpu":
-            run.sum += (p * segment.gain_v[:, :, None].float()) @ values.lookup(segment.codes_v, scratch)
+            for (coder, codes, gain), sums in zip(values.parts(segment.codes_v, segment.gain_v), values.cut(run.sum), strict=True):
+                sums += (p * gain[:, :, None].float()) @ coder.lookup(codes, scratch)
         else:
-            parts = (x.flatten(0, 1) for x in (p, segment.codes_v, segment.gain_v, run.sum))
-            for own, codes, gain, out, rows in zip(*parts, chosen, strict=True):
-                out += (own[:, rows] * gain[rows].float()) @ values.lookup(codes[rows])
+            for (coder, *held), sums in zip(values.parts(segment.codes_v, segment.gain_v), values.cut(run.sum), strict=True):
+                parts = (x.flatten(0, 1) for x in (p, *held, sums))
+                for own, codes, gain, out, rows in zip(*parts, chosen, strict=True):
+                    out += (own[:, rows] * gain[rows].float()) @ coder.lookup(codes[rows])
         at += n
 
 
