@@ -318,7 +318,6 @@ def test_the_command(tmp_path, capsys):
     assert sampler.held_out["stock"]["name"] in ("ab2", "unipc", "dpm++")
     assert json.loads((tmp_path / "told.json").read_text())["seconds_cpu"] > 0
     for words, says in (
-        (["--demo", "flux"], "nothing to calibrate asked"),
         (["--sampler"], "either -m MODEL or --demo"),
         (["--sampler", "--demo", "sdxl"], "unknown mini"),
         (["--sampler", "--demo", "flux", "--samples", "0"], "1 or more"),
