@@ -54,6 +54,18 @@ class Host:
         hidden = sys.modules["comfy_api.latest"].io.Hidden
         return cls.PREPARE_CLASS_CLONE({"hidden_inputs": {hidden.unique_id: unique_id, hidden.prompt: prompt}}).execute(**inputs)
 
+    @property
+    def interrupted(self) -> type[BaseException]:
+        """What an interrupt raises."""
+        return sys.modules["comfy.model_management"].InterruptProcessingException
+
+    def interrupt(self) -> None:
+        """What the page's Cancel does, and the place where the host notices it."""
+        import comfy.model_management as management
+
+        management.interrupt_current_processing(True)
+        management.throw_exception_if_processing_interrupted()
+
     def compress(self, model: Any, pipeline: Any = None, **over: Any) -> Any:
         inputs = {"preset": "balanced", "level": "model", "codec": {"codec": "from pipeline"}, "memory_budget": 512, "enabled": True}
         return self.run("TQAICompress", model=model, pipeline=pipeline, **{"unique_id": "7", **inputs, **over}).result[0]
@@ -157,6 +169,7 @@ def real(path: str, folder: Path) -> Host:
     """ComfyUI itself, in this process and for good: it cannot be unloaded."""
     sys.path.insert(0, path)
     sys.path.append(str(ROOT))
+    sys.modules.pop(ROOT.name, None)  # pytest imports the checkout as a package: one in a folder `comfy` would hide ComfyUI's
     argv, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(folder), "--output-directory", str(folder / "output")]
     try:
         import comfy.options
