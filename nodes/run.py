@@ -190,6 +190,7 @@ class Run:
         """What the live panel shows."""
         report = self.recorder.report
         errors = [d["error"] for d in report.decisions if d["error"] is not None]
+        taken = [d["error_estimate"] for d in report.decisions if d["action"] == "forecast" and d["error_estimate"] is not None]
         why = self.flow.bypass or (report.decisions[-1]["why"] if report.decisions else "")
         return {
             "state": "bypassed" if self.flow.bypass else "active",
@@ -197,7 +198,8 @@ class Run:
             "step": report.evaluations,
             "total": len(self.schedule.sigmas) - 1 if self.schedule else None,
             "skipped": sum(d["action"] == "forecast" for d in report.decisions),
-            "error": errors[-1] if errors else None,
+            "error": errors[-1] if errors else None,  # of a computed step, had it been forecast
+            "estimate": max(taken, default=None),  # of the steps that were
             "bytes": self.flow.nbytes,
         }
 

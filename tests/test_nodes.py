@@ -282,11 +282,33 @@ def test_skip_layers(host, model):
         host.compress(m, wrong)
 
 
+@pytest.mark.shows("memory budget: host memory first, then exact")
 def test_budget_falls_back_to_exact(host, model):
     m = model("sd3")
     on = host.compress(m, host.pipeline(), memory_budget=0)
     assert torch.equal(host.sample(on, "sd3"), host.sample(m, "sd3"))
     assert "over the memory budget" in host.report()["decisions"][-1]["why"]
+
+
+@pytest.mark.shows("memory budget: host memory first, then exact")
+def test_budget_goes_to_host_memory_first(host, model, monkeypatch):
+    """There is one kind of memory here, so the run is told that its tensors lie on a GPU."""
+    gpu = property(lambda run: torch.device("cuda"), lambda run, device: None)
+    monkeypatch.setattr(host.part("nodes.run").Run, "_device", gpu, raising=False)
+    m = model("sd3")
+    free, report = host.sample(host.compress(m, host.pipeline()), "sd3"), host.report()
+    tight = host.compress(m, host.pipeline(), memory_budget=0)
+    with host.runs([]) as runs:
+        homes = []
+        x = host.sample(tight, "sd3", callback=lambda *a: homes.append(runs[0].flow.memory.home))
+    assert homes[5] == torch.device("cpu")
+    assert "kept in CPU memory" in host.report()["fallbacks"][0]["why"]
+    assert forecasts(host.report()) == forecasts(report)
+    assert torch.equal(x, free)
+    monkeypatch.setattr(host.part("nodes.run").Run, "room", property(lambda run: lambda: 0, lambda run, room: None), raising=False)
+    host.sample(tight, "sd3")
+    assert forecasts(host.report()) == 0
+    assert "computed exactly from here on" in host.report()["fallbacks"][0]["why"]
 
 
 def test_room_is_reserved_when_the_model_is_loaded(host, model, monkeypatch):
@@ -335,6 +357,7 @@ def test_live_events_once_a_step(host, model, monkeypatch):
     assert (last["step"], last["total"]) == (20, 20)
     assert last["skipped"] == forecasts(host.report())
     assert last["error"] > 0
+    assert last["estimate"] is None, "fixed estimates nothing"
     assert last["bytes"] == 0
     assert max(data["bytes"] for _, data in sent) > 0
     json.dumps(sent)

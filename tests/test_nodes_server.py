@@ -207,7 +207,7 @@ def test_interrupt_leaves_a_clean_server(server):
 @pytest.mark.shows("live panel in the page, classic canvas and Nodes 2.0")
 @pytest.mark.parametrize("nodes2", [False, True], ids=["canvas", "nodes2"])
 def test_the_page_shows_a_trained_model_live(server, nodes2, tmp_path):
-    """The Flux workflow with the trained mini draws digits. PICTURE names a file for the README's picture."""
+    """The Flux workflow with the trained mini draws digits. PICTURE names a file for the README's picture (Nodes 2.0)."""
     import convert
     import page
     import torch
@@ -231,7 +231,9 @@ def test_the_page_shows_a_trained_model_live(server, nodes2, tmp_path):
     places = {str(node["id"]): node["pos"] for node in ui["nodes"]}
     places |= {"3": [0, 130], "4": [0, 260], "6": [0, 390], "8": [340, 130], "10": [340, 250], "20": [720, 0], "30": [1040, 0]}
     places |= {"31": [1040, 480], "32": [1400, 0], "33": [1400, 370]}
-    picture = os.environ.get("PICTURE") if nodes2 else None
+    picture = os.environ.get("PICTURE")
+    if picture and not nodes2:
+        picture = str(Path(picture).with_stem(Path(picture).stem + "-canvas"))
     seen = page.drive(
         url=server.base, run={"name": "flux", "api": graph, "places": places}, vue=nodes2, picture=picture, size=[1600, 900],
         types=["TQAICompress", "KSampler", "TestDigits"],

@@ -1,6 +1,6 @@
 // Drives the real ComfyUI page. Reads a job as JSON from stdin, prints what it saw as JSON.
 //
-// Job: {url, chromium, open: {name: workflow}, run: {name, ui | api, places: {id: [x, y]}}, vue, picture, size: [w, h], types}
+// Job: {url, chromium, open: {name: workflow}, pictures: {name: file}, run: {name, ui | api, places: {id: [x, y]}}, vue, picture, size: [w, h], types}
 // needs playwright-core (NODE_PATH) and a chromium.
 const { readFileSync } = require("fs");
 const { chromium } = require("playwright-core");
@@ -45,6 +45,12 @@ const LIMIT = 120000;
       seen.prompts[name] = found.prompt;
       seen.missing[name] = found.missing;
       seen.widgets[name] = found.widgets;
+      if (job.pictures?.[name]) {
+        await page.keyboard.press("Escape");
+        await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
+        await page.waitForTimeout(1500);
+        await page.screenshot({ path: job.pictures[name], type: "jpeg", quality: 88 });
+      }
     }
 
     if (job.run) {
