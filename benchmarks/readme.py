@@ -192,7 +192,9 @@ def comfyui(result: dict[str, Any]) -> str:
 
 
 def cell(row: dict[str, Any] | None) -> str:
-    if row is None or not row["passed"] + row["failed"]:
+    if row is None:
+        return "not run"
+    if not row["passed"] + row["failed"]:
         return "not in this version"
     tests = row["passed"] + row["failed"]
     told = "yes" if row["passed"] == tests else f"**{row['failed']} of {tests} failed**"
