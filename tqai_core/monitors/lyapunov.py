@@ -35,13 +35,11 @@ class Lyapunov(
     max_gap: int = param(6, "most evaluations forecast in a row", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
 
-<<<<<<< HEAD
     levels = (*Monitor.levels, "kv")
     queries = 4
-=======
+
     def idle(self, step: Step) -> str | None:
         return "tau=0 allows no forecast" if self.tau == 0 else super().idle(step)
->>>>>>> 160e2fa (ComfyUI: tests on real hosts write the README's table; a node that may skip nothing holds and costs next to nothing)
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         seen = state["seen"] = state.get("seen", 0) + 1
