@@ -217,6 +217,26 @@ def kv_of(result: dict[str, Any]) -> str:
     return table(["method", "over k2v2: bits held", "KL to plain", "over k4v4: bits held", "KL to plain"], rows)
 
 
+def comfyui(result: dict[str, Any]) -> str:
+    """What the tests marked `shows` found on real ComfyUI, a column a version."""
+    versions = result["versions"]
+    rows = []
+    for name in dict.fromkeys(name for found in versions.values() for name in found):
+        rows.append([name, *(cell(found.get(name)) for found in versions.values())])
+    told = f"Measured on {result['machine']['cpu']}, torch {result['machine']['torch']}, by `make test-comfyui`."
+    return f"{table(['on real ComfyUI', *versions], rows)}\n\n{told}"
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not run"
+    if not row["passed"] + row["failed"]:
+        return "not in this version"
+    tests = row["passed"] + row["failed"]
+    told = "yes" if row["passed"] == tests else f"**{row['failed']} of {tests} failed**"
+    return told + "".join(f"<br>{figure}" for figure in row["figures"])
+
+
 def main() -> int:
     from tqai_core.bench import calibrate, levels, llm_methods, methods
 
@@ -225,6 +245,7 @@ def main() -> int:
         "headline": headline(dit), "euler": euler(dit), "multistep": multistep(dit), "solvers": solvers(dit), "place": place(dit),
         "pictures": pictures(load("demo")), "codec": codec(vectors), "bases": bases(vectors), "streams": streams(trajectories),
     }  # fmt: skip
+    parts["comfyui"] = comfyui(load("comfyui"))
     lower = load("levels")
     parts |= {"levels": levels_of(lower), "guidance": guidance_of(lower), "sampler": sampler(load("sampler"))}
     made = load("calibrate")

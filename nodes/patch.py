@@ -198,12 +198,15 @@ def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> An
     frames = tuple(window.index_list) if hasattr(window, "index_list") else None
     sides, uuids = options.get("cond_or_uncond", ()), options.get("uuids", ())
     chunks = [Chunk(side, uuid, frames) for side, uuid in zip(sides, uuids)]  # noqa: B905 - older hosts give no uuids
-    sigma = t.reshape(t.shape[:1] + (1,) * (x.ndim - 1)) if t.ndim == 1 else t
+
+    def velocity(denoised: Any) -> Any:
+        return (x - denoised) / (t.reshape(t.shape[:1] + (1,) * (x.ndim - 1)) if t.ndim == 1 else t)
+
     return run.forward(
         x,
         chunks,
         lambda forward: executor(x, t, *args, **kwargs) if forward is None else _told(executor, x, t, args, kwargs, forward),
-        lambda denoised: (x - denoised) / sigma,
+        velocity,
         lambda velocity: sampling.calculate_denoised(t, velocity.to(x.dtype), x),
     )
 

@@ -91,9 +91,12 @@ class Run:
             yield
         finally:
             self.inside = False
-        with self._lock:
-            self.recorder.report.decisions[-1]["bytes_held"] = self.flow.nbytes
-            self._shrink()
+        held = 0
+        if self.flow.bypass is None:
+            with self._lock:
+                held = self.flow.nbytes
+                self._shrink(held)
+        self.recorder.report.decisions[-1]["bytes_held"] = held
         self._say()
 
     def forward(
@@ -112,7 +115,12 @@ class Run:
         if why := self._odd(x, chunks):
             self.recorder.fallback(self.family, why)
             return compute(None)
-        if self.level != "model" and self.flow.bypass is None:
+        if self.flow.bypass is not None:
+            with self._lock:
+                for chunk in chunks:
+                    self.recorder.call(self.family, self._where(chunk), skipped=False)
+            return compute(None)
+        if self.level != "model":
             return self._inside(x, chunks, compute)
         n = len(chunks)
         kind = (torch.Size((x.shape[0] // n, *x.shape[1:])), x.dtype, x.device)
@@ -124,13 +132,10 @@ class Run:
                     parts = [self.flow.recall(where) for where in wheres]
                     return restore(torch.cat(parts) if n > 1 else parts[0])
                 self.flow.revise("a branch has no history at this step")
-        probes = self.flow.bypass is None and bool(self.flow.monitor.probes)
-        out = compute(self._forward(wheres) if probes else None)  # outside the lock: the other device's forward runs meanwhile
+        forward = self._forward(wheres) if self.flow.monitor.probes else None
+        out = compute(forward)  # outside the lock: the other device's forward runs meanwhile
         with self._lock:
-            if self.flow.bypass is not None:
-                for where in wheres:
-                    self.flow.observe(where, out)
-            elif out.shape != x.shape:
+            if out.shape != x.shape:
                 self.recorder.fallback(self.family, "the model's output has another shape than its input")
             else:
                 for where, part in zip(wheres, velocity(out).chunk(n), strict=True):
@@ -185,6 +190,7 @@ class Run:
         """What the live panel shows."""
         report = self.recorder.report
         errors = [d["error"] for d in report.decisions if d["error"] is not None]
+        taken = [d["error_estimate"] for d in report.decisions if d["action"] == "forecast" and d["error_estimate"] is not None]
         why = self.flow.bypass or (report.decisions[-1]["why"] if report.decisions else "")
         return {
             "state": "bypassed" if self.flow.bypass else "active",
@@ -192,7 +198,8 @@ class Run:
             "step": report.evaluations,
             "total": len(self.schedule.sigmas) - 1 if self.schedule else None,
             "skipped": sum(d["action"] == "forecast" for d in report.decisions),
-            "error": errors[-1] if errors else None,
+            "error": errors[-1] if errors else None,  # of a computed step, had it been forecast
+            "estimate": max(taken, default=None),  # of the steps that were
             "bytes": self.flow.nbytes,
         }
 
@@ -223,9 +230,9 @@ class Run:
         nth = self._seen[name]
         return Where("model", name if nth == 1 else f"{name}#{nth}")
 
-    def _shrink(self) -> None:
+    def _shrink(self, held: int) -> None:
         """Keep the promise of the budget: host memory first, then nothing at all."""
-        held, memory = self.flow.nbytes, self.flow.memory
+        memory = self.flow.memory
         if self.budget is None or held <= self.budget or self._device is None:
             return
         told = f"{held / 2**20:.1f} MB held, over the budget of {self.budget / 2**20:g} MB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -181,3 +182,29 @@ def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return
     with hosts.fake(request.param, folder) as made:
         yield made
+
+
+# --- the README's table of ComfyUI: what the tests marked `shows` found, written where TQAI_SHOWN names a file -------------
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "shows(row): a line of the README's ComfyUI table; {name} is a parameter's value")
+    config.stash[SHOWN] = {}
+
+
+SHOWN = pytest.StashKey[dict[str, dict[str, Any]]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    mark = item.get_closest_marker("shows")
+    if mark is not None and (report.when == "call" or not report.passed):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        row = item.config.stash[SHOWN].setdefault(mark.args[0].format(**params), {"passed": 0, "failed": 0, "skipped": 0, "figures": []})
+        row[report.outcome] += 1
+        row["figures"] += [value for name, value in report.user_properties if name == "figure"]
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if "TQAI_SHOWN" in os.environ:
+        Path(os.environ["TQAI_SHOWN"]).write_text(json.dumps(session.config.stash[SHOWN]))

@@ -25,6 +25,7 @@ def model(host):
     return lambda name: host.load(name)
 
 
+@pytest.mark.shows("disabled: the plain model, bit for bit")
 @pytest.mark.parametrize("name", NAMES)
 def test_disabled_is_the_model_itself(host, model, name):
     m = model(name)
@@ -34,8 +35,9 @@ def test_disabled_is_the_model_itself(host, model, name):
     assert torch.equal(host.sample(off, name), plain)
 
 
+@pytest.mark.shows("enabled: calls as promised, finite, same again")
 @pytest.mark.parametrize("name", NAMES)
-def test_enabled_computes_what_the_monitor_promised(host, model, name):
+def test_enabled_computes_what_the_monitor_promised(host, model, name, record_property):
     m = model(name)
     on = host.compress(m, host.pipeline())
     with host.forwards(m) as ran:
@@ -43,6 +45,7 @@ def test_enabled_computes_what_the_monitor_promised(host, model, name):
     report = host.report()
     assert report["fallbacks"] == []
     assert forecasts(report) >= 7
+    record_property("figure", f"{name} {forecasts(report)} of 20")
     assert len(ran) == 20 - forecasts(report)
     assert sum(ran) == report["calls"] - report["calls_skipped"]
     assert torch.isfinite(x).all()
@@ -55,14 +58,17 @@ def test_enabled_computes_what_the_monitor_promised(host, model, name):
     assert again["per_site"] == report["per_site"]
 
 
+@pytest.mark.shows("nothing skipped: the plain result, bit for bit")
+@pytest.mark.parametrize("tau", [0.0, 1e-9])
 @pytest.mark.parametrize("name", NAMES)
-def test_computing_everything_is_bit_exact(host, model, name):
+def test_computing_everything_is_bit_exact(host, model, name, tau):
     m = model(name)
     plain = host.sample(m, name)
-    on = host.compress(m, host.pipeline("lyapunov", tau=0.0))
+    on = host.compress(m, host.pipeline("lyapunov", tau=tau))
     with host.forwards(m) as ran:
         assert torch.equal(host.sample(on, name), plain)
     assert len(ran) == 20
+    assert (host.report()["bytes_held_peak"] > 0) is (tau > 0), "where nothing may be forecast nothing is held"
     assert "nothing was skipped" in host.report()["warnings"][0]
     assert torch.equal(host.sample(m, name), plain), "the model that was cloned changed"
 
@@ -71,26 +77,29 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.shows("nothing held after the end, an interrupt, an exception")
 @pytest.mark.parametrize("ending", ["end", "exception", "interrupt"])
-def test_nothing_is_held_after_a_run(host, model, ending):
-    m = model("sd3")
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_held_after_a_run(host, model, name, ending):
+    m = model(name)
     on = host.compress(m, host.pipeline())
     options = json.dumps(sorted(map(str, on.model_options["transformer_options"])))
-    clean = host.sample(on, "sd3")
+    clean = host.sample(on, name)
     peak, seen = [], []
 
     def callback(step, x0, x, total):
         peak.append(seen[0].held)
-        if step == 9 and ending != "end":
-            raise KeyboardInterrupt if ending == "interrupt" else Stopped
+        if step == 9 and ending == "interrupt":
+            host.interrupt()
+        if step == 9 and ending == "exception":
+            raise Stopped
 
     with host.runs(seen):
-        try:
-            host.sample(on, "sd3", callback=callback)
-        except (Stopped, KeyboardInterrupt):
-            assert ending != "end"
+        if ending == "end":
+            host.sample(on, name, callback=callback)
         else:
-            assert ending == "end"
+            with pytest.raises((Stopped, host.interrupted)):
+                host.sample(on, name, callback=callback)
         assert max(peak) > 0
         assert seen[0].held == 0
         gone = weakref.ref(seen[0].flow)
@@ -99,28 +108,31 @@ def test_nothing_is_held_after_a_run(host, model, ending):
     assert gone() is None, "the run is still referenced"
     assert options == json.dumps(sorted(map(str, on.model_options["transformer_options"])))
     assert not any("warn" in w for w in host.report()["warnings"])
-    assert torch.equal(host.sample(on, "sd3"), clean), "the run after it is not clean"
+    assert torch.equal(host.sample(on, name), clean), "the run after it is not clean"
 
 
+@pytest.mark.shows("{sampler}, cfg 1 and 4")
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samplers(host, model, sampler, cfg):
-    m = model("sd3")
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan22_5b"])
+def test_samplers(host, model, name, sampler, cfg):
+    m = model(name)
     on = host.compress(m, host.pipeline())
     with host.forwards(m) as ran:
-        x = host.sample(on, "sd3", sampler=sampler, cfg=cfg)
+        x = host.sample(on, name, sampler=sampler, cfg=cfg)
     report = host.report()
     assert torch.isfinite(x).all()
     assert report["fallbacks"] == []
     assert forecasts(report) >= 7
     assert len(ran) == report["evaluations"] - forecasts(report)
     assert set(ran) == {1 if cfg == 1.0 else 2}
-    assert torch.equal(host.sample(on, "sd3", sampler=sampler, cfg=cfg), x)
+    assert torch.equal(host.sample(on, name, sampler=sampler, cfg=cfg), x)
 
 
+@pytest.mark.shows("batch split changes mid-run")
 def test_a_batch_split_that_changes_mid_run_changes_nothing(host, model, monkeypatch):
     m = model("sd3")
-    on = host.compress(m, host.pipeline())
+    on = host.compress(m, host.pipeline(), codec={"codec": "exact"})  # a coded number may round the other way in another batch
     whole, report = host.sample(on, "sd3"), host.report()
     turns = []
 
@@ -135,7 +147,7 @@ def test_a_batch_split_that_changes_mid_run_changes_nothing(host, model, monkeyp
     assert {1, 2} <= set(ran)
     assert [d["action"] for d in host.report()["decisions"]] == [d["action"] for d in report["decisions"]]
     assert host.report()["per_site"].keys() == report["per_site"].keys()
-    assert (split - whole).abs().max() < 1e-3 * whole.abs().max()
+    assert (split - whole).abs().max() < 1e-4 * whole.abs().max()
 
 
 def test_prompts_of_unequal_length_run_apart(host, model):
@@ -200,6 +212,7 @@ def test_img2img_and_a_slice_of_a_schedule(host, model):
     assert forecasts(report) >= 7
 
 
+@pytest.mark.shows("WAN 2.2 A14B: two models, two samplers")
 def test_two_experts_share_a_pipeline_and_no_state(host, model):
     pipeline = host.pipeline(warmup=2)
     high, low = model("wan_14b_high"), model("wan_14b_low")
@@ -213,6 +226,9 @@ def test_two_experts_share_a_pipeline_and_no_state(host, model):
         x = host.sample(two, "wan_14b_low", sigmas=sigmas[10:], latent=x, noise=torch.zeros_like(x))
         second = host.report()
     assert torch.isfinite(x).all()
+    again = host.sample(one, "wan_14b_high", sigmas=sigmas[:11])
+    again = host.sample(two, "wan_14b_low", sigmas=sigmas[10:], latent=again, noise=torch.zeros_like(x))
+    assert torch.equal(again, x), "a second run with the same seed differs"
     for report in (first, second):
         assert report["evaluations"] == 10
         assert [d["action"] for d in report["decisions"][:2]] == ["compute"] * 2
@@ -227,6 +243,7 @@ def test_short_schedules_are_left_alone(host, model):
     assert "too few" in report["decisions"][-1]["why"]
 
 
+@pytest.mark.shows("two Compress nodes: a clear error")
 def test_two_compress_nodes_in_a_row(host, model):
     once = host.compress(model("sd3"))
     with pytest.raises(ValueError, match="already went through TQAI Compress: remove one"):
@@ -265,11 +282,33 @@ def test_skip_layers(host, model):
         host.compress(m, wrong)
 
 
+@pytest.mark.shows("memory budget: host memory first, then exact")
 def test_budget_falls_back_to_exact(host, model):
     m = model("sd3")
     on = host.compress(m, host.pipeline(), memory_budget=0)
     assert torch.equal(host.sample(on, "sd3"), host.sample(m, "sd3"))
     assert "over the memory budget" in host.report()["decisions"][-1]["why"]
+
+
+@pytest.mark.shows("memory budget: host memory first, then exact")
+def test_budget_goes_to_host_memory_first(host, model, monkeypatch):
+    """There is one kind of memory here, so the run is told that its tensors lie on a GPU."""
+    gpu = property(lambda run: torch.device("cuda"), lambda run, device: None)
+    monkeypatch.setattr(host.part("nodes.run").Run, "_device", gpu, raising=False)
+    m = model("sd3")
+    free, report = host.sample(host.compress(m, host.pipeline()), "sd3"), host.report()
+    tight = host.compress(m, host.pipeline(), memory_budget=0)
+    with host.runs([]) as runs:
+        homes = []
+        x = host.sample(tight, "sd3", callback=lambda *a: homes.append(runs[0].flow.memory.home))
+    assert homes[5] == torch.device("cpu")
+    assert "kept in CPU memory" in host.report()["fallbacks"][0]["why"]
+    assert forecasts(host.report()) == forecasts(report)
+    assert torch.equal(x, free)
+    monkeypatch.setattr(host.part("nodes.run").Run, "room", property(lambda run: lambda: 0, lambda run, room: None), raising=False)
+    host.sample(tight, "sd3")
+    assert forecasts(host.report()) == 0
+    assert "computed exactly from here on" in host.report()["fallbacks"][0]["why"]
 
 
 def test_room_is_reserved_when_the_model_is_loaded(host, model, monkeypatch):
@@ -318,6 +357,7 @@ def test_live_events_once_a_step(host, model, monkeypatch):
     assert (last["step"], last["total"]) == (20, 20)
     assert last["skipped"] == forecasts(host.report())
     assert last["error"] > 0
+    assert last["estimate"] is None, "fixed estimates nothing"
     assert last["bytes"] == 0
     assert max(data["bytes"] for _, data in sent) > 0
     json.dumps(sent)

@@ -130,6 +130,7 @@ def test_the_pack_loads_and_says_next_to_nothing(server):
     assert server.get("/i18n")["de"]["nodeDefs"]["TQAIReport"]["display_name"] == "TQAI Bericht"
 
 
+@pytest.mark.shows("bundled workflows on a running server")
 @pytest.mark.parametrize("name", TWINS)
 def test_a_workflow_runs(server, name):
     entry = server.run(shrink(name))
@@ -182,6 +183,7 @@ def test_two_compress_nodes_are_a_clear_error(server):
     assert "already went through TQAI Compress: remove one" in json.dumps(server.run(graph))
 
 
+@pytest.mark.shows("interrupt from the page: the next run is clean")
 def test_interrupt_leaves_a_clean_server(server):
     graph = shrink("wan22_ti2v_5b")
     graph["20"]["inputs"].update(steps=400, seed=7)
@@ -202,9 +204,10 @@ def test_interrupt_leaves_a_clean_server(server):
     assert after["status"]["status_str"] == "success"
 
 
+@pytest.mark.shows("live panel in the page, classic canvas and Nodes 2.0")
 @pytest.mark.parametrize("nodes2", [False, True], ids=["canvas", "nodes2"])
 def test_the_page_shows_a_trained_model_live(server, nodes2, tmp_path):
-    """The Flux workflow with the trained mini draws digits. PICTURE names a file for the README's picture."""
+    """The Flux workflow with the trained mini draws digits. PICTURE names a file for the README's picture (Nodes 2.0)."""
     import convert
     import page
     import torch
@@ -228,7 +231,9 @@ def test_the_page_shows_a_trained_model_live(server, nodes2, tmp_path):
     places = {str(node["id"]): node["pos"] for node in ui["nodes"]}
     places |= {"3": [0, 130], "4": [0, 260], "6": [0, 390], "8": [340, 130], "10": [340, 250], "20": [720, 0], "30": [1040, 0]}
     places |= {"31": [1040, 480], "32": [1400, 0], "33": [1400, 370]}
-    picture = os.environ.get("PICTURE") if nodes2 else None
+    picture = os.environ.get("PICTURE")
+    if picture and not nodes2:
+        picture = str(Path(picture).with_stem(Path(picture).stem + "-canvas"))
     seen = page.drive(
         url=server.base, run={"name": "flux", "api": graph, "places": places}, vue=nodes2, picture=picture, size=[1600, 900],
         types=["TQAICompress", "KSampler", "TestDigits"],

@@ -7,7 +7,7 @@ export const UNKNOWN = "unknown";
 
 /**
  * The view after one more event; the run's first step starts a new one.
- * An event: {state, why, step, total, skipped, error, bytes}; the one that ends a run repeats its last step.
+ * An event: {state, why, step, total, skipped, error, estimate, bytes}; the one that ends a run repeats its last step.
  */
 export function advance(view, event) {
   const again = view === undefined || event.step < view.step || (view.ended && event.step <= view.step);
@@ -34,9 +34,10 @@ export function describe(view) {
   const place = view.total && view.step <= view.total ? `step ${view.step} of ${view.total}` : `evaluation ${view.step}`;
   const head = `${view.state}${view.ended ? ", done" : ""}: ${place}`;
   const share = view.step ? Math.round((100 * view.skipped) / view.step) : 0;
-  const error = view.error === null || view.error === undefined ? "not measured yet" : percent(view.error);
+  // what forecast steps may be off by; before there is one, what the last computed step would have been off by
+  const [error, known] = view.estimate != null ? [view.estimate, "up to "] : [view.error, ""];
   const held = view.ended ? `${size(view.peak)} at most` : `${size(view.bytes)} held`;
-  return { head, figures: `skipped ${view.skipped} (${share} %) · error ${error} · ${held}`, why: view.why ?? "" };
+  return { head, figures: `skipped ${view.skipped} (${share} %) · error ${error == null ? "not measured yet" : known + percent(error)} · ${held}`, why: view.why ?? "" };
 }
 
 /** 0.0123 -> "1.2 %" */

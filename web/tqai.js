@@ -47,6 +47,25 @@ function attach(node, name, root, height) {
   return widget;
 }
 
+/** Markdown as far as our reports use it: headings and tables. */
+function render(root, text) {
+  root.replaceChildren();
+  let table;
+  for (const line of text.split("\n")) {
+    if (!line.startsWith("|")) {
+      table = undefined;
+      if (line.trim()) element("div", { whiteSpace: "pre-wrap", fontWeight: line.startsWith("#") ? "600" : "" }, root).textContent = line.replace(/^#+ /, "");
+    } else if (!/^[|-]+$/.test(line)) {
+      const kind = table ? "td" : "th";
+      table ??= element("table", { borderCollapse: "collapse", margin: "3px 0" }, root);
+      const row = element("tr", {}, table);
+      for (const cell of line.split("|").slice(1, -1)) {
+        element(kind, { padding: "0 8px 0 0", textAlign: "left", verticalAlign: "top", whiteSpace: kind === "td" ? "nowrap" : "" }, row).textContent = cell.trim();
+      }
+    }
+  }
+}
+
 function panel(node) {
   const root = element("div", { font: "12px/1.4 sans-serif", color: "var(--input-text, #ddd)", padding: "4px 6px", overflow: "hidden", minHeight: "80px" });
   root.className = "tqai-panel";
@@ -92,15 +111,13 @@ function onExecuted({ detail }) {
   const text = detail.output?.text;
   if (height === undefined || text === undefined || !wanted()) return;
   if (!texts.has(node)) {
-    const root = element("pre", {
-      font: "11px/1.35 monospace", color: "var(--input-text, #ddd)", margin: "0", padding: "4px 6px", overflow: "auto", whiteSpace: "pre-wrap",
-    });
+    const root = element("div", { font: "11px/1.4 sans-serif", color: "var(--input-text, #ddd)", padding: "4px 6px", overflow: "auto" });
     root.style.maxHeight = `${height}px`; // Nodes 2.0 grows a node with its content
     root.className = "tqai-text";
     attach(node, "tqai_text", root, height);
     texts.set(node, root);
   }
-  texts.get(node).textContent = [text].flat().join("\n");
+  render(texts.get(node), [text].flat().join("\n"));
 }
 
 app.registerExtension({

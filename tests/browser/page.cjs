@@ -1,6 +1,6 @@
 // Drives the real ComfyUI page. Reads a job as JSON from stdin, prints what it saw as JSON.
 //
-// Job: {url, chromium, open: {name: workflow}, run: {name, ui | api, places: {id: [x, y]}}, vue, picture, size: [w, h], types}
+// Job: {url, chromium, open: {name: workflow}, pictures: {name: file}, run: {name, ui | api, places: {id: [x, y]}}, vue, picture, size: [w, h], types}
 // needs playwright-core (NODE_PATH) and a chromium.
 const { readFileSync } = require("fs");
 const { chromium } = require("playwright-core");
@@ -19,7 +19,7 @@ const LIMIT = 120000;
     const [width, height] = job.size ?? [1600, 900];
     const page = await browser.newPage({ viewport: { width, height } });
     page.on("pageerror", (error) => seen.errors.push(String(error.stack ?? error).slice(0, 500)));
-    await page.goto(job.url, { waitUntil: "domcontentloaded" });
+    await page.goto(job.url, { waitUntil: "domcontentloaded", timeout: LIMIT });
     await page.waitForFunction(
       (types) => window.app?.graph && window.app.extensionManager && types.every((t) => window.LiteGraph?.registered_node_types?.[t]),
       job.types,
@@ -30,6 +30,7 @@ const LIMIT = 120000;
       const setting = window.app.extensionManager.setting;
       await setting.set("Comfy.VueNodes.Enabled", vue);
       await setting.set("Comfy.Minimap.Visible", false);
+      await setting.set("Comfy.TutorialCompleted", true); // else the template browser opens over everything, sooner or later
     }, Boolean(job.vue));
 
     for (const [name, workflow] of Object.entries(job.open ?? {})) {
@@ -45,6 +46,12 @@ const LIMIT = 120000;
       seen.prompts[name] = found.prompt;
       seen.missing[name] = found.missing;
       seen.widgets[name] = found.widgets;
+      if (job.pictures?.[name]) {
+        await page.keyboard.press("Escape");
+        await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
+        await page.waitForTimeout(1500);
+        await page.screenshot({ path: job.pictures[name], type: "jpeg", quality: 88 });
+      }
     }
 
     if (job.run) {
@@ -83,8 +90,18 @@ const LIMIT = 120000;
       // the panel is in neither the saved workflow nor the prompt
       seen.saved = await page.evaluate(() => window.app.graph.serialize().nodes.map((n) => [n.type, n.widgets_values ?? []]));
       seen.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output);
-      await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
-      await page.waitForTimeout(1200);
+      if (job.picture) {
+        const busy = () =>
+          page.evaluate(async () => {
+            const queue = await (await fetch("/queue")).json();
+            return queue.queue_running.length + queue.queue_pending.length;
+          });
+        while (await busy()) await page.waitForTimeout(500);
+        await page.keyboard.press("Escape");
+        await page.waitForTimeout(4000); // pictures load, messages go
+        await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
+        await page.waitForTimeout(1200);
+      }
       if (job.picture) await page.screenshot({ path: job.picture, type: "jpeg", quality: 88 });
     }
   } catch (error) {

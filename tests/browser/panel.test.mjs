@@ -7,7 +7,7 @@ import test from "node:test";
 const source = readFileSync(new URL("../../web/panel.js", import.meta.url));
 const { advance, describe, percent, size } = await import(`data:text/javascript;base64,${source.toString("base64")}`);
 
-const event = (step, skipped, more = {}) => ({ state: "active", why: "w", step, total: 4, skipped, error: null, bytes: 100 * step, ...more });
+const event = (step, skipped, more = {}) => ({ state: "active", why: "w", step, total: 4, skipped, error: null, estimate: null, bytes: 100 * step, ...more });
 const play = (...events) => events.reduce(advance, undefined);
 
 test("each step is one cell, told apart by the count of skipped steps", () => {
@@ -52,6 +52,7 @@ test("figures are short", () => {
   assert.equal(describe(undefined).head, "not run yet");
   assert.match(describe(play(event(1, 0))).figures, /^skipped 0 \(0 %\) · error not measured yet · 100 B held$/);
   assert.match(describe(play(event(4, 1, { error: 0.0123 }))).figures, /skipped 1 \(25 %\) · error 1\.2 %/);
+  assert.match(describe(play(event(4, 1, { error: 0.3, estimate: 0.04 }))).figures, /error up to 4\.0 %/);
   assert.deepEqual([0.5, 0.0123, 0.00123, 0].map(percent), ["50 %", "1.2 %", "0.12 %", "0.0 %"]);
   assert.deepEqual([12, 2048, 3 * 2 ** 20, 5000 * 2 ** 30].map(size), ["12 B", "2.0 kB", "3.0 MB", "5000.0 GB"]);
 });

@@ -54,6 +54,18 @@ class Host:
         hidden = sys.modules["comfy_api.latest"].io.Hidden
         return cls.PREPARE_CLASS_CLONE({"hidden_inputs": {hidden.unique_id: unique_id, hidden.prompt: prompt}}).execute(**inputs)
 
+    @property
+    def interrupted(self) -> type[BaseException]:
+        """What an interrupt raises."""
+        return sys.modules["comfy.model_management"].InterruptProcessingException
+
+    def interrupt(self) -> None:
+        """What the page's Cancel does, and the place where the host notices it."""
+        import comfy.model_management as management
+
+        management.interrupt_current_processing(True)
+        management.throw_exception_if_processing_interrupted()
+
     def compress(self, model: Any, pipeline: Any = None, **over: Any) -> Any:
         inputs = {"preset": "balanced", "level": "model", "codec": {"codec": "from pipeline"}, "memory_budget": 512, "enabled": True}
         return self.run("TQAICompress", model=model, pipeline=pipeline, **{"unique_id": "7", **inputs, **over}).result[0]
@@ -78,18 +90,19 @@ class Host:
         self, model: Any, name: str, *, steps: int = 20, cfg: float = 4.0, sampler: str = "euler", seed: int = 0, callback: Any = None,
         positive: Any = None, negative: Any = None, sigmas: Tensor | None = None, noise: Tensor | None = None, latent: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The latent in the model's own scale."""
+        """The latent in the model's own scale, sampled without gradients as the host's executor does it."""
         import comfy.sample
         import comfy.samplers
 
         noise = self.noise(name, seed) if noise is None else noise
-        out = comfy.sample.sample_custom(
-            model, noise, cfg, comfy.samplers.sampler_object(sampler),
-            torch.linspace(1, 0, steps + 1) if sigmas is None else sigmas,
-            self.conds(name, 1) if positive is None else positive, self.conds(name, 2) if negative is None else negative,
-            torch.zeros_like(noise) if latent is None else latent, callback=callback, disable_pbar=True, seed=seed,
-        )  # fmt: skip
-        return model.model.process_latent_in(out) if self.real else out
+        with torch.inference_mode():
+            out = comfy.sample.sample_custom(
+                model, noise, cfg, comfy.samplers.sampler_object(sampler),
+                torch.linspace(1, 0, steps + 1) if sigmas is None else sigmas,
+                self.conds(name, 1) if positive is None else positive, self.conds(name, 2) if negative is None else negative,
+                torch.zeros_like(noise) if latent is None else latent, callback=callback, disable_pbar=True, seed=seed,
+            )  # fmt: skip
+            return model.model.process_latent_in(out) if self.real else out
 
     def report(self) -> dict[str, Any]:
         return self.part("nodes.ledger").LEDGER.last()[0].report
@@ -157,6 +170,7 @@ def real(path: str, folder: Path) -> Host:
     """ComfyUI itself, in this process and for good: it cannot be unloaded."""
     sys.path.insert(0, path)
     sys.path.append(str(ROOT))
+    sys.modules.pop(ROOT.name, None)  # pytest imports the checkout as a package: one in a folder `comfy` would hide ComfyUI's
     argv, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(folder), "--output-directory", str(folder / "output")]
     try:
         import comfy.options

@@ -401,6 +401,18 @@ def sample_custom(
     return guider.sample(noise, latent, sampler, sigmas, noise_mask, told if callback else None, seed)
 
 
+PENDING: list[bool] = []  # interrupts asked for
+
+
+class InterruptProcessingException(Exception):
+    pass
+
+
+def throw_if_interrupted() -> None:
+    if PENDING and PENDING.pop():
+        raise InterruptProcessingException
+
+
 EXECUTING: list[Any] = []  # the node that runs, innermost last
 
 
@@ -421,7 +433,12 @@ def modules(profile: str, folder: Path) -> dict[str, ModuleType]:
         "comfy.patcher_extension": {"WrappersMP": WrappersMP},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher, "create_model_options_clone": create_model_options_clone},
         "comfy.model_sampling": {"CONST": CONST, "ModelSamplingDiscreteFlow": ModelSamplingDiscreteFlow},
-        "comfy.model_management": {"get_free_memory": lambda device=None, torch_free_too=False: 10**12},
+        "comfy.model_management": {
+            "get_free_memory": lambda device=None, torch_free_too=False: 10**12,
+            "InterruptProcessingException": InterruptProcessingException,
+            "interrupt_current_processing": PENDING.append,
+            "throw_exception_if_processing_interrupted": throw_if_interrupted,
+        },
         "comfy.samplers": {
             "calc_cond_batch": calc_cond_batch,
             "sampler_object": SAMPLERS.__getitem__,

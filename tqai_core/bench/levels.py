@@ -115,7 +115,7 @@ def _overhead(mini: Mini, rounds: int) -> list[Row]:
     mini.schedule("euler", 1.0)
     labels = labels_of(mini.kind, 0)
     rows = []
-    watching = {"idle": "lyapunov:min_steps=1000", "watching": "lyapunov:tau=0,min_steps=1"}  # the schedule is too short; never sure enough
+    watching = {"idle": "lyapunov:min_steps=1000", "watching": "lyapunov:tau=1e-9,min_steps=1"}  # too short a schedule; never sure
     for (what, monitor), level in itertools.product(watching.items(), ("model", "block", "attention")):
         config = Config(level=level, monitor=monitor)
         ratios = []

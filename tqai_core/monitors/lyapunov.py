@@ -38,6 +38,9 @@ class Lyapunov(
     levels = (*Monitor.levels, "kv")
     queries = 4
 
+    def idle(self, step: Step) -> str | None:
+        return "tau=0 allows no forecast" if self.tau == 0 else super().idle(step)
+
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         seen = state["seen"] = state.get("seen", 0) + 1
         gap = state["gap"] = state.get("gap", 0) + 1
