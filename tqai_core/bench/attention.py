@@ -41,6 +41,8 @@ E2E = {
     "top 25 %, frozen, order 0, no far field": ("window:far=none,residual=0", "bsa", "interval=4"),
     "top 25 %, frozen, order 0, linear far field": ("window:residual=0", "bsa", "interval=4"),
     "top 25 %, frozen, order 0, centroid far field": ("window:far=centroid,residual=0", "bsa", "interval=4"),
+    "top 25 %, frozen, order 1, linear far field": ("window:residual=1", "bsa", "interval=4"),
+    "window 25 %, order 1, linear far field": ("window:residual=1", None, "interval=4"),
     "window 25 %, order 1, no far field": ("window:far=none,residual=1", None, "interval=4"),
     "window 25 %, order 0, no far field": ("window:far=none,residual=0", None, "interval=4"),
     "window 25 %, order 0, linear far field": ("window:residual=0", None, "interval=4"),

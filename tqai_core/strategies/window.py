@@ -29,8 +29,7 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
     """Between full computations attention sees the nearest blocks of keys, or those that scorer ``bsa`` chooses, the others through
     a far field, and the residual full - sparse is carried on over sigma, each token's slope as far as it came true at the last full
     attention. The support stays as it was first chosen, since a residual can only be extrapolated over one support. On the WAN mini
-    order 0 with the linear far field has less than half the error of order 1 without one; on the Flux and SD3 minis order 1 with it
-    (residual=1) is the best, order 0 is 5 to 8 times worse. Saves a part of the attention alone: skipping whole steps is better
+    the linear far field has a quarter to two fifths of the error of none; order 0 with it errs more than order 1, on Flux and SD3 5 to 8 times. Saves a part of the attention alone: skipping whole steps is better
     where the model allows it.
     At level kv a step reads the exact tokens and ``density`` of the packed blocks, half of them the newest: at 16k tokens and density
     .25 a step takes half (nearest blocks) to two thirds (``bsa``) of the time, and has 6 times the KL of reading all of a four bit
@@ -39,11 +38,7 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
 
     density: float = param(0.25, "part of the key blocks that a query block sees", low=0.0, high=1.0)
     block: int = param(0, "tokens a block; 0 = 16, and from 4096 tokens on 64 keys and 256 queries", low=0, high=1024)
-    residual: int = param(
-        -1,
-        "order of the residual's forecast: 1 = linear over sigma, 0 = the last one, -1 = 0 with a far field, 1 without",
-        choices=(-1, 0, 1),
-    )
+    residual: int = param(1, "order of the residual's forecast: 1 = linear over sigma, 0 = the last one", choices=(0, 1))
     frozen: bool = param(True, "keep the support of the first computation; false = choose anew at every step")
     far: str = param(
         "linear",
@@ -65,7 +60,7 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        return self.residual if self.residual >= 0 else int(self.far == "none" or self.queries > 0)
+        return self.residual
 
     @property
     def span(self) -> int:
