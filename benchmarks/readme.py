@@ -155,6 +155,10 @@ def sampler(result: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\nThe best tuned stock solver of each number of calls. Calibrating 12 steps: {cost}."
 
 
+def attention_of(bench: Any, result: dict[str, Any]) -> dict[str, str]:
+    return {"attention": table(*bench.speeds(result)), "attention-clips": table(*bench.clips(result))}
+
+
 def peers(result: dict[str, Any]) -> str:
     """The rows as fast as ``quality`` or faster: what somebody would choose between."""
     rows = []
@@ -238,7 +242,7 @@ def cell(row: dict[str, Any] | None) -> str:
 
 
 def main() -> int:
-    from tqai_core.bench import calibrate, levels, llm_methods, methods
+    from tqai_core.bench import attention, calibrate, levels, llm_methods, methods
 
     dit, vectors, trajectories = load("dit"), load("codec"), load("stream")
     parts = {
@@ -250,12 +254,15 @@ def main() -> int:
     parts |= {"levels": levels_of(lower), "guidance": guidance_of(lower), "sampler": sampler(load("sampler"))}
     made = load("calibrate")
     parts |= {name: of_bench(getattr(calibrate, name), made) for name in ("calibration", "allocation", "tuning")}
+    kernels = load("attention")
+    parts |= attention_of(attention, kernels)
     others = load("dit_peers")
     parts["llm"] = f"{llm_quality(load('llm'))}\n\n{llm_speed(load('llm'))}"
     caches = load("llm_methods")
     parts["kv"] = kv_of(caches)
     details = {"methods": sections(methods, load("methods")), "levels": sections(levels, lower), "peers": peers(others)}
     details["kv_methods"] = sections(llm_methods, caches)
+    details["attention"] = sections(attention, kernels)
     stale = [fill(ROOT / "README.md", parts), fill(ROOT / "docs" / "methods.md", details)]
     return int(any(stale)) if "--check" in sys.argv else 0
 

@@ -6,7 +6,6 @@ is in; what belongs to one forward lies in a :class:`Forward` inside these optio
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tqai_core.adapters.sites import entropy
+from tqai_core.attention import dense
 from tqai_core.flow import Flow
 from tqai_core.strategies.window import Window
 from tqai_core.types import Where
@@ -60,8 +60,11 @@ class Forward:
                     self._observe(site, _kind(name), out[name] - before[name])
         return out
 
-    def attend(self, number: int | None, compute: Callable[[], Tensor], split: Callable[[], _Heads | None]) -> Tensor:
-        """One attention call inside block ``number``. ``split`` gives ``q, k, v [b, h, n, d]`` where they are wanted."""
+    def attend(
+        self, number: int | None, compute: Callable[[], Tensor], split: Callable[[], _Heads | None], fast: Callable[[], Tensor]
+    ) -> Tensor:
+        """One attention call inside block ``number``. ``split`` gives ``q, k, v [b, h, n, d]`` where they are wanted; ``compute`` is the
+        host's own attention, ``fast`` within the rounding of it."""
         with self.lock:
             nth = self.attentions[-1 if number is None else number]
             self.attentions[-1 if number is None else number] += 1
@@ -79,12 +82,12 @@ class Forward:
             if heads is None or heads.q.shape[-2] != heads.k.shape[-2]:
                 self.flow.recorder.fallback(f"{self.family}/{site}", "a mask or cross-attention: windows are for full self-attention")
                 return compute()
-            return self._sparse(site, heads, compute)
+            return self._sparse(site, heads, fast)
         with self.lock:
             if all(self._skips(site, "out", i) for i in range(len(self.branches))):
                 return self._recall(site, "out")
             self._revise(site)
-        out = compute()
+        out = fast()
         with self.lock:
             self._observe(site, "out", out)
         return out
@@ -92,21 +95,21 @@ class Forward:
     def _sparse(self, site: str, heads: _Heads, compute: Callable[[], Tensor]) -> Tensor:
         """Attention on part of the keys, and the residual from the last full one. Each branch has a support of its own."""
         flow, strategy, n = self.flow, cast(Window, self.flow.strategy), len(self.branches)
-        near = []
         with self.lock:
             forecast = all(self._skips(site, "residual", i) for i in range(n))
             if not forecast:
                 self._revise(site)
-            for i, (q, k, v) in enumerate(zip(heads.q.chunk(n), heads.k.chunk(n), heads.v.chunk(n), strict=True)):
-                stream = flow.memory[self._where(site, "residual", i)]
-                text = max(q.shape[-2] - math.prod(stream.grid), 0) if stream.grid else 0
-                near.append(strategy.attend(q, k, v, strategy.support(q, k, flow.scorer, stream, (text, 0))))
-        flat = heads.flat(torch.cat(near))
-        if forecast:
-            with self.lock:
-                return flat + heads.shaped(self._recall(site, "residual")).to(flat.dtype)
-        out = compute()
+        out = None if forecast else compute()
+        if out is not None and not flow.decision.compute:  # a site that stays exact, at a forecast step
+            return out
+        truths: Sequence[Tensor | None] = [None] * n if out is None else heads.split(out).chunk(n)
+        near = []
         with self.lock:
+            for i, (q, k, v) in enumerate(zip(heads.q.chunk(n), heads.k.chunk(n), heads.v.chunk(n), strict=True)):
+                near.append(strategy.near(flow, self._where(site, "residual", i), q, k, v, True, truths[i]))
+            flat = heads.flat(torch.cat(near))
+            if out is None:
+                return flat + heads.shaped(self._recall(site, "residual")).to(flat.dtype)
             self._observe(site, "residual", heads.tokens(out - flat), against=heads.tokens(out))
         return out
 
@@ -177,6 +180,10 @@ class _Heads:
         """The host's layout -> ``[b, n, h d]``, which is what is held."""
         return x.transpose(1, 2).flatten(2) if self.headed else x
 
+    def split(self, x: Tensor) -> Tensor:
+        """The host's layout -> ``[b, h, n, d]``."""
+        return x if self.headed else x.unflatten(-1, (self.q.shape[1], -1)).transpose(1, 2)
+
     def shaped(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.q.shape[1], -1)).transpose(1, 2) if self.headed else x
 
@@ -220,7 +227,16 @@ def override(before: Any) -> Callable[..., Tensor]:
         forward = options.get(FORWARD)
         if forward is None:
             return compute()
-        return forward.attend(options.get(BLOCK), compute, lambda: _heads(args, kwargs))
+
+        def fast() -> Tensor:
+            """Products in place of torch's fused attention; another attention that the user or a node chose stays."""
+            if before is None and getattr(func, "__name__", "") == "attention_pytorch" and kwargs.get("scale") is None:
+                heads = _heads(args, kwargs)
+                if heads is not None and dense.wanted(heads.q, heads.k, heads.v):
+                    return heads.flat(dense.attention(heads.q, heads.k, heads.v))
+            return compute()
+
+        return forward.attend(options.get(BLOCK), compute, lambda: _heads(args, kwargs), fast)
 
     return tqai_attention
 

@@ -133,11 +133,11 @@ def tiny() -> Callable[..., Any]:
         same_type = lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
         text = [{k: v if k.endswith("_ids") else same_type(v) for k, v in t.items()} for t in text]
 
-        def call(sigma: float, branch: int = 0) -> torch.Tensor:
+        def call(sigma: float, branch: int = 0, **over: Any) -> torch.Tensor:
             now = ((1 - sigma) * x + sigma * noise).to(dtype)
             t = torch.full((2,), sigma * scale)
             with torch.no_grad():
-                return model(hidden_states=now, timestep=t, return_dict=False, **text[branch])[0]
+                return model(hidden_states=now, timestep=t, return_dict=False, **text[branch], **over)[0]
 
         return model, call
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import tqai_core as tqai
-from tqai_core.bench import calibrate, codec, dit, stream
+from tqai_core.bench import attention, calibrate, codec, dit, stream
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,7 +20,7 @@ def test_readme_figures_are_those_of_the_results():
 
 
 def test_results_name_their_machine_and_their_promises_are_recomputed():
-    for name, module in (("dit", dit), ("codec", codec), ("stream", stream), ("calibrate", calibrate)):
+    for name, module in (("dit", dit), ("codec", codec), ("stream", stream), ("calibrate", calibrate), ("attention", attention)):
         result = json.loads((RESULTS / f"{name}.json").read_text())
         assert result["machine"]["cpu"]
         assert result["machine"]["threads"] == 1

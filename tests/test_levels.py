@@ -11,6 +11,7 @@ import torch
 import tqai_core as tqai
 from tqai_core import minis
 from tqai_core.adapters import sites
+from tqai_core.attention.tiles import Layout
 from tqai_core.metrics import nmse
 from tqai_core.registry import REGISTRY, names
 
@@ -173,6 +174,112 @@ def test_window(kind, scorer, tiny):
     assert 1e-9 < errors[0.25] < 1e-3
     assert same(loop(call), exact)
     assert clean(model)
+
+
+@pytest.mark.parametrize("strategy", ["delta2", "window:block=4"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
+def test_computed_steps_take_the_faster_dense_attention_in_bf16(kind, strategy, tiny, monkeypatch):
+    """Within the rounding of bf16; one switch makes them the model's own bits, and a backend that the user chose stays."""
+    from tqai_core.attention import dense
+
+    model, call = tiny(kind, dtype=torch.bfloat16)
+    exact = loop(call)
+    used = []
+    monkeypatch.setattr(dense, "choice", lambda q, k, v: "sdpa" if dense.off() or q.dtype != torch.bfloat16 else "products")
+    inner = dense.products
+    monkeypatch.setattr(dense, "products", lambda *a: used.append(1) or inner(*a))
+    config = tqai.Config(level="attention", strategy=strategy, monitor="fixed:interval=1,min_steps=1")
+    with tqai.apply(model, config, steps=STEPS) as handle:
+        out = loop(call)
+    assert handle.report().calls_skipped == 0
+    assert len(used) >= STEPS
+    assert nmse(torch.stack(out), torch.stack(exact)) < 1e-3
+    assert same(loop(call), exact)
+    monkeypatch.setenv("TQAI_DENSE", "sdpa")
+    with tqai.apply(model, config, steps=STEPS):
+        assert same(loop(call), exact)
+    monkeypatch.delenv("TQAI_DENSE")
+    if kind != "sd3":  # its processor knows torch's own alone
+        from diffusers.models.attention_dispatch import attention_backend
+
+        used.clear()
+        with attention_backend("flex"), tqai.apply(model, config, steps=STEPS):
+            loop(call)
+        assert not used
+
+
+@pytest.mark.parametrize("strategy", ["window:block=4,density=0.25", "window:block=4,density=0.25,far=centroid", "window:queries=4"])
+@pytest.mark.parametrize("kind", ALL)
+def test_window_works_on_every_class(kind, strategy, tiny):
+    model, call = tiny(kind)
+    exact = loop(call)
+    with tqai.apply(model, tqai.Config(level="attention", strategy=strategy, monitor=HALF), steps=STEPS) as handle:
+        out = loop(call)
+    report = handle.report()
+    assert report.calls_skipped > 0
+    assert not same(out, exact)
+    assert nmse(torch.stack(out), torch.stack(exact)) < 1e-3
+    judged = [site["far"] for site in report.per_site.values() if "far" in site]
+    assert bool(judged) == ("queries" not in strategy)
+    if max(judged, default=0) > 1:
+        assert "far field: off in" in report.to_markdown()
+    assert same(loop(call), exact)
+    assert clean(model)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_tokens_laid_out_once_a_call(kind, tiny):
+    """The same as in each attention, but for the order of sums; and nothing of it stays."""
+    model, call = tiny(kind)
+    exact = loop(call)
+    outs, moved = {}, []
+    inner = Layout.apply
+    for lay in ("layer", "call"):
+        config = tqai.Config(level="attention", strategy=f"window:block=4,density=0.25,far=none,lay={lay}", monitor=HALF, codec="exact")
+        with pytest.MonkeyPatch.context() as patch, tqai.apply(model, config, steps=STEPS) as handle:
+            patch.setattr(Layout, "apply", lambda self, x, dim, lay=lay: moved.append(lay) or inner(self, x, dim))
+            outs[lay] = loop(call)
+        assert handle.report().calls_skipped > 0
+    error, gap = (nmse(torch.stack(outs["call"]), torch.stack(other)) for other in (exact, outs["layer"]))
+    assert gap < 1e-3 * error
+    assert moved.count("call") < moved.count("layer")
+    assert same(loop(call), exact)
+    assert clean(model)
+    assert not [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+def test_what_another_model_adds_to_the_tokens_keeps_them_in_raster(tiny):
+    model, call = tiny("flux")
+    config = tqai.Config(level="attention", strategy="window:block=4,density=0.25,lay=call", monitor=HALF, codec="exact")
+    plain = tqai.Config(level="attention", strategy="window:block=4,density=0.25", monitor=HALF, codec="exact")
+    outs = []
+    for chosen in (config, plain):
+        with tqai.apply(model, chosen, steps=STEPS) as handle:
+            outs.append(loop(lambda *a: call(*a, controlnet_block_samples=[torch.ones(2, 64, 32)])))
+        assert handle.report().calls_skipped > 0
+    assert same(*outs)
+
+
+def test_a_far_field_that_errs_more_than_none_is_switched_off_and_said(tiny, monkeypatch):
+    from tqai_core.strategies import window
+
+    model, call = tiny("wan")
+    inner = window.block_attention
+
+    def spoiled(*args):
+        return inner(*args) * (3 if args[6] else 1)
+
+    monkeypatch.setattr(window, "block_attention", spoiled)
+    config = tqai.Config(level="attention", strategy="window:block=4,residual=0", monitor=HALF, codec="exact")
+    with tqai.apply(model, config, steps=STEPS) as handle:
+        out = loop(call)
+    judged = [site["far"] for site in handle.report().per_site.values() if "far" in site]
+    assert judged
+    assert min(judged) > 1
+    assert "far field: off in 2 of 2 attentions" in handle.report().to_markdown()
+    plain = tqai.Config(level="attention", strategy="window:block=4,far=none,residual=0", monitor=HALF, codec="exact")
+    with tqai.apply(model, plain, steps=STEPS):
+        assert same(loop(call), out), "as if it had none"
 
 
 @pytest.mark.parametrize("level", ["model", "block", "attention"])

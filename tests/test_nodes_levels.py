@@ -121,6 +121,29 @@ def test_the_entropy_that_stability_wants_is_measured(host, level):
     assert all(0 <= v <= 1.01 for v in seen)
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan22_5b"])
+def test_computed_steps_take_the_faster_dense_attention(host, name, monkeypatch):
+    """As bf16 would; here forced. An override that was there before is the user's own attention and stays."""
+    from tqai_core.attention import dense
+
+    used = []
+    inner = dense.products
+    m = host.load(name)
+    on = host.compress(m, host.pipeline("lyapunov", tau=0.0), level="attention")
+    plain = host.sample(on, name)
+    monkeypatch.setattr(dense, "choice", lambda q, k, v: "products")
+    monkeypatch.setattr(dense, "products", lambda *a: used.append(1) or inner(*a))
+    fast = host.sample(on, name)
+    if used or not host.real:  # a real host may have chosen another attention
+        assert used
+        assert (fast - plain).abs().max() < 1e-3 * plain.abs().max()
+    taken = m.clone()
+    taken.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *args, **kwargs: func(*args, **kwargs)
+    used.clear()
+    assert torch.equal(host.sample(host.compress(taken, host.pipeline("lyapunov", tau=0.0), level="attention"), name), plain)
+    assert not used
+
+
 @pytest.mark.shows("another node that replaces the attention")
 def test_an_earlier_override_is_called_on_and_a_later_one_is_reported(host):
     calls = []

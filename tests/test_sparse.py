@@ -1,6 +1,13 @@
-"""Block-sparse attention against a slow reference."""
+"""Block-sparse attention against a slow reference: every backend, both far fields, masks, ragged lengths, duplicates."""
 
 from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,41 +15,150 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqai_core.attention import block_attention
-from tqai_core.attention.sparse import local_index
+from tqai_core.attention import block_attention, dense, flex, sparse, spherical_attention
+from tqai_core.attention.tiles import Layout, local_index, neighbours, tile_shape
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def reference(q, k, v, index, bq, bk):
-    b, h, n, _ = q.shape
-    m = k.shape[2]
-    live = torch.zeros(b, h, n, m, dtype=torch.bool)
-    index = index.expand(b, h, -1, -1)
-    for i in range(n):
-        for j in range(m):
-            live[:, :, i, j] = (index[:, :, i // bq] == j // bk).any(-1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=live)
+def reference(q, k, v, index, bq, bk, far=None, keys=None):
+    """One query at a time, float64, straight from the definitions."""
+    (b, h, n, d), m = q.shape, k.shape[2]
+    out = torch.zeros(b, h, n, v.shape[3], dtype=torch.float64)
+    q, k, v = q.double() / d**0.5, k.double(), v.double()
+    for i, j, r in itertools.product(range(b), range(h), range(n)):
+        row = index[min(i, len(index) - 1), min(j, index.shape[1] - 1), r // bq]
+        near = set(row.nonzero().flatten().tolist()) if index.dtype == torch.bool else set(row.tolist())
+        seen = torch.ones(m, dtype=torch.bool) if keys is None else keys[min(i, len(keys) - 1)]
+        near = torch.tensor([t // bk in near for t in range(m)]) & seen
+        rest = seen & ~near
+        query, own, values = q[i, j, r], k[i, j], v[i, j]
+        logits, chosen = [own[near] @ query], [values[near]]
+        if far == "linear" and rest.any():
+            centre, z = own[rest].mean(0) @ query, (own[rest] - own[rest].mean(0)) @ query
+            weight = (1 + z)[:, None] / len(z)  # 1 + z, its mass to the second order
+            logits.append((centre + math.log(len(z)) + math.log1p(z.square().mean() / 2))[None])
+            chosen.append((weight * values[rest]).sum(0)[None])
+        if far == "centroid":
+            for at in range(0, m, bk):
+                mine = rest & (torch.arange(m) // bk == at // bk)
+                if mine.any():
+                    logits.append((own[mine].mean(0) @ query + math.log(int(mine.sum())))[None])
+                    chosen.append(values[mine].mean(0)[None])
+        logits = torch.cat(logits)
+        if len(logits):
+            out[i, j, r] = logits.softmax(0) @ torch.cat(chosen)
+    return out
 
 
-@given(
-    n=st.integers(1, 40), m=st.integers(1, 40), bq=st.integers(1, 12), bk=st.integers(1, 12), kept=st.integers(1, 5),
-    wide=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
-@settings(max_examples=60, deadline=None)
-def test_against_a_mask(n, m, bq, bk, kept, wide, seed):
+def case(seed, n, m, bq, bk, kept, marks, hide, sizes=(8, 16, 5), b=2, h=2):
+    """Keys with a mean of their own, an index with duplicates or marks (rows without any too), padded keys (all of them in a row)."""
     g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(2, 3, size, 8, generator=g) for size in (n, m, m))
-    blocks = -(-m // bk)
-    kept = min(kept, blocks)
-    shape = (2, 3) if wide else (1, 1)
-    index = torch.rand(*shape, -(-n // bq), blocks, generator=g).argsort(-1)[..., :kept]
-    assert torch.allclose(block_attention(q, k, v, index, bq, bk), reference(q, k, v, index, bq, bk), atol=1e-5)
+    d, dv = sizes[seed % 2], sizes[seed % 3]
+    q, k, v = (torch.randn(b, h, size, width, generator=g) for size, width in ((n, d), (m, d), (m, dv)))
+    nq, nk = -(-n // bq), -(-m // bk)
+    shape = ((b, h), (1, h), (b, 1), (1, 1))[seed % 4]
+    index = torch.rand(*shape, nq, nk, generator=g) < 0.4 if marks else torch.randint(0, nk, (*shape, nq, kept), generator=g)
+    keys = None if hide is None else torch.rand((1, b)[seed % 2], m, generator=g) >= hide
+    return q, k + 2, v - 1, index, keys
+
+
+CASES = {
+    "seed": st.integers(0, 999), "n": st.integers(1, 40), "m": st.integers(1, 40), "bq": st.integers(1, 12), "bk": st.integers(1, 12),
+    "kept": st.integers(1, 5), "marks": st.booleans(), "hide": st.sampled_from([None, 0.1, 0.6, 1.0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("far", [None, "linear", "centroid"])
+@given(**CASES)
+@settings(max_examples=40, deadline=None)
+def test_against_the_reference(far, seed, n, m, bq, bk, kept, marks, hide):
+    q, k, v, index, keys = case(seed, n, m, bq, bk, kept, marks, hide)
+    want = reference(q, k, v, index, bq, bk, far, keys)
+    assert torch.allclose(block_attention(q, k, v, index, bq, bk, far, keys=keys).double(), want, atol=1e-5)
+    half = block_attention(*(x.bfloat16() for x in (q, k, v)), index, bq, bk, far, keys=keys)
+    assert half.dtype == torch.bfloat16
+    assert (half.double() - want).abs().max() < 0.1
+
+
+@given(**CASES)
+@settings(max_examples=25, deadline=None)
+def test_flex_with_its_block_mask(seed, n, m, bq, bk, kept, marks, hide):
+    """The eager one, which ignores a mask without a mask_mod."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v, index, keys = case(seed, n, m, bq, bk, kept, marks, hide, sizes=(8, 8, 8))
+    blocks = sparse.Blocks.of(q, k, index, bq, bk, keys)
+    assert torch.allclose(flex.attend(q, k, v, blocks, flex_attention).double(), reference(q, k, v, index, bq, bk, None, keys), atol=1e-5)
+
+
+def test_flex_that_does_not_compile_is_told_once_and_replaced(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    q = torch.randn(1, 1, 64, 16)
+    index = torch.zeros(1, 1, 4, 1, dtype=torch.long)
+    want = block_attention(q, q, q, index, 16, 16)
+    monkeypatch.setattr(flex, "_why", "")
+    monkeypatch.setattr(flex, "wanted", lambda q, *blocks: not flex._why)
+    monkeypatch.setattr(flex, "_compiled", lambda: fails)
+    with pytest.warns(UserWarning, match="no compiler here"):
+        assert torch.equal(block_attention(q, q, q, index, 16, 16), want)
+    assert torch.equal(block_attention(q, q, q, index, 16, 16), want)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
-def test_a_full_index_is_dense_attention(dtype, tolerance):
+@pytest.mark.parametrize("far", [None, "linear", "centroid"])
+def test_a_full_index_is_dense_attention(dtype, tolerance, far):
     q, k, v = torch.randn(3, 1, 2, 50, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     index = torch.arange(7).expand(1, 1, 7, 7)
-    assert torch.allclose(block_attention(q, k, v, index, 8, 8).float(), F.scaled_dot_product_attention(q, k, v).float(), atol=tolerance)
+    dense = F.scaled_dot_product_attention(q, k, v).float()
+    assert torch.allclose(block_attention(q, k, v, index, 8, 8, far).float(), dense, atol=tolerance)
+    twice = torch.cat([index, index.flip(-1)], -1)
+    assert torch.allclose(block_attention(q, k, v, twice, 8, 8, far).float(), dense, atol=tolerance), "named twice, counted once"
+
+
+@pytest.mark.parametrize("group, chunk", [(1, 1), (1 << 12, 1 << 14), (1 << 30, 1 << 30)])
+@pytest.mark.parametrize("far", [None, "linear", "centroid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_however_heads_and_blocks_are_cut(group, chunk, far, dtype, monkeypatch):
+    g = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(3, 2, 90, 3, 16, generator=g).to(dtype).transpose(2, 3).unbind()  # [b, n, h, d] seen as [b, h, n, d]
+    index = torch.randint(0, 12, (2, 3, 6, 4), generator=g)
+    want = block_attention(q, k, v, index, 16, 8, far)
+    monkeypatch.setattr(sparse, "GROUP", group)
+    monkeypatch.setattr(sparse, "CHUNK", chunk)
+    assert torch.allclose(block_attention(q, k, v, index, 16, 8, far), want, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_far_fields_err_less_than_none_on_smooth_keys():
+    """What they are for: weak, many, ignored otherwise."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 512, 32, generator=g)
+    v = v + torch.linspace(-1, 1, 512)[:, None]
+    index = torch.arange(8)[None, None, :, None]
+    full = F.scaled_dot_product_attention(q, k, v)
+    errors = {far: float((block_attention(q, k, v, index, 64, 64, far) - full).square().mean()) for far in (None, "linear", "centroid")}
+    assert errors["linear"] < errors["centroid"] < 0.3 * errors[None]
+
+
+def test_logits_of_any_size():
+    q, k, v = torch.randn(3, 1, 1, 64, 8, generator=torch.Generator().manual_seed(0))
+    for far in (None, "linear", "centroid"):
+        out = block_attention(q * 100, k * 100, v, torch.zeros(1, 1, 4, 1, dtype=torch.long), 16, 16, far)
+        assert bool(torch.isfinite(out).all())
+        assert out.abs().max() < 50
+
+
+def test_empty_ones():
+    q = torch.randn(1, 2, 16, 8)
+    nothing = block_attention(q, q, q, torch.zeros(1, 1, 2, 0, dtype=torch.long), 8, 8)
+    assert torch.equal(nothing, torch.zeros_like(q))
+    assert block_attention(q[:, :, :0], q, q, torch.zeros(1, 1, 0, 1, dtype=torch.long), 8, 8).shape == (1, 2, 0, 8)
+    unseen = block_attention(q, q, q, torch.zeros(1, 1, 2, 2, dtype=torch.bool), 8, 8)
+    assert torch.equal(unseen, torch.zeros_like(q))
+    marked = block_attention(q, q, q, torch.zeros(1, 1, 2, 2, dtype=torch.bool), 8, 8, "centroid")
+    assert bool((marked != 0).any()), "all keys are far away"
 
 
 def test_wrong_shapes_and_blocks_out_of_range():
@@ -53,13 +169,205 @@ def test_wrong_shapes_and_blocks_out_of_range():
             block_attention(q, q, q, index, 8, 8)
     with pytest.raises(ValueError, match="alike"):
         block_attention(q, q[:, :1], q, good, 8, 8)
+    with pytest.raises(ValueError, match="floating type"):
+        block_attention(q, q.bfloat16(), q, good, 8, 8)
+    with pytest.raises(ValueError, match="integers"):
+        block_attention(q, q, q, good.float(), 8, 8)
+    with pytest.raises(ValueError, match="expected"):
+        block_attention(q, q, q, good.bool(), 8, 8)
+    with pytest.raises(ValueError, match="block_k"):
+        block_attention(q, q, q, good, 8, 0)
+    with pytest.raises(ValueError, match="'linear' or 'centroid'"):
+        block_attention(q, q, q, good, 8, 8, far="taylor")
+    with pytest.raises(ValueError, match="True for keys"):
+        block_attention(q, q, q, good, 8, 8, keys=torch.ones(1, 15, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no far field"):
+        block_attention(q, q, q, good, 8, 8, far="linear", backend="flex")
+    with pytest.raises(ValueError, match="'torch'"):
+        block_attention(q, q, q, good, 8, 8, backend="cuda")
+
+
+def test_the_extra_memory_is_bounded():
+    """By the peak of the process, as the bench does, at 8192 tokens in bf16."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("no /proc/self/clear_refs")
+    code = (
+        "from tqai_core.bench.attention import extra_memory\n"
+        "print(max(extra_memory(8192, 128, 'bf16', d, far) for d in (.5,) for far in (None, 'linear')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0 <= float(run.stdout) < 16 * 2**20
+
+
+def test_the_bench_measures_what_it_prints(monkeypatch):
+    from tqai_core.bench import attention
+
+    monkeypatch.setattr(attention, "SIZES", {"bf16": (32, {512: 1}), "fp32": (32, {512: 1})})
+    rows = [row for kind, (d, sizes) in attention.SIZES.items() for n, h in sizes.items() for row in attention.speed(kind, n, h, d)]
+    best = {
+        kind: min(r["seconds"] for r in rows if r["dtype"] == kind and r["method"] in ("sdpa", "products")) for kind in ("bf16", "fp32")
+    }
+    for row in rows:
+        assert row["over_best"] == pytest.approx(best[row["dtype"]] / row["seconds"])
+    head, table = attention.speeds({"speed": rows})
+    assert [len(row) for row in table] == [len(head)] * 2
+    assert attention.plot({"speed": rows}).count("<polyline") == 8
+    lines = attention.verdicts({
+        "speed": [{**row, "n": 8192} for row in rows], "memory": [{"extra": 17 * 2**20}],
+        "wan": [{"method": name, "nmse": [1.0, 2.0 if "order 1" in name else 0.5]} for name in attention.E2E],
+    })  # fmt: skip
+    assert [line["ok"] for line in lines][-5:] == [False] * 5, "the worst seed counts"
+
+
+# -- Triton
+
+
+def test_triton_in_its_interpreter():
+    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "TQAI_TRITON": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("equal") == 24
+
+
+def _interpret() -> None:
+    from tqai_core.attention import triton_sparse
+
+    assert triton_sparse.wanted(torch.zeros(1))
+    for seed in range(12):
+        g = torch.Generator().manual_seed(100 + seed)
+        n, m, bq, bk, kept = (int(torch.randint(1, high, (1,), generator=g)) for high in (70, 50, 20, 20, 5))
+        q, k, v, index, keys = case(seed, n, m, bq, bk, kept, seed % 2 == 1, (None, 0.1, 1.0)[seed % 3])
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-2)):
+            for far in (None, "linear", "centroid"):
+                out = block_attention(*(x.to(dtype) for x in (q, k, v)), index, bq, bk, far, keys=keys)  # TQAI_TRITON chooses it
+                gap = (out.double() - reference(q, k, v, index, bq, bk, far, keys)).abs().max()
+                assert gap < tolerance, (seed, dtype, far, float(gap))
+            print("equal")
+
+
+def test_triton_that_is_missing_is_an_error_that_says_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    q = torch.randn(1, 1, 16, 8)
+    with pytest.raises(ValueError, match="pip install triton"):
+        block_attention(q, q, q, torch.zeros(1, 1, 2, 1, dtype=torch.long), 8, 8, backend="triton")
+
+
+# -- dense
+
+
+def test_dense_products_are_the_attention():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, d, generator=g) for n, d in ((70, 16), (50, 16), (50, 8)))
+    assert torch.allclose(dense.products(q, k, v, 0.3), F.scaled_dot_product_attention(q, k, v, scale=0.3), atol=1e-5)
+
+
+def test_dense_is_measured_once_and_switched_off(monkeypatch):
+    q = torch.randn(1, 2, 200, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    measured = []
+    monkeypatch.setattr(dense, "_CHOSEN", {})
+    monkeypatch.setattr(dense, "_measure", lambda *a: measured.append(a) or "products")
+    state = torch.get_rng_state()
+    fast = dense.attention(q, q, q)
+    dense.attention(q, q, q)
+    assert len(measured) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(fast, dense.products(q, q, q))
+    exact = F.scaled_dot_product_attention(q, q, q)
+    assert (fast - exact).float().norm() < 2**-7 * exact.float().norm(), "within the rounding of bf16"
+    monkeypatch.setenv("TQAI_DENSE", "sdpa")
+    assert torch.equal(dense.attention(q, q, q), exact)
+    monkeypatch.delenv("TQAI_DENSE")
+    assert torch.equal(dense.attention(*(3 * [q.float()])), F.scaled_dot_product_attention(*(3 * [q.float()]))), "fp32 is never measured"
+    assert len(measured) == 1
+    monkeypatch.undo()
+    assert dense.choice(q, q, q) in ("sdpa", "products")
+
+
+# -- spherical
+
+
+def test_spherical_is_exact_in_linear_time_and_refuses_softmax_models():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, d, generator=g) for n, d in ((7, 8), (9, 8), (9, 5)))
+    z = (q @ k.mT / 8**0.5).double()
+    want = (z / z.square().sum(-1, keepdim=True).sqrt()) @ v.double()
+    assert torch.allclose(spherical_attention(q, k, v, trained=True).double(), want, atol=1e-5)
+    with pytest.raises(ValueError, match=r"\.42.*trained=True"):
+        spherical_attention(q, k, v)
+    with pytest.raises(ValueError, match="alike"):
+        spherical_attention(q, k[:1], v, trained=True)
+
+
+# -- tiles
+
+
+@given(grid=st.lists(st.integers(1, 9), min_size=1, max_size=3), block=st.integers(1, 70), text=st.integers(0, 5), first=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_a_layout_is_a_permutation_that_leaves_text_alone(grid, block, text, first):
+    n = math.prod(grid) + text
+    layout = Layout.of(n, block, tuple(grid), first)
+    assert len(layout) == n
+    assert math.prod(layout.tile) <= block
+    x = torch.arange(n)
+    laid = layout.apply(x, 0)
+    assert torch.equal(layout.undo(laid, 0), x)
+    assert torch.equal(layout.apply(layout.undo(x, 0), 0), x)
+    own = slice(0, text) if first else slice(n - text, n)
+    assert torch.equal(laid[own], x[own])
+    assert layout.raster == torch.equal(laid, x)
+
+
+def test_tiles_are_cubes_and_runs_of_them_are_whole_tiles():
+    assert tile_shape((9, 8, 8), 16) == (1, 4, 4)
+    assert tile_shape((9, 8, 8), 12) == (3, 2, 2)
+    assert tile_shape((16, 16, 32), 64) == (4, 4, 4)
+    layout = Layout.of(16 * 16 * 32, 64, (16, 16, 32))
+    place = layout.places().view(-1, 64, 3)
+    assert bool(((place.amax(1) - place.amin(1)) == 3).all())
+
+
+def test_rotary_tables_are_laid_out_with_the_tokens():
+    """Rotated after the layout as before it: attention knows no order."""
+    layout = Layout.of(5 + 48, 8, (3, 4, 4), text_first=True)
+    g = torch.Generator().manual_seed(0)
+    x, table = torch.randn(53, 16, generator=g), torch.randn(53, 16, generator=g)
+    assert torch.equal(layout.apply(x * table, 0), layout.apply(x, 0) * layout.apply_rope(table))
+    inside = Layout(layout.grid, layout.tile)
+    assert torch.equal(layout.apply_rope(table[5:]), inside.apply(table[5:], 0))
+    with pytest.raises(ValueError, match="53 tokens, or the 48"):
+        layout.apply_rope(table[:50])
 
 
 def test_the_local_support_is_near_on_the_grid_and_sees_all_text():
-    index = local_index(4 + 64, 4, 5, (8, 8), (4, 0), torch.device("cpu"))[0, 0]
+    layout = Layout.of(4 + 64, 1, (8, 8), True)  # tiles of one token: the raster
+    index = local_index(layout, 4, 4, 5, torch.device("cpu"))[0, 0]
     assert bool((index == 0).any(-1).all()), "the text block"
     assert index.shape == (17, 5)
     mine = torch.arange(17)
     assert bool((index == mine[:, None]).any(-1).all()), "its own block"
     above = (mine[1:-2] + 2).tolist()  # four tokens are half a row: two blocks on is the row below
     assert all(below in row for below, row in zip(above[2:-2], index[3:-4].tolist(), strict=True))
+
+
+def test_a_window_of_tiles():
+    layout = Layout((4, 4, 8), (2, 2, 2))
+    index = neighbours(layout, (0, 1, 1))
+    assert index.shape == (1, 1, 16, 6)
+    place = layout.places().view(16, 8, 3).mean(1) / 2
+    gap = (place[index[0, 0]] - place[:, None]).abs()
+    assert gap[..., 0].max() == 0
+    assert gap[..., 1:].max() == 2, "moved inwards at the border"
+    whole = neighbours(layout, (3, 3, 3))
+    q, k, v = torch.randn(3, 1, 2, 128, 16, generator=torch.Generator().manual_seed(0))
+    out = block_attention(*(layout.apply(x, 2) for x in (q, k, v)), whole, 8, 8)
+    assert torch.allclose(layout.undo(out, 2), F.scaled_dot_product_attention(q, k, v), atol=1e-5)
+    with pytest.raises(ValueError, match="whole tiles"):
+        neighbours(Layout((5, 4, 8), (2, 2, 2)), (1, 1, 1))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _interpret()

@@ -15,7 +15,7 @@ from .calibrate.sampler_cli import add_sampler_arguments
 
 WHAT = (
     "dit: forecast-skipping; levels: block, attention, guidance, overhead; methods: every scorer x strategy x monitor; "
-    "sampler: the calibrated sampler; codec: vectors; stream: trajectories; llm: KV caches; "
+    "attention: sparse and dense kernels; sampler: the calibrated sampler; codec: vectors; stream: trajectories; llm: KV caches; "
     "calibrate: calibration and tuning (also --kinds lm)"
 )
 
@@ -49,12 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("file", type=Path, help="a file of tqai calibrate, a study of tqai tune, or its --json")
     report.add_argument("-o", "--out", type=Path, default=Path("out/report.html"), metavar="FILE", help="the page")
     bench = command("bench", "measure, and print what is compared with", _bench)
-    bench.add_argument("what", choices=("dit", "levels", "methods", "sampler", "codec", "stream", "llm", "calibrate"), help=WHAT)
+    bench.add_argument(
+        "what", choices=("dit", "levels", "methods", "attention", "sampler", "codec", "stream", "llm", "calibrate"), help=WHAT
+    )
     peers = "codec, stream, llm: beside other codecs (default); dit: other step caches instead"
     bench.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
     bench.add_argument("--report", action="store_true", help="stream: ten pipelines on seven model shapes, bytes counted")
     bench.add_argument("--methods", action="store_true", help="llm: scorers, strategies and monitors on the packed cache instead")
-    plots = "as SVG; codec: NMSE against bits with the Shannon line; llm: KL against bits held"
+    plots = "as SVG; codec: NMSE against bits with the Shannon line; llm: KL against bits held; attention: speed against tokens"
     bench.add_argument("--plot", type=Path, metavar="FILE", help=plots)
     bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
     bench.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="seeds, as in 0,1,2")
@@ -158,7 +160,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import calibrate, codec, dit, dit_peers, levels, llm, llm_methods, methods, sampler, stream, stream_report
+    from .bench import attention, calibrate, codec, dit, dit_peers, levels, llm, llm_methods, methods, sampler, stream, stream_report
 
     peers = args.peers is not False
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
@@ -171,6 +173,10 @@ def _bench(args: argparse.Namespace) -> int:
         result, tables = module.bench(args.kinds, args.seeds, tell), module.tables_of
     elif args.what == "calibrate":
         result, tables = calibrate.bench(args.kinds, tell), calibrate.tables_of
+    elif args.what == "attention":
+        result, tables = attention.bench(args.seeds, tell), attention.tables_of
+        if args.plot:
+            _write(str(args.plot), attention.plot(result))
     elif args.what == "codec":
         result, tables = codec.bench(peers, tell), codec.tables_of
         if args.plot:

@@ -91,6 +91,7 @@ class Memory:
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.grid: tuple[int, ...] = ()
+        self.laid: Any = None  # the Layout in which the tokens of the call under way lie, if not as a raster
         self.home: torch.device | None
         self.clear()
 

@@ -51,6 +51,9 @@ class Report:
             for d in self.decisions:
                 cells = [d["step"], _figure(d["sigma"]), d["action"], _figure(d["error_estimate"]), _figure(d["error"]), d["why"]]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
+        judged = {site: row["far"] for site, row in self.per_site.items() if "far" in row}
+        if worse := [f"{site} ({ratio:.2f})" for site, ratio in judged.items() if ratio > 1]:
+            lines.append(f"\nfar field: off in {len(worse)} of {len(judged)} attentions, where it errs more than none: {', '.join(worse)}")
         lines += [f"\nwarning: {text}" for text in self.warnings]
         lines += [f"\nexact: {f['where']}: {f['why']}" for f in self.fallbacks]
         return "\n".join(lines) + "\n"
@@ -111,6 +114,10 @@ class Recorder:
         site = self._site(model, where)
         site["errors"] = site.get("errors", 0) + 1
         site["error_mean"] = site["error_mean"] + (error - site["error_mean"]) / site["errors"]
+
+    def far(self, model: str, where: Where, ratio: float) -> None:
+        """The error of a sparse attention with its far field over the one without: off where it is above 1."""
+        self._site(model, where)["far"] = ratio
 
     def fallback(self, where: str, why: str) -> None:
         entry = {"where": where, "why": why}

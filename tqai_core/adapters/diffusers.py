@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ..config import Config
 from ..flow import Flow
 from ..handle import Handle
+from ..strategies.window import Window
 from ..types import Step, Where
 from . import flux, sd3, wan
 from .families import Family
+from .laid import Laid
 from .sites import OBSERVE, Site, stand_in, swap_block
 
 PROBES = 4  # attentions whose entropy is watched
@@ -168,10 +170,14 @@ def _hook(name: str, model: Any, family: Family, config: Config, handle: Handle,
     flow = Flow(config, handle.recorder, name, _agreement(model))
     handle.flows.append(flow)
     sites = _sites(model, family, config, flow, protected)
+    laid = None
+    if flow.off is None and isinstance(flow.strategy, Window) and flow.strategy.lay == "call":
+        laid = Laid(model, family, flow, flow.strategy)
+        handle.on_remove(laid.remove)
     depth = len(family.layers(model))
     whole = config.level == "model" and len({block for block, _ in family.layers(model)} & protected) == depth
     registry = HookRegistry.check_if_exists_or_initialize(model)
-    hook = _root_hook(flow, family, handle, clock, config, protected, whole, sites)
+    hook = _root_hook(flow, family, handle, clock, config, protected, whole, sites, laid)
     registry.register_hook(hook, HOOK)
     ours = model.forward
     registry.invalidate_child_registries_cache()
@@ -288,8 +294,9 @@ class CallClock(Clock):
 
 
 def _root_hook(
-    flow: Flow, family: Family, handle: Handle, clock: Clock, config: Config, protected: set[str], whole: bool, sites: list[Site]
-) -> Any:
+    flow: Flow, family: Family, handle: Handle, clock: Clock, config: Config, protected: set[str], whole: bool, sites: list[Site],
+    laid: Laid | None,
+) -> Any:  # fmt: skip
     """Made in a function so that this module can be read without diffusers."""
     from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 
@@ -412,6 +419,8 @@ def _root_hook(
             if not sites or flow.bypass is not None:  # the modules are as disarm left them: exact
                 return compute(*args, **kwargs)
             constant = self._same_text(branch, kwargs)
+            if laid is not None:
+                kwargs = laid.enter(kwargs)
             for site in sites:
                 site.arm(branch, before, first=before is None)
                 if site.name.startswith("cross."):
@@ -420,6 +429,8 @@ def _root_hook(
             try:
                 return compute(*args, **kwargs)
             finally:
+                if laid is not None:
+                    laid.leave()
                 for site in sites:
                     site.disarm()
                     if site.name.startswith("cross."):

@@ -14,13 +14,17 @@ SELF = ("attn", "attn1")  # names of a block's self-attention
 @dataclass(frozen=True)
 class Family:
     """``classes`` are transformer class names, ``blocks`` the attributes that hold its layers in order, ``time_scale``
-    the factor between sigma and the ``timestep`` that the class takes, ``text_first`` the place of text in joint attention."""
+    the factor between sigma and the ``timestep`` that the class takes, ``text_first`` the place of text in joint attention.
+    ``tokens`` is the module whose output are the image's tokens, ``rope`` the one that makes their rotary tables, where it
+    is not told their places."""
 
     name: str
     classes: tuple[str, ...]
     blocks: tuple[str, ...]
     time_scale: float
     text_first: bool = False
+    tokens: str = ""
+    rope: str = ""
 
     def layers(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         """All blocks with their names, in the order they run; ``skip_layers`` counts these."""

@@ -18,4 +18,11 @@ class Flux(Family):
         return tuple(size for size in sizes if size > 1)
 
 
-FAMILY = Flux("flux", ("FluxTransformer2DModel", "Flux2Transformer2DModel"), ("transformer_blocks", "single_transformer_blocks"), 1.0, True)
+FAMILY = Flux(
+    "flux",
+    ("FluxTransformer2DModel", "Flux2Transformer2DModel"),
+    ("transformer_blocks", "single_transformer_blocks"),
+    1.0,
+    True,
+    "x_embedder",
+)

@@ -2,4 +2,4 @@
 
 from .families import Family
 
-FAMILY = Family("sd3", ("SD3Transformer2DModel",), ("transformer_blocks",), 1000.0)
+FAMILY = Family("sd3", ("SD3Transformer2DModel",), ("transformer_blocks",), 1000.0, tokens="pos_embed")

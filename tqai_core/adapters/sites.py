@@ -8,7 +8,6 @@ that take the site's number as a tensor: so compiled blocks need one graph for e
 from __future__ import annotations
 
 import functools
-import math
 import sys
 import threading
 import types
@@ -19,6 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..attention import dense
 from ..flow import Flow
 from ..strategies.window import Window
 from ..types import Where
@@ -86,8 +86,9 @@ class Site:
             return self.flow.spare(where, self.where(where.kind, self.beside), called=kind == 0)
         return self.flow.recall(where, called=kind == 0)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, masked: bool, full: Callable[[], Tensor]) -> Tensor:
-        """Attention of ``q, k, v [b, h, n, d]``: full and shown, or sparse with the forecast residual."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, masked: bool, full: Callable[[], Tensor], fast: Callable[[], Tensor]) -> Tensor:
+        """Attention of ``q, k, v [b, h, n, d]``: full and shown, or sparse with the forecast residual. ``full`` is the host's own,
+        ``fast`` within the rounding of it."""
         if self.probing:
             self.flow.signal("entropy", entropy(q, k))
         if not (self.caches and self._kernel):
@@ -97,21 +98,16 @@ class Site:
             flow.recorder.fallback(f"{flow.model}/{where}", "a mask or cross-attention: windows are for full self-attention")
             return full()
         forecast = self.module._tqai_mode == FORECAST
-        stream = flow.memory[where]
-        index = strategy.support(q, k, flow.scorer, stream, self._outside(q.shape[-2], stream.grid))
-        near = strategy.attend(q, k, v, index)
         if forecast:
+            near = strategy.near(flow, where, q, k, v, self.text_first)
             rest = flow.recall(where)
             return near + rest.unflatten(-1, (near.shape[1], -1)).transpose(1, 2)
-        out = full()
+        out = fast()
         if "residual" not in self.kinds:
             self.kinds.append("residual")
+        near = strategy.near(flow, where, q, k, v, self.text_first, out)
         flow.observe(where, (out - near).transpose(1, 2).flatten(2), against=out)
         return out
-
-    def _outside(self, n: int, grid: tuple[int, ...]) -> tuple[int, int]:
-        text = max(n - math.prod(grid), 0) if grid else 0  # tokens that lie beside the grid
-        return (text, 0) if self.text_first else (0, text)
 
 
 def entropy(q: Tensor, k: Tensor) -> Tensor:
@@ -160,7 +156,8 @@ def stand_in(processor: Any, kernel: bool) -> Any:
 @functools.lru_cache(maxsize=64)
 def _processor_class(cls: Any, kernel: bool) -> type:
     inner: Any = cls.__call__  # type: ignore[operator]
-    run = _on_kernel(inner) if kernel else _with_text(inner)
+    traced = _with_text(inner)
+    run = _on_kernel(inner) if kernel else _on_dense(traced)
 
     @functools.wraps(inner)  # attention modules filter their keyword arguments by this signature
     def call(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +172,8 @@ def _processor_class(cls: Any, kernel: bool) -> type:
             # the last block of SD3 throws its text away
             text = context if getattr(attn, "context_pre_only", None) is True else _ask(attn, 1, context)
             return (out, text, _ask(attn, 2, hidden_states)) if kwargs.get("ip_hidden_states") else (out, text)
-        out = run(self, attn, hidden_states, *args, **kwargs)
+        plain = not kernel and torch.compiler.is_compiling()
+        out = (traced if plain else run)(self, attn, hidden_states, *args, **kwargs)
         if isinstance(out, tuple):
             for i, x in enumerate(out):
                 if i != 1 or getattr(attn, "context_pre_only", None) is not True:
@@ -216,6 +214,57 @@ def _with_text(inner: Any) -> Any:
     return _rebound(inner, _get_qkv_projections=projections)
 
 
+class Functional:
+    """torch.nn.functional, with another attention."""
+
+    def __init__(self, attention: Callable[..., Tensor]) -> None:
+        self.scaled_dot_product_attention = attention
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.nn.functional, name)
+
+
+def _flip(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _fast(q: Tensor, k: Tensor, v: Tensor, full: Callable[[], Tensor], options: dict[str, Any]) -> Tensor:
+    """``full()``, or the same within rounding where this is faster: ``q, k, v [b, h, n, d]``. Whatever else was asked for stays."""
+    scale = options.get("scale")
+    if any(value for key, value in options.items() if key != "scale") or not dense.wanted(q, k, v):
+        return full()
+    return dense.attention(q, k, v, scale)
+
+
+def _dispatched(dispatch: Any, query: Tensor, key: Tensor, value: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """diffusers' dispatcher, or products where the backend is torch's own; sage, flash and the like stay. ``[b, n, h, d]``."""
+    full = lambda: _flip(dispatch(query, key, value, *args, **kwargs))  # noqa: E731
+    registry = dispatch.__globals__.get("_AttentionBackendRegistry")
+    if args or registry is None or query.device.type != "cpu":
+        return _flip(full())
+    backend = kwargs.get("backend") or registry.get_active_backend()[0]
+    if getattr(backend, "value", backend) != "native":
+        return _flip(full())
+    options = {name: x for name, x in kwargs.items() if name != "backend"}
+    if options.get("attn_mask") is not None:
+        return _flip(full())
+    return _flip(_fast(_flip(query), _flip(key), _flip(value), full, options))
+
+
+def _on_dense(inner: Any) -> Any:
+    """The processor with its exact attention as fast as it can be here."""
+    dispatch = inner.__globals__.get("dispatch_attention_fn")
+
+    def dispatched(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _dispatched(dispatch, query, key, value, args, kwargs)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **kwargs: Any) -> Tensor:
+        full = lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **kwargs)  # noqa: E731
+        return full() if attn_mask is not None else _fast(query, key, value, full, kwargs)
+
+    return _rebound(inner, **({"dispatch_attention_fn": dispatched} if dispatch is not None else {"F": Functional(attention)}))
+
+
 def _on_kernel(inner: Any) -> Any:
     """The processor with our attention in place of its own. Not for compiled blocks: it breaks their graph."""
     dispatch = inner.__globals__.get("dispatch_attention_fn")
@@ -226,21 +275,16 @@ def _on_kernel(inner: Any) -> Any:
         if site is None:
             return full()
         masked = kwargs.get("attn_mask") is not None or bool(args)
-        flip = lambda t: t.transpose(1, 2)  # noqa: E731
-        return flip(site.attend(flip(query), flip(key), flip(value), masked, lambda: flip(full())))
+        fast = lambda: _flip(_dispatched(dispatch, query, key, value, args, kwargs))  # noqa: E731
+        return _flip(site.attend(_flip(query), _flip(key), _flip(value), masked, lambda: _flip(full()), fast))
 
-    class Functional:
-        """torch.nn.functional, with our attention."""
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **kwargs: Any) -> Tensor:
+        site, _LOCAL.site = getattr(_LOCAL, "site", None), None
+        full = lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **kwargs)  # noqa: E731
+        fast = lambda: _fast(query, key, value, full, kwargs)  # noqa: E731
+        return full() if site is None else site.attend(query, key, value, attn_mask is not None, full, fast)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch.nn.functional, name)
-
-        def scaled_dot_product_attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **kwargs: Any) -> Tensor:
-            site, _LOCAL.site = getattr(_LOCAL, "site", None), None
-            full = lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **kwargs)  # noqa: E731
-            return full() if site is None else site.attend(query, key, value, attn_mask is not None, full)
-
-    names = {"dispatch_attention_fn": ours} if dispatch is not None else {"F": Functional()}
+    names = {"dispatch_attention_fn": ours} if dispatch is not None else {"F": Functional(attention)}
     run = _rebound(inner, **names)
 
     @torch.compiler.disable

@@ -2,4 +2,4 @@
 
 from .families import Family
 
-FAMILY = Family("wan", ("WanTransformer3DModel",), ("blocks",), 1000.0)
+FAMILY = Family("wan", ("WanTransformer3DModel",), ("blocks",), 1000.0, tokens="patch_embedding", rope="rope")

@@ -1,75 +1,354 @@
-"""Block-sparse attention: every block of queries sees its own list of key blocks."""
+"""Block-sparse attention: every block of queries sees its own list of key blocks, and the other keys through a far field.
+
+One primitive for windows, top blocks and any mask of blocks, in whatever order the tokens lie (:mod:`attention.tiles` lays a
+grid out tile by tile). The far field is what makes it pay: the keys that are not selected enter the same softmax as few
+pseudo-keys, so that it costs a column or a hundredth of the keys, not a second pass.
+"""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1 << 22  # numbers of gathered keys and values at a time: bounds the extra memory
+FAR = ("linear", "centroid")
+BACKENDS = ("torch", "flex", "triton")
+CHUNK = 5 << 19  # bytes of gathered keys, values and scores at a time: what a core's cache holds, and the bound of the extra memory
+GROUP = 1 << 21  # bytes of the keys of the heads that are laid out together
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, block_q: int = 64, block_k: int = 64) -> Tensor:
-    """Softmax attention of ``q [b, h, n, d]`` on the key blocks ``index [b or 1, h or 1, ceil(n / block_q), kept]`` of
-    ``k, v [b, h, m, d]``. Returns ``[b, h, n, d]`` in the dtype of ``q``. A full index equals dense attention.
+@torch.no_grad()
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, block_q: int = 256, block_k: int = 64, far: str | None = None, *,
+    keys: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Softmax attention of ``q [b, h, n, d]`` on chosen blocks of ``k [b, h, m, d]``, ``v [b, h, m, dv]``; ``[b, h, n, dv]``.
 
-    Raises ValueError for shapes that do not fit and, on CPU, for blocks out of range.
+    ``index [b or 1, h or 1, ceil(n / block_q), kept]`` names the key blocks of every query block; one named twice counts once.
+    A bool ``index [.., ceil(n / block_q), ceil(m / block_k)]`` marks them instead. ``keys`` bool ``[b or 1, m]``: False hides a key
+    (padding). A query that sees nothing gets zeros. A full index is dense attention. Without gradient.
+
+    ``far`` is what becomes of the other keys: None drops them; ``"linear"`` takes their mean and the first order around it,
+    1 + z with keys centred on the far ones, its mass to the second order; ``"centroid"`` the mean of each block. ``backend``
+    None chooses: flex_attention (CUDA, no far field), Triton (``TQAI_TRITON=1``), else gathering in plain torch.
+
+    Raises ValueError for shapes that do not fit and, on CPUs, for blocks out of range; on CUDA an assertion on the device.
     """
-    b, h, n, d = q.shape
-    m = k.shape[-2]
-    nq, nk = -(-n // block_q), -(-m // block_k)
-    if k.shape[:2] != (b, h) or v.shape[:3] != k.shape[:3] or k.shape[-1] != d:
+    check(q, k, v, index, block_q, block_k, far, keys, backend)
+    if q.numel() == 0 or v.numel() == 0 or index.numel() == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[-1])
+    from . import flex, triton_sparse
+
+    blocks = Blocks.of(q, k, index, block_q, block_k, keys)
+    if backend is None:
+        backend = "triton" if triton_sparse.wanted(q) else "torch"
+        if backend == "torch" and far is None and flex.wanted(q, block_q, block_k):
+            try:
+                return flex.attend(q, k, v, blocks)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # what compilers raise
+                flex.give_up(error)
+    if backend == "triton":
+        return triton_sparse.attend(q, k, v, blocks, far)
+    if backend == "flex":
+        if far is not None:
+            raise ValueError(f"backend 'flex' has no far field, asked for far={far!r}: give backend='torch' or 'triton'")
+        return flex.attend(q, k, v, blocks)
+    return _gather(q, k, v, blocks, far)
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, block_q: int, block_k: int, far: str | None, keys: Tensor | None, backend: str | None
+) -> None:  # fmt: skip
+    """What :func:`block_attention` promises to refuse."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3] or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: all must be [b, h, tokens, d] with b, h, d alike")
-    if index.ndim != 4 or index.shape[0] not in (1, b) or index.shape[1] not in (1, h) or index.shape[2] != nq:
-        raise ValueError(f"index {tuple(index.shape)}: expected [{b} or 1, {h} or 1, {nq}, kept], key blocks for every {block_q} queries")
-    if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < nk:
-        raise ValueError(f"index names blocks {int(index.min())} to {int(index.max())}, there are 0 to {nk - 1} of {block_k} keys")
-    kept = index.shape[-1]
-    if n == 0 or kept == 0 or m == 0:
-        return torch.zeros(b, h, n, v.shape[-1], dtype=q.dtype, device=q.device)
-    index = index.expand(b, h, nq, kept)
-    ragged = m % block_k
-    kb = F.pad(k, (0, 0, 0, -m % block_k)).unflatten(2, (nk, block_k)).flatten(0, 1)  # [bh, nk, block, d]
-    vb = F.pad(v, (0, 0, 0, -m % block_k)).unflatten(2, (nk, block_k)).flatten(0, 1)
-    qb = F.pad(q, (0, 0, 0, -n % block_q)).unflatten(2, (nq, block_q)).flatten(0, 1)
-    flat = index.flatten(0, 1)
-    rows = torch.arange(b * h, device=q.device)[:, None, None]
-    out = torch.empty(b * h, nq, block_q, v.shape[-1], dtype=q.dtype, device=q.device)
-    step = max(CHUNK // (b * h * kept * block_k * (d + v.shape[-1])), 1)
-    for i in range(0, nq, step):
-        part = flat[:, i : i + step]
-        keys = kb[rows, part].flatten(2, 3)  # [bh, step, kept * block, d]
-        values = vb[rows, part].flatten(2, 3)
+    if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: give three of one floating type")
+    if block_q < 1 or block_k < 1:
+        raise ValueError(f"block_q={block_q}, block_k={block_k}: give numbers of tokens, 1 or more")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; give None, {' or '.join(map(repr, BACKENDS))}")
+    if far is not None and far not in FAR:
+        raise ValueError(f"far={far!r} is unknown; give None, {' or '.join(map(repr, FAR))}")
+    (b, h, n, _), m = q.shape, k.shape[2]
+    nq, nk = -(-n // block_q), -(-m // block_k)
+    last = nk if index.dtype == torch.bool else "kept"
+    if (
+        index.ndim != 4 or index.shape[0] not in (1, b) or index.shape[1] not in (1, h) or index.shape[2] != nq
+        or (index.dtype == torch.bool and index.shape[3] != nk)
+    ):  # fmt: skip
+        raise ValueError(
+            f"index {tuple(index.shape)}: expected [{b} or 1, {h} or 1, {nq}, {last}], key blocks of {block_k} for every {block_q} queries"
+        )
+    if index.is_floating_point() or index.is_complex():
+        raise ValueError(f"index is {index.dtype}: give numbers of blocks as integers, or a bool mark for each block")
+    if keys is not None and (keys.dtype != torch.bool or keys.ndim != 2 or keys.shape[0] not in (1, b) or keys.shape[1] != m):
+        raise ValueError(f"keys is {keys.dtype} {tuple(keys.shape)}: expected bool [{b} or 1, {m}], True for keys that may be seen")
+    if index.dtype == torch.bool or index.numel() == 0:
+        return
+    low, high = index.aminmax()
+    if index.device.type == "cpu":
+        if int(low) < 0 or int(high) >= nk:
+            raise ValueError(f"index names blocks {int(low)} to {int(high)}, there are 0 to {nk - 1} of {block_k} keys")
+    else:  # asking would make the host wait
+        torch._assert_async((low >= 0) & (high < nk), f"index names blocks that are not there: 0 to {nk - 1} of {block_k} keys")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A checked index. ``index int64 [b, h, nq, kept]`` is sorted; where ``live`` (same shape) is False the entry repeats another
+    one and does not count. ``keys`` bool ``[b, m]`` or None."""
+
+    index: Tensor
+    live: Tensor | None
+    keys: Tensor | None
+    block_q: int
+    block_k: int
+    nk: int
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, index: Tensor, block_q: int, block_k: int, keys: Tensor | None) -> Blocks:
+        b, h, m = q.shape[0], q.shape[1], k.shape[2]
+        nk = -(-m // block_k)
+        on_host = index.device.type == "cpu"
+        live = None
+        if index.dtype == torch.bool:
+            counts = index.sum(-1, keepdim=True)
+            kept = max(int(counts.max()), 1) if on_host else nk
+            index = (~index).to(torch.uint8).argsort(dim=-1, stable=True)[..., :kept]
+            live = torch.arange(kept, device=index.device) < counts
+            if on_host and bool(live.all()):
+                live = None
+        else:
+            index = index.long().sort(-1).values
+            live = torch.ones_like(index, dtype=torch.bool)
+            live[..., 1:] = index[..., 1:] != index[..., :-1]
+            if on_host and bool(live.all()):
+                live = None
+        shape = (b, h, *index.shape[2:])
+        live = None if live is None else live.expand(shape)
+        return Blocks(index.expand(shape), live, None if keys is None else keys.expand(b, m), block_q, block_k, nk)
+
+    def part(self, batch: slice, heads: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Index, live and keys of some heads, batch and heads as one dimension."""
+        index, live = self.index[batch, heads], None if self.live is None else self.live[batch, heads].flatten(0, 1)
+        keys = None if self.keys is None else self.keys[batch].repeat_interleave(index.shape[1], 0)
+        return index.flatten(0, 1), live, keys
+
+    def far(self, batch: slice = slice(None), heads: slice = slice(None)) -> Tensor:
+        """1 where a key block is not selected, ``fp32 [batch x heads, nq, nk]``."""
+        index, live, _ = self.part(batch, heads)
+        marks = torch.zeros(*index.shape[:2], self.nk, device=index.device)
+        ones = torch.ones_like(index, dtype=torch.float32) if live is None else live.float()
+        return 1 - marks.scatter_reduce_(2, index, ones, "amax")
+
+
+class Pool:
+    """Memory of one call that its heads and chunks share: fresh pages cost more than the work on them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like, self.held = like, dict[str, Tensor]()
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        have = self.held.get(name)
+        if have is None or have.numel() < count:
+            have = self.held[name] = self.like.new_empty(count)
+        return have[:count].view(shape)
+
+
+@dataclass(frozen=True)
+class Field:
+    """The far field of ``rows`` query blocks as pseudo-keys: ``key [rows / share, e, d]`` and ``value [rows / share, e, dv]`` enter
+    the softmax with ``bias [rows, 1, e]`` (-inf: not there) added to their logits.
+
+    Linear form, e = 1: ``moments [rows, d, dv + d]`` of far keys with far values and far keys around a common centre, from which ``mean
+    [rows, 1, dv + d]`` is the way to their own means. A query's part of the moments is how the value changes with it, and its variance
+    along the far keys, half of which widens their mass.
+    """
+
+    key: Tensor
+    value: Tensor
+    bias: Tensor
+    share: int = 1
+    moments: Tensor | None = None
+    mean: Tensor | None = None
+
+    def heads(self, x: Tensor, i: int, j: int) -> Tensor:
+        """``x`` (key or value) of the query blocks i to j."""
+        return x[i:j] if self.share == 1 else x[torch.arange(i, j, device=x.device) // self.share]
+
+
+def field(k: Tensor, v: Tensor, keys: Tensor | None, far: Tensor, block: int, form: str, pool: Pool | None = None) -> Field:
+    """The far field of the heads ``k [g, m, d]``, ``v [g, m, dv]`` for query blocks that do not see what ``far [g, nq, nk]`` marks.
+
+    Block statistics, then one product with the marks: O(m d (d + dv)), and d (d + dv) numbers for each block of queries.
+    """
+    g, m, d = k.shape
+    (_, nq, nk), dv, dtype = far.shape, v.shape[2], k.dtype
+    pool = pool or Pool(k)
+    pad = -m % block
+    hidden = pad > 0 or keys is not None
+    live = torch.ones(1, m, device=k.device, dtype=torch.bool) if keys is None else keys
+    live = F.pad(live, (0, pad)).unflatten(1, (nk, block)).unsqueeze(3)  # [g or 1, nk, block, 1]
+    count = live.sum(2).float()  # [g or 1, nk, 1]
+    kb, vb = (_padded(x, block).unflatten(1, (nk, block)) for x in (k, v))
+    kept = (lambda x: x.masked_fill(~live, 0)) if hidden else (lambda x: x)
+    if form == "centroid":
+        size = count.clamp_min(1) / block  # of a mean that counts every token of the block
+        bias = torch.where((far > 0) & (count > 0).mT, count.log().mT, -math.inf)  # [g, nq, nk]
+        key, value = ((kept(x).mean(2) / size).to(dtype) for x in (kb, vb))
+        return Field(key, value, bias.flatten(0, 1)[:, None], share=nq)
+    total = count.sum(1, keepdim=True).clamp_min(1)
+    # a first centre, so that the differences below keep their digits; a sum in half precision would be made in a wide copy
+    even = (live.flatten(1, 2) / total).to(dtype).mT.expand(g, 1, -1)
+    km, vm = (torch.bmm(even, kept(x).flatten(1, 2)) for x in (kb, vb))  # [g, 1, d]
+    n = far @ count  # [g, nq, 1]
+    marks = (far / n.clamp_min(1)).to(dtype)
+    moments = pool.take("moments", g, nq, d * (dv + d)).zero_()
+    mean = far.new_zeros(g, nq, dv + d)
+    step = max(GROUP // (g * d * (dv + d) * k.element_size()), 1)
+    for i in range(0, nk, step):
+        j = min(i + step, nk)
+        both = pool.take("both", g, j - i, block, dv + d)
+        torch.sub(vb[:, i:j], vm[:, :, None], out=both[..., :dv])
+        torch.sub(kb[:, i:j], km[:, :, None], out=both[..., dv:])
+        if hidden:
+            both.masked_fill_(~live[:, i:j], 0)
+        rows = both.flatten(0, 1)
+        sums = torch.bmm(rows.new_ones(1, 1, block).expand(len(rows), 1, block), rows).view(g, j - i, -1)
+        own = pool.take("own", len(rows), d, dv + d)  # of each block
+        torch.bmm(rows[..., dv:].mT, rows, out=own)
+        mean += (far[..., i:j] / n.clamp_min(1)) @ sums.float()
+        moments.baddbmm_(marks[..., i:j], own.view(g, j - i, -1))
+    mean = mean.flatten(0, 1)[:, None]
+    centre = lambda c, x: (c.float().repeat_interleave(nq, 0) + x).to(dtype)  # noqa: E731
+    return Field(
+        centre(km, mean[..., dv:]), centre(vm, mean[..., :dv]), n.log().flatten(0, 1)[:, None],
+        moments=moments.view(g * nq, d, dv + d), mean=mean.to(dtype),
+    )  # fmt: skip
+
+
+def _gather(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> Tensor:
+    """Gathered keys and values, a few query blocks at a time. Half precision on CPUs goes through products and a softmax, which is three
+    times as fast there as the fused attention; the rest through the fused one."""
+    b, h, n, d = q.shape
+    m, dv, bq, bk = k.shape[2], v.shape[3], blocks.block_q, blocks.block_k
+    nq, kept = blocks.index.shape[2:]
+    out, pool = q.new_empty(b, h, n, dv), Pool(q)
+    fused = far is None and not (q.device.type == "cpu" and q.dtype == torch.bfloat16)
+    for batch, heads in _spans(b, h, max(GROUP // (m * d * q.element_size()), 1)):
+        qs, ks, vs, flat = (x[batch, heads].flatten(0, 1) for x in (q, k, v, out))
+        index, live, keys = blocks.part(batch, heads)
+        size = len(index)
+        own = _Chunks(qs, ks, vs, index, live, keys, bq, bk, pool)
+        theirs = field(ks, vs, keys, blocks.far(batch, heads), bk, far, pool) if far else None
+        done = q.new_empty(size, nq * bq, dv) if n % bq else flat
+        target = done.view(size * nq, bq, dv)
+        width = kept * bk + (0 if theirs is None else theirs.key.shape[1])
+        limit = CHUNK if q.device.type == "cpu" else 64 * CHUNK
+        step = max(limit // (q.element_size() * (width * (d + dv) + 2 * bq * width)), 1)
+        run = own.fused if fused else own.products
+        for i in range(0, size * nq, step):
+            run(i, min(i + step, size * nq), target, theirs)
+        if n % bq:
+            flat.copy_(done[:, :n])
+    return out
+
+
+def _padded(x: Tensor, block: int) -> Tensor:
+    """``[g, m, d]`` with zeros up to whole blocks; no copy where there are none."""
+    pad = -x.shape[1] % block
+    return F.pad(x, (0, 0, 0, pad)) if pad else x
+
+
+def _spans(b: int, h: int, group: int) -> Iterator[tuple[slice, slice]]:
+    """Batch and heads of about ``group`` heads at a time: parts of one batch entry, or whole ones."""
+    if group >= h:
+        yield from ((slice(i, i + group // h), slice(0, h)) for i in range(0, b, group // h))
+    else:
+        yield from ((slice(i, i + 1), slice(j, j + group)) for i in range(b) for j in range(0, h, group))
+
+
+class _Chunks:
+    """The attention of a group of heads, some query blocks at a time."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, live: Tensor | None, keys: Tensor | None, bq: int, bk: int, pool: Pool
+    ):
+        g, m, d = k.shape
+        self.pool = pool
+        nk, kept = -(-m // bk), index.shape[2]
+        self.d, self.dv, self.bq, self.kept, self.bk, self.scale = d, v.shape[2], bq, kept, bk, d**-0.5
+        rows = lambda x, block: _padded(x, block).reshape(-1, block * x.shape[2])  # noqa: E731
+        self.k, self.v, self.q = rows(k, bk), rows(v, bk), rows(q, bq).view(-1, bq, d)
+        self.index = (index + torch.arange(g, device=k.device)[:, None, None] * nk).flatten(0, 1)  # [g nq, kept]
+        self.tail = None  # the padding of the last block, which is the last one of those that chose it
+        self.seen = None  # bool [g nq, kept bk] where more than that is hidden
+        pad = -m % bk
+        if keys is not None or live is not None:
+            seen = torch.ones(1, m, dtype=torch.bool, device=k.device) if keys is None else keys
+            seen = F.pad(seen, (0, pad)).view(-1, bk).expand(g * nk if keys is not None else nk, bk)
+            at = self.index if keys is not None else index.flatten(0, 1)
+            self.seen = seen[at]
+            if live is not None:
+                self.seen = self.seen & live.flatten(0, 1)[..., None]
+            self.seen = self.seen.flatten(1)
+        elif pad:
+            self.tail = (index[..., -1] == nk - 1).flatten()[:, None, None], bk - pad
+
+    def fused(self, i: int, j: int, out: Tensor, _: Field | None) -> None:
+        c, at = j - i, self.index[i:j].flatten()
+        k = self.k.index_select(0, at).view(c, 1, self.kept * self.bk, self.d)
+        v = self.v.index_select(0, at).view(c, 1, self.kept * self.bk, self.dv)
         mask = None
-        if ragged:
-            live = torch.arange(block_k, device=q.device) < ragged
-            mask = ((part != nk - 1)[..., None] | live).flatten(2)[:, :, None]
-        out[:, i : i + step] = F.scaled_dot_product_attention(qb[:, i : i + step], keys, values, attn_mask=mask)
-    return out.flatten(1, 2)[:, :n].unflatten(0, (b, h)).contiguous()
+        if self.seen is not None:
+            mask = self.seen[i:j, None, None]
+        elif self.tail is not None:
+            hides, inside = self.tail
+            mask = torch.ones(c, 1, 1, self.kept * self.bk, dtype=torch.bool, device=k.device)
+            mask[..., (self.kept - 1) * self.bk + inside :] = ~hides[i:j, None]
+        part = F.scaled_dot_product_attention(self.q[i:j, None], k, v, attn_mask=mask)[:, 0]
+        if self.seen is not None:
+            part = part.masked_fill(~self.seen[i:j].any(-1)[:, None, None], 0)
+        out[i:j] = part
 
-
-def local_index(n: int, block: int, keep: int, grid: tuple[int, ...], text: tuple[int, int], device: torch.device) -> Tensor:
-    """The ``keep`` nearest key blocks of every block, ``int64 [1, 1, blocks, keep]``, by the distance of their centres on
-    ``grid``; blocks that hold one of the ``text = (before, after)`` tokens outside the grid come first for everybody."""
-    return _local(n, block, keep, tuple(grid), tuple(text)).to(device)
-
-
-@lru_cache(maxsize=32)
-def _local(n: int, block: int, keep: int, grid: tuple[int, ...], text: tuple[int, int]) -> Tensor:
-    before, after = text
-    if math.prod(grid) != n - before - after:
-        grid, before, after = (n,), 0, 0
-    blocks = -(-n // block)
-    # distances in units of the grid, so that a frame is as far as a row or a column
-    axes = torch.meshgrid(*[torch.arange(s, dtype=torch.float32) for s in grid], indexing="ij")
-    place = torch.stack([a.flatten() for a in axes], 1)
-    start = torch.arange(blocks) * block
-    first, last = (start - before).clamp(0, len(place) - 1), (start + block - 1 - before).clamp(0, len(place) - 1)
-    centre = torch.stack([place[a : b + 1].mean(0) for a, b in zip(first.tolist(), last.tolist(), strict=True)])
-    far = torch.cdist(centre, centre)
-    outside = (start < before) | (start + block > n - after)
-    far[:, outside] = -1.0
-    return far.topk(min(keep, blocks), dim=1, largest=False).indices.sort(1).values[None, None]
+    def products(self, i: int, j: int, out: Tensor, far: Field | None) -> None:
+        c, n = j - i, self.kept * self.bk
+        e = 0 if far is None else far.key.shape[1]
+        k, v = self.pool.take("k", c, n + e, self.d), self.pool.take("v", c, n + e, self.dv)
+        for row, at in enumerate(self.index[i:j]):
+            torch.index_select(self.k, 0, at, out=k[row, :n].view(self.kept, -1))
+            torch.index_select(self.v, 0, at, out=v[row, :n].view(self.kept, -1))
+        q = self.q[i:j] * self.scale
+        if far is not None:
+            k[:, n:], v[:, n:] = far.heads(far.key, i, j), far.heads(far.value, i, j)
+        s, p = self.pool.take("s", c, self.bq, n + e), self.pool.take("p", c, self.bq, n + e)
+        torch.bmm(q, k.mT, out=s)
+        if far is not None:
+            s[..., n:] += far.bias[i:j]
+            if far.moments is not None and far.mean is not None:
+                change, mean = torch.bmm(q, far.moments[i:j]), far.mean[i:j]
+                change.baddbmm_(torch.bmm(q, mean[..., self.dv :].mT), mean, alpha=-1)
+                s[..., n:] += (change[..., self.dv :] * q).sum(-1, keepdim=True, dtype=torch.float32).mul_(0.5).clamp_min_(0).log1p_()
+        if self.seen is not None:
+            s[..., :n].masked_fill_(~self.seen[i:j, None], -math.inf)
+        elif self.tail is not None:
+            hides, inside = self.tail
+            s[..., n - self.bk + inside : n].masked_fill_(hides[i:j], -math.inf)
+        torch.softmax(s, -1, out=p)
+        o = out[i:j]
+        torch.bmm(p, v, out=o)
+        if far is not None and far.moments is not None:
+            o.addcmul_(p[..., n:], change[..., : self.dv])
+        if self.seen is not None:
+            dead = ~self.seen[i:j].any(-1)
+            if far is not None:
+                dead = dead & torch.isneginf(far.bias[i:j]).flatten(1).all(-1)
+            o.masked_fill_(dead[:, None, None], 0)

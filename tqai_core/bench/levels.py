@@ -31,14 +31,14 @@ ATTENTION = {
 }
 THIRD, FOURTH = "fixed:interval=3,warmup=4", "fixed:interval=4,warmup=4"  # the roughest steps are the first: all in full
 WINDOW = {
-    "window, frozen, order 1": ("window:residual=1", None, THIRD),
-    "window, frozen, order 0": ("window:residual=0", None, THIRD),
-    "bsa, frozen, order 1": ("window:residual=1", "bsa", THIRD),
-    "bsa, frozen, order 0": ("window:residual=0", "bsa", THIRD),
-    "bsa, chosen anew, order 0": ("window:residual=0,frozen=false", "bsa", THIRD),
-    "bsa, chosen anew, order 1": ("window:residual=1,frozen=false", "bsa", THIRD),
-    "bsa, frozen, order 1, full every 4th": ("window:residual=1", "bsa", FOURTH),
-    "bsa, chosen anew, order 0, full every 4th": ("window:residual=0,frozen=false", "bsa", FOURTH),
+    "window, frozen, order 1": ("window:far=none,residual=1", None, THIRD),
+    "window, frozen, order 0": ("window:far=none,residual=0", None, THIRD),
+    "bsa, frozen, order 1": ("window:far=none,residual=1", "bsa", THIRD),
+    "bsa, frozen, order 0": ("window:far=none,residual=0", "bsa", THIRD),
+    "bsa, chosen anew, order 0": ("window:far=none,residual=0,frozen=false", "bsa", THIRD),
+    "bsa, chosen anew, order 1": ("window:far=none,residual=1,frozen=false", "bsa", THIRD),
+    "bsa, frozen, order 1, full every 4th": ("window:far=none,residual=1", "bsa", FOURTH),
+    "bsa, chosen anew, order 0, full every 4th": ("window:far=none,residual=0,frozen=false", "bsa", FOURTH),
 }
 
 

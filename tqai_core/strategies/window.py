@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..attention.sparse import block_attention, local_index
-from ..registry import Scorer, param
-from ..types import Part, Step
+from ..attention import dense
+from ..attention.sparse import block_attention
+from ..attention.tiles import Layout, local_index
+from ..metrics import squares
+from ..registry import param
 from .delta2 import Line
 
 if TYPE_CHECKING:
+    from ..flow import Flow
     from ..memory import Stream
+    from ..types import Part, Step, Where
+
+LONG = 4096  # tokens from which blocks are as large as the kernels like them
 
 
 @dataclass(frozen=True)
 class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08552; frozen support and order 1 are ours"):
-    """Between full computations attention sees the nearest blocks of keys, or those that scorer ``bsa`` chooses, and the
-    residual full - sparse is carried on over sigma, each token's slope as far as it came true at the last full attention. The
-    support stays as it was first chosen, since a residual can only be extrapolated over one support: order 1 with a frozen
-    support has a quarter of the error of order 0 with a support chosen anew (WAN mini, density .25, four full steps, then every
-    third; .4 where every fourth is full). Saves a part of the attention alone: skipping whole steps is better where the model allows it.
+    """Between full computations attention sees the nearest blocks of keys, or those that scorer ``bsa`` chooses, the others through
+    a far field, and the residual full - sparse is carried on over sigma, each token's slope as far as it came true at the last full
+    attention. The support stays as it was first chosen, since a residual can only be extrapolated over one support. On the WAN mini
+    the linear far field has a quarter to two fifths of the error of none (order 1, top 25 %); order 0 with it errs more than order 1,
+    on Flux and SD3 5 to 8 times. Saves a part of the attention alone: skipping whole steps is better where the model allows it.
     At level kv a step reads the exact tokens and ``density`` of the packed blocks, half of them the newest: at 16k tokens and density
     .25 a step takes half (nearest blocks) to two thirds (``bsa``) of the time, and has 6 times the KL of reading all of a four bit
     cache (.0005 on the trained LM).
     """
 
     density: float = param(0.25, "part of the key blocks that a query block sees", low=0.0, high=1.0)
-    block: int = param(16, "tokens a block", low=4, high=1024)
+    block: int = param(0, "tokens a block; 0 = 16, and from 4096 tokens on 64 keys and 256 queries", low=0, high=1024)
     residual: int = param(1, "order of the residual's forecast: 1 = linear over sigma, 0 = the last one", choices=(0, 1))
     frozen: bool = param(True, "keep the support of the first computation; false = choose anew at every step")
+    far: str = param(
+        "linear",
+        "the keys that are not seen: their mean and first order, the mean of each block, or nothing",
+        choices=("linear", "centroid", "none"),
+    )
+    lay: str = param(
+        "layer",
+        "layer = tiles are laid out in each sparse attention; call = once a model call (diffusers), at the cost of the last bits",
+        choices=("layer", "call"),
+    )
+    queries: int = param(0, "tokens a tile whose mean query sees every key, in place of a window; 0 = off", low=0, high=1024)
 
     levels: ClassVar[tuple[str, ...]] = ("attention", "kv")
     kernel: ClassVar[bool] = True
@@ -46,7 +64,20 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
 
     @property
     def span(self) -> int:
-        return self.block
+        return self.block or 16
+
+    def check(self, level: str) -> None:
+        super().check(level)
+        if level == "kv" and self.block not in (0, 16, 32, 64):
+            raise ValueError(f"'window': block={self.block}; at level 'kv' a block has 16, 32 or 64 tokens: give one of these")
+        if level == "kv" and (self.far != "linear" or self.queries):
+            raise ValueError(
+                f"'window': far={self.far!r}, queries={self.queries} act on images and clips, asked at level 'kv': leave them out"
+            )
+
+    def kept(self, blocks: int) -> int:
+        """Level kv: how many of the packed blocks a step reads."""
+        return min(max(round(self.density * blocks), 1), blocks)
 
     def forecast(self, stream: Stream, step: Step) -> Tensor | None:
         value, slope, trust = stream.value("value"), stream.value("slope"), stream.state.get("trust")
@@ -64,32 +95,74 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
             stream.state["trust"] = trust.nan_to_num_(0.0).clamp_(0.0, 1.0).half()
         return super().plan(x, score, stream, step)
 
-    def support(self, q: Tensor, k: Tensor, scorer: Scorer | None, stream: Stream, text: tuple[int, int]) -> Tensor:
-        """Key blocks of every query block, ``int64 [b or 1, h or 1, nq, kept]``; ``text = (before, after)`` tokens that lie
-        outside the grid."""
+    def blocks(self, n: int) -> tuple[int, int]:
+        """Queries and keys a block for ``n`` tokens."""
+        return (self.block, self.block) if self.block else (256, 64) if n >= LONG else (16, 16)
+
+    def layout_of(self, n: int, grid: tuple[int, ...], text_first: bool = False) -> Layout:
+        """The order in which ``n`` tokens are cut into blocks."""
+        size = math.prod(grid) if grid else n
+        return Layout.of(n, self.queries or self.blocks(size)[1], grid, text_first)
+
+    def near(self, flow: Flow, where: Where, q: Tensor, k: Tensor, v: Tensor, text_first: bool, out: Tensor | None = None) -> Tensor:
+        """The cheap attention of ``q, k, v [b, h, n, d]``, to which the residual of the stream ``where`` belongs. ``out`` is the exact one
+        at a computed step: there the far field is compared with its absence, and from the next step on the better one is used."""
+        stream, n = flow.memory[where], q.shape[-2]
+        layout = self.layout_of(n, stream.grid, text_first)
+        apply, undo = (
+            (lambda x: x, lambda x: x) if flow.memory.laid is not None else (lambda x: layout.apply(x, 2), lambda x: layout.undo(x, 2))
+        )
+        if self.queries:
+            return undo(self.means(apply(q), k, v, layout))
+        bq, bk = self.blocks(math.prod(layout.grid))
+        q, k, v = (apply(x) for x in (q, k, v))
+        index = self._support(q, k, bq, bk, flow, stream, layout)
+        far = self._far(flow, where, stream, out is not None)
+        near = undo(block_attention(q, k, v, index, bq, bk, far))
+        if out is not None and self.far != "none":
+            other = undo(block_attention(q, k, v, index, bq, bk, None if far else self.far))
+            pair = (near, other) if far else (other, near)
+            flow.signal(f"far/{where}", torch.stack([squares(x, out)[0] for x in pair]))
+        return near
+
+    def _far(self, flow: Flow, where: Where, stream: Stream, computed: bool) -> str | None:
+        """The far field that this stream uses: it changes only where a full attention starts the residual anew."""
+        if self.far == "none":
+            return None
+        if computed:
+            words = flow.gate.state.get(f"far/{where}")  # squared errors of the last full attention, with and without
+            use = words is None or words[0] <= words[1]
+            if words is not None:
+                flow.recorder.far(flow.model, where, (words[0] / max(words[1], 1e-30)) ** 0.5)
+            if use != stream.state.get("far", True):
+                stream.state.pop("trust", None)
+                stream.parts.clear()  # a residual over another approximation is no history of this one
+            stream.state["far"] = use
+        return self.far if stream.state.get("far", True) else None
+
+    def _support(self, q: Tensor, k: Tensor, bq: int, bk: int, flow: Flow, stream: Stream, layout: Layout) -> Tensor:
+        """Key blocks of every query block, ``int64 [b or 1, h or 1, nq, kept]``."""
         held = stream.state.get("support")
         if held is not None and self.frozen:
             return held.long()
-        n = k.shape[-2]
-        blocks = -(-n // self.block)
+        blocks = -(-k.shape[-2] // bk)
         keep = max(round(self.density * blocks), 1)
-        if scorer is not None and hasattr(scorer, "mass"):
-            index = scorer.mass(q, k, self.block, self.block).topk(keep, dim=-1).indices.sort(-1).values
+        if flow.scorer is not None and hasattr(flow.scorer, "mass"):
+            index = flow.scorer.mass(q, k, bq, bk).topk(keep, dim=-1).indices.sort(-1).values
         else:
-            index = local_index(n, self.block, keep, stream.grid, text, q.device)
+            index = local_index(layout, bq, bk, keep, q.device)
         if self.frozen:
             stream.state["support"] = index.short() if blocks < 2**15 else index.int()
         return index
 
-    def check(self, level: str) -> None:
-        super().check(level)
-        if level == "kv" and self.block not in (16, 32, 64):
-            raise ValueError(f"'window': block={self.block}; at level 'kv' a block has 16, 32 or 64 tokens: give one of these")
-
-    def kept(self, blocks: int) -> int:
-        """Level kv: how many of the packed blocks a step reads."""
-        return min(max(round(self.density * blocks), 1), blocks)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
-        """Attention of ``q, k, v [b, h, n, d]`` on the supported blocks."""
-        return block_attention(q, k, v, index, self.block, self.block)
+    def means(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """Every tile's output is that of its mean query, ``q`` in tile order; text keeps its own queries."""
+        n = q.shape[-2]
+        first, grid, last = q.split([layout.before, n - layout.before - layout.after, layout.after], 2)
+        size = grid.shape[2]
+        means = torch.nn.functional.pad(grid, (0, 0, 0, -size % self.queries)).unflatten(2, (-1, self.queries)).sum(3, dtype=torch.float32)
+        sizes = torch.full((means.shape[2], 1), float(self.queries), device=q.device)
+        sizes[-1] -= -size % self.queries
+        out = dense.attention(torch.cat([first, (means / sizes).to(q.dtype), last], 2), k, v)
+        first, grid, last = out.split([layout.before, means.shape[2], layout.after], 2)
+        return torch.cat([first, grid.repeat_interleave(self.queries, 2)[:, :, :size], last], 2)
