@@ -22,8 +22,8 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
     """Between full computations attention sees the nearest blocks of keys, or those that scorer ``bsa`` chooses, and the
     residual full - sparse is carried on over sigma, each token's slope as far as it came true at the last full attention. The
     support stays as it was first chosen, since a residual can only be extrapolated over one support: order 1 with a frozen
-    support has a quarter of the error of order 0 with a support chosen anew (WAN mini, density .25, four full steps, then every
-    third; .4 where every fourth is full). Saves a part of the attention alone: skipping whole steps is better where the model allows it.
+    support has .42 of the error of order 0 with a support chosen anew (WAN mini, density .25, four full steps, then every third).
+    Saves a part of the attention alone: skipping whole steps is better where the model allows it.
     At level kv a step reads the exact tokens and ``density`` of the packed blocks, half of them the newest: at 16k tokens and density
     .25 a step takes half (nearest blocks) to two thirds (``bsa``) of the time, and has 6 times the KL of reading all of a four bit
     cache (.0005 on the trained LM).
