@@ -29,6 +29,7 @@ ATTENTION = {
     "blocks, order 1, 6 + 3 bits": Config(level="block", strategy="delta2", monitor=HALF, codec="turbo:bits=6"),
     "model, order 1, 8 + 3 bits": Config(level="model", strategy="delta2", monitor=HALF, codec="turbo:bits=8"),
 }
+SCHEDULE = "sparse attention, a quarter of the key blocks; four full steps, then every 3rd, and the last"
 THIRD, FOURTH = "fixed:interval=3,warmup=4", "fixed:interval=4,warmup=4"  # the roughest steps are the first: all in full
 WINDOW = {
     "window, frozen, order 1": ("window:far=none,residual=1", None, THIRD),
@@ -63,7 +64,8 @@ def bench(
         tell(f"{kind}: overhead of hooks that skip nothing")
         tables[kind]["overhead"] = _overhead(mini, rounds)
     return {
-        "bench": "levels", "machine": machine(), "seeds": list(seeds), "steps": STEPS, "samples": SAMPLES, "tables": tables,
+        "bench": "levels", "machine": machine(), "seeds": list(seeds), "steps": STEPS, "samples": SAMPLES, "window": SCHEDULE,
+        "tables": tables,
         "verdicts": [v for kind in kinds for v in verdicts(kind, tables[kind])],
     }  # fmt: skip
 
@@ -155,7 +157,7 @@ def tables_of(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[st
     out = []
     for kind, table in result["tables"].items():
         titles = {"attention": "attention and block level, every 2nd step"}
-        titles["window"] = "a quarter of the key blocks; four full steps, then every 3rd, and the last"
+        titles["window"] = result.get("window", "sparse attention, full every 4th step")
         for name, what in titles.items():
             out.append((f"{kind}: {what}", *caches(table[name])))
         out.append((f"{kind}: UniPC at shift {SHIFT:g}, equal branch calls", *guidance(table["guidance"])))
