@@ -122,7 +122,7 @@ def test_budgets_are_checked(text):
 
 
 def test_spread_keeps_its_ends_and_its_count():
-    assert tune.spread(3, 2, 1.0, 12, 24) == (0, 1, 2, 5, 7, 10, 12, 14, 17, 19, 22, 23)
+    assert tune.spread(3, 2, 1.0, 12, 24) == (0, 1, 2, 4, 7, 10, 12, 14, 17, 20, 22, 23)
     dense_first, dense_last = tune.spread(1, 1, 1.6, 8, 24), tune.spread(1, 1, 0.6, 8, 24)
     assert sum(dense_first) < sum(dense_last)
 

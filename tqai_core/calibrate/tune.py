@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,13 +72,12 @@ class Bench:
         return dict(zip(("error", "calls", "bytes", "time"), map(mean, zip(*rows, strict=True)), strict=True))
 
 
-def spread(first: int, last: int, power: float, count: int, total: int, bend: float = 0.0) -> tuple[int, ...]:
+def spread(first: int, last: int, power: float, count: int, total: int) -> tuple[int, ...]:
     """``count`` of ``total`` evaluations: the ``first`` and ``last`` ones, and between them a grid that ``power`` over 1 makes
-    dense where it begins, under 1 where it ends; ``bend`` over 0 thins both ends, under 0 the middle."""
+    dense where it begins, under 1 where it ends."""
     middle = max(count - first - last, 0)
     low, high = first - 1, total - last
-    at = [((i + 1) / (middle + 1)) ** power for i in range(middle)]
-    inner = {round(low + (high - low) * (x + bend * math.sin(2 * math.pi * x) / (2 * math.pi))) for x in at}
+    inner = {round(low + (high - low) * ((i + 1) / (middle + 1)) ** power) for i in range(middle)}
     return tuple(sorted({*range(first), *range(high, total)} | inner))
 
 
@@ -101,7 +98,7 @@ def candidate(trial: Any, steps: int, budget: Budget, levels: Sequence[str], fra
             most = min(round(most * 1.3), steps - 1)
         count = trial.suggest_int(f"count_{strategy['cfg']}", max(most - 2, 4), most)
         shape = (trial.suggest_int("first", 1, 3), trial.suggest_int("last", 1, 4), trial.suggest_float("power", 0.6, 1.6))
-        monitor |= {"steps": spread(*shape, count, steps, trial.suggest_float("bend", -0.6, 0.6)), "total": steps}
+        monitor |= {"steps": spread(*shape, count, steps), "total": steps}
     else:
         scorer = trial.suggest_categorical("scorer", ["none", "snr", "change", "palm", "sheaf"])
         warmup = trial.suggest_int("warmup", 1, 3)
@@ -201,10 +198,6 @@ def tune(
     def heard(study: Any, trial: Any) -> None:
         count = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
         tell(f"{count} of {trials} trials", 0.9 * count / trials)
-        if count >= trials // 4 and count % 3:  # two of three trials look around the best one
-            near = _near(study, random.Random(f"{seed} {count}"))
-            if near is not None:
-                study.enqueue_trial(near)
 
     study.optimize(objective, n_trials=max(trials - len(finished), 0), callbacks=[heard])
     return _outcome(subject, bench, study, budget, settings, fragile, skip, tell)
@@ -271,31 +264,12 @@ def load_study(path: Path) -> Row:
     }  # fmt: skip
 
 
-def _near(study: Any, chance: random.Random) -> Row | None:
-    """The parameters of the best trial within the budget, one or two of them moved a little."""
-    fits = [t for t in study.trials if t.values is not None and all(v <= 0 for v in t.constraints.values())]
-    if not fits:
-        return None
-    best = min(fits, key=lambda t: t.values[0])
-    known, params = best.distributions, dict(best.params)
-    moving = [name for name in params if hasattr(known[name], "low")]
-    for name in chance.sample(moving, min(chance.choice((1, 1, 2)), len(moving))):
-        low, high = known[name].low, known[name].high
-        if isinstance(params[name], int):
-            params[name] = min(max(params[name] + chance.choice((-1, 1)), low), high)
-        elif known[name].log:
-            params[name] = min(max(params[name] * math.exp(chance.gauss(0, 0.2)), low), high)
-        else:
-            params[name] = min(max(params[name] + chance.gauss(0, 0.15) * (high - low), low), high)
-    return params
-
-
 def _known(steps: int, budget: Budget) -> list[Row]:
     """Where the search begins: error control as the presets have it, and three schedules."""
     share = budget.limit if budget.what in ("calls", "time") else 0.5
     common = {"level": "model", "strategy": "delta2", "slope_bits": 3, "cfg": "none", "codec": "turbo:bits=8"}
     control = {"monitor": "lyapunov", "scorer": "none", "warmup": 3, "max_gap": 6}
-    grid = {"monitor": "schedule", "bend": 0.0, "count_none": max(round(share * steps), 4)}
+    grid = {"monitor": "schedule", "count_none": max(round(share * steps), 4)}
     return [
         {**common, **control, "tau_lyapunov": 0.06},
         {**common, **grid, "first": 3, "last": 2, "power": 1.2, "slope_bits": 6},
