@@ -8,14 +8,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from xml.etree import ElementTree
 
 import pytest
 
 import tqai_core as tqai
 from tqai_core.adapters import subjects
-from tqai_core.calibrate import page, plots, run, tune
+from tqai_core.calibrate import page, plots, tune
+from tqai_core.calibrate.run import calibrate
 from tqai_core.cli import main
 from tqai_core.types import Step
 
@@ -88,25 +88,23 @@ def test_what_loses_is_not_written(found, monkeypatch, tmp_path):
 
 def test_a_killed_study_loses_no_finished_trial(tmp_path):
     path = tmp_path / "k.db"
-    code = (
-        "import sys, pathlib; from tqai_core.adapters import subjects; from tqai_core.calibrate import tune\n"
-        "tune.tune(subjects.demo('flux', count=1, steps=16), tune.Budget('calls', 0.6), pathlib.Path(sys.argv[1]), trials=500)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stderr=subprocess.DEVNULL)
-    try:
-        until = time.time() + 240
-        while time.time() < until and process.poll() is None:
-            time.sleep(0.5)
-            try:
-                if len(tune.load_study(path)["trials"]) >= 3:
-                    break
-            except ValueError:
-                continue
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.wait()
+    code = """
+import os, pathlib, signal, sys
+from tqai_core.adapters import subjects
+from tqai_core.calibrate import tune
+measure, calls = tune.Bench.measure, []
+def counted(self, config, seeds):
+    calls.append(config)
+    if len(calls) == 4 + 4:  # four layers alone, three trials, and the fourth is under way
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(self, config, seeds)
+tune.Bench.measure = counted
+tune.tune(subjects.demo("flux", count=1, steps=16), tune.Budget("calls", 0.6), pathlib.Path(sys.argv[1]), trials=50)
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(path)], stderr=subprocess.DEVNULL, check=False)
+    assert run.returncode == -signal.SIGKILL
     before = tune.load_study(path)["trials"]
-    assert len(before) >= 3
+    assert len(before) == 3
     after = tune.tune(small(), tune.Budget("calls", 0.6), path, trials=len(before) + 1)["trials"]
     assert after[: len(before)] == before
     assert len(after) == len(before) + 1
@@ -140,7 +138,7 @@ def test_the_schedule_computes_what_it_lists():
 def test_pages_stand_alone(found, tmp_path):
     path, result = found
     (tmp_path / "s.json").write_text(json.dumps(result))
-    run.calibrate(small(4), tmp_path / "c.safetensors", seeds=(100,))
+    calibrate(small(4), tmp_path / "c.safetensors", seeds=(100,))
     for name, needed in (("s.json", "Proof"), (str(path), "Pareto"), ("c.safetensors", "Sensitivity")):
         text = page.page(tmp_path / name)
         assert needed in text
