@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md and docs/methods.md from benchmarks/results/*.json: no figure is typed by hand.
+"""Write the measured tables of README.md and docs/*.md from benchmarks/results/*.json: no figure is typed by hand.
 
     python benchmarks/readme.py [--check]
 
@@ -241,13 +241,68 @@ def cell(row: dict[str, Any] | None) -> str:
     return told + "".join(f"<br>{figure}" for figure in row["figures"])
 
 
+def summary(dit: dict[str, Any]) -> str:
+    """One row for each thing tqai does, on the first screens of the README."""
+    llm, kernels, made, vectors = load("llm"), load("attention"), load("sampler"), load("codec")
+    step = {r["method"]: r for r in llm["step"] if r["tokens"] == 16384}
+    own = next(r for r in llm["quality"] if (r["variant"], r["cache"]) == ("plain", "tqai k4v4"))
+    packed, dense = step["packed, native"], step["best dense"]
+    gains = [next(v["value"] for v in made["verdicts"] if v["mini"] == kind and v["what"].startswith("12 calls: best")) for kind in KINDS]
+    best = {r["method"]: r["nmse"] for r in dit["tables"]["wan"]["euler"]}
+    wide = next(v["value"] for v in kernels["verdicts"] if v["what"].startswith("bf16") and "d=0.25, over" in v["what"])
+    trellis = next(r for r in vectors["speed"] if (r["codec"], r["bits"]) == ("trellis", 4))
+    rows = [
+        [
+            "a sampler of 16 steps or more (diffusers, ComfyUI)",
+            '`tqai.apply(pipe, tqai.preset("balanced"))`',
+            f"half of the calls; on WAN {best['plain reuse, same calls'] / best['tqai balanced']:.0f}x less error than reusing "
+            f"outputs and {best['fewer Euler steps, same calls'] / best['tqai balanced']:.0f}x less than fewer steps",
+            "[steps](docs/steps.md)",
+        ],
+        [
+            "a minute to calibrate a model",
+            "`tqai calibrate --sampler`, then `tqai.CalibratedScheduler`",
+            "12 calls: " + ", ".join(f"{gain:.1f}x ({kind})" for kind, gain in zip(KINDS, gains, strict=True))
+            + " less error to the true ODE than the best tuned stock solver",
+            "[sampler](docs/sampler.md)",
+        ],
+        [
+            "a language model (transformers, mlx-lm)",
+            "`tqai.KVCache`, or `tqai run`",
+            f"KV cache of {own['held_bits']:.1f} bits a number, everything counted (perplexity {100 * own['delta']:+.3f} %), read in place: "
+            f"a step at 16k tokens {dense['ms_least'] / packed['ms_least']:.1f}x as fast as the best dense one, "
+            f"{dense['held_mib'] / packed['held_mib']:.1f}x smaller",
+            "[llm](docs/llm.md)",
+        ],
+        [
+            "attention over 8k tokens or more",
+            '`strategy="window"`, `tqai.attention.block_attention`',
+            f"a quarter of the blocks: {wide:.1f}x as fast as the best dense attention in bf16 on a CPU",
+            "[sparse](docs/sparse.md)",
+        ],
+        [
+            "tensors to hold or send",
+            '`tqai.codec("trellis:bits=4")`',
+            f"{trellis['held_bits']:.2f} bits a number, NMSE {trellis['nmse']:.4f}, encoded {trellis['encode_ratio']:.1f}x as fast as tqai 0.6",
+            "[codec](docs/codec.md)",
+        ],
+        [
+            "bits or pipelines to choose",
+            "`tqai calibrate`, `tqai tune`, `tqai report`",
+            "sensitivity by head, bases by head, searched pipelines, each kept only where unseen seeds agree",
+            "[calibration](docs/calibration.md)",
+        ],
+    ]
+    return table(["you have", "you take", "measured", "more"], rows)
+
+
 def main() -> int:
     from tqai_core.bench import attention, calibrate, levels, llm_methods, methods
 
     dit, vectors, trajectories = load("dit"), load("codec"), load("stream")
     parts = {
         "headline": headline(dit), "euler": euler(dit), "multistep": multistep(dit), "solvers": solvers(dit), "place": place(dit),
-        "pictures": pictures(load("demo")), "codec": codec(vectors), "bases": bases(vectors), "streams": streams(trajectories),
+        "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors), "streams": streams(trajectories),
     }  # fmt: skip
     parts["comfyui"] = comfyui(load("comfyui"))
     lower = load("levels")
@@ -260,23 +315,28 @@ def main() -> int:
     parts["llm"] = f"{llm_quality(load('llm'))}\n\n{llm_speed(load('llm'))}"
     caches = load("llm_methods")
     parts["kv"] = kv_of(caches)
-    details = {"methods": sections(methods, load("methods")), "levels": sections(levels, lower), "peers": peers(others)}
-    details["kv_methods"] = sections(llm_methods, caches)
-    details["attention"] = sections(attention, kernels)
-    stale = [fill(ROOT / "README.md", parts), fill(ROOT / "docs" / "methods.md", details)]
-    return int(any(stale)) if "--check" in sys.argv else 0
+    parts |= {"methods": sections(methods, load("methods")), "levels-all": sections(levels, lower), "peers": peers(others)}
+    parts |= {"kv-all": sections(llm_methods, caches), "attention-all": sections(attention, kernels)}
+    stale = fill(parts)
+    return int(stale and "--check" in sys.argv)
 
 
-def fill(file: Path, parts: dict[str, str]) -> bool:
-    """Replace what lies between the marks; True where that changes the file."""
-    before = text = file.read_text()
+def fill(parts: dict[str, str]) -> bool:
+    """Replace what lies between the marks, each on one page; True where that changes a page."""
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    before = {file: file.read_text() for file in files}
+    after = dict(before)
     for name, part in parts.items():
-        text, count = re.subn(rf"(<!-- {name} -->).*?(<!-- /{name} -->)", lambda m, p=part: f"{m[1]}\n{p}\n{m[2]}", text, flags=re.S)
-        if count != 1:
-            raise SystemExit(f"{file.name} has {count} places for {name!r}, expected one")
+        found = [file for file in files if f"<!-- {name} -->" in before[file]]
+        if len(found) != 1 or before[found[0]].count(f"<!-- {name} -->") != 1:
+            raise SystemExit(f"{name!r} has a place in {[file.name for file in found]}, expected one")
+        text = part if found[0].parent == ROOT else part.replace("](docs/", "](")
+        marks = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
+        after[found[0]] = re.sub(marks, lambda m, p=text: f"{m[1]}\n{p}\n{m[2]}", after[found[0]], flags=re.S)
     if "--check" not in sys.argv:
-        file.write_text(text)
-    return text != before
+        for file, text in after.items():
+            file.write_text(text)
+    return after != before
 
 
 if __name__ == "__main__":
