@@ -262,14 +262,15 @@ def summary(dit: dict[str, Any]) -> str:
         [
             "a minute to calibrate a model",
             "`tqai calibrate --sampler`, then `tqai.CalibratedScheduler`",
-            "12 calls: " + ", ".join(f"{gain:.1f}x ({kind})" for kind, gain in zip(KINDS, gains, strict=True))
+            "12 calls: "
+            + ", ".join(f"{gain:.1f}x ({kind})" for kind, gain in zip(KINDS, gains, strict=True))
             + " less error to the true ODE than the best tuned stock solver",
             "[sampler](docs/sampler.md)",
         ],
         [
             "a language model (transformers, mlx-lm)",
             "`tqai.KVCache`, or `tqai run`",
-            f"KV cache of {own['held_bits']:.1f} bits a number, everything counted (perplexity {100 * own['delta']:+.3f} %), read in place: "
+            f"KV cache of {own['held_bits']:.1f} bits a number, all counted (perplexity {100 * own['delta']:+.3f} %), read in place: "
             f"a step at 16k tokens {dense['ms_least'] / packed['ms_least']:.1f}x as fast as the best dense one, "
             f"{dense['held_mib'] / packed['held_mib']:.1f}x smaller",
             "[llm](docs/llm.md)",
@@ -283,7 +284,7 @@ def summary(dit: dict[str, Any]) -> str:
         [
             "tensors to hold or send",
             '`tqai.codec("trellis:bits=4")`',
-            f"{trellis['held_bits']:.2f} bits a number, NMSE {trellis['nmse']:.4f}, encoded {trellis['encode_ratio']:.1f}x as fast as tqai 0.6",
+            f"{trellis['held_bits']:.2f} bits a number, NMSE {trellis['nmse']:.4f}, encoded {trellis['encode_ratio']:.0f}x as fast as tqai 0.6",
             "[codec](docs/codec.md)",
         ],
         [
@@ -302,7 +303,8 @@ def main() -> int:
     dit, vectors, trajectories = load("dit"), load("codec"), load("stream")
     parts = {
         "headline": headline(dit), "euler": euler(dit), "multistep": multistep(dit), "solvers": solvers(dit), "place": place(dit),
-        "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors), "streams": streams(trajectories),
+        "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
+        "streams": streams(trajectories),
     }  # fmt: skip
     parts["comfyui"] = comfyui(load("comfyui"))
     lower = load("levels")

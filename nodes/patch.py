@@ -120,8 +120,9 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     settings = original.get("transformer_options", {}).get(KEY)
     if settings is None:
         return executor(*args, **kwargs)
+    sampler = kwargs["sampler"] if "sampler" in kwargs else args[2]
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-    run = _start(guider.model_patcher, settings, original, sigmas)
+    run = _start(guider.model_patcher, settings, original, sampler, sigmas)
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     guider.model_options["transformer_options"][RUN] = run
     failed = True
@@ -136,7 +137,13 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         _remember(settings, run.family, report, failed)
 
 
-def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: Any) -> Run:
+def _is_euler(sampler: Any) -> bool:
+    """Whether it adds up outputs and nothing else; ``s_churn`` adds noise between."""
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+    return name == "sample_euler" and not getattr(sampler, "extra_options", {}).get("s_churn")
+
+
+def _start(patcher: Any, settings: Settings, options: dict[str, Any], sampler: Any, sigmas: Any) -> Run:
     sampling = patcher.get_model_object("model_sampling")
     family, blocks = family_of(patcher)
     exact = exact_blocks(settings.config, family, blocks)
@@ -147,7 +154,7 @@ def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: An
         bypass = "EasyCache or LazyCache is on this model too: two step skippers cannot see each other's error; remove one"
     elif blocks and len(exact) == len(blocks):
         bypass = f"all {len(blocks)} blocks are in skip layers"
-    schedule = Schedule.of(sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)))
+    schedule = Schedule.of(sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)), _is_euler(sampler))
     return Run(
         settings.config, family, schedule, bypass, settings.budget, _teller(settings.node),
         lambda: int(comfy.model_management.get_free_memory(torch.device("cpu"))), len(blocks), exact,

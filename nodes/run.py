@@ -138,8 +138,12 @@ class Run:
             if out.shape != x.shape:
                 self.recorder.fallback(self.family, "the model's output has another shape than its input")
             else:
-                for where, part in zip(wheres, velocity(out).chunk(n), strict=True):
+                parts = list(velocity(out).chunk(n))
+                lacks = [self.flow.lack(where, part) for where, part in zip(wheres, parts, strict=True)]
+                for where, part in zip(wheres, parts, strict=True):
                     self.flow.observe(where, part)
+                if any(lack is not None for lack in lacks):
+                    out = restore(torch.cat([part if lack is None else part + lack for part, lack in zip(parts, lacks, strict=True)]))
         return out
 
     def _inside(self, x: Tensor, chunks: Sequence[Chunk], compute: Callable[[Forward | None], Tensor]) -> Tensor:

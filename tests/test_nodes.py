@@ -129,6 +129,19 @@ def test_samplers(host, model, name, sampler, cfg):
     assert torch.equal(host.sample(on, name, sampler=sampler, cfg=cfg), x)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_only_euler_takes_back_what_forecasts_put_wrong(host, model, sampler):
+    """The others do not add up outputs alone. What is judged stays the model's own output."""
+    finals, reports = [], []
+    for correct in (True, False):
+        strategy = host.run("TQAIStrategy", strategy={"strategy": "delta2", "correct": correct}, pipeline=host.pipeline()).result[0]
+        finals.append(host.sample(host.compress(model("flux"), strategy), "flux", sampler=sampler))
+        reports.append(host.report())
+    assert torch.equal(*finals) == (sampler != "euler")
+    assert forecasts(reports[0]) == forecasts(reports[1]) >= 7
+    assert reports[0]["decisions"][3]["error"] == reports[1]["decisions"][3]["error"]
+
+
 @pytest.mark.shows("batch split changes mid-run")
 def test_a_batch_split_that_changes_mid_run_changes_nothing(host, model, monkeypatch):
     m = model("sd3")

@@ -15,7 +15,7 @@
 * at level model, where the sampler is Euler: plus what the forecasts before it lacked (``Strategy.correction``)
 
 A door calls ``begin`` for a generation, ``enter`` for a step, then for each site ``through``; or, where computing and
-asking lie apart (compiled blocks), ``skips``, ``recall`` and ``observe``; and ``end``.
+asking lie apart (compiled blocks), ``skips``, ``recall``, ``lack`` and ``observe``; and ``end``.
 """
 
 from __future__ import annotations
@@ -124,11 +124,11 @@ class Flow:
         if beside is not None and self.spares(where, beside):
             return self.spare(where, beside)
         x = compute()
-        lack = self._lack(where, x)
+        lack = self.lack(where, x)
         self.observe(where, x, beside)
         return x if lack is None else x + lack
 
-    def _lack(self, where: Where, x: Tensor) -> Tensor | None:
+    def lack(self, where: Where, x: Tensor) -> Tensor | None:
         """What to add to ``x`` so that the sampler's step from here takes back the error of the forecasts before it."""
         step, stream = cast(Step, self.step), self.memory.streams.get(where)
         if not self._missed or step.next is None or step.next == step.sigma or self.bypass is not None or self.guidance.on:

@@ -11,7 +11,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -328,7 +328,9 @@ def _start(noise: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
     return sigma * noise + (1 - sigma) * latent
 
 
-def euler(model: Any, noise: Tensor, latent: Tensor, sigmas: Tensor, callback: Any, heun: bool = False, fresh: float = 0.0) -> Tensor:
+def sample_euler(
+    model: Any, noise: Tensor, latent: Tensor, sigmas: Tensor, callback: Any, heun: bool = False, fresh: float = 0.0
+) -> Tensor:
     x, g = _start(noise, latent, sigmas[0]), torch.Generator().manual_seed(0)
     for i, (now, then) in enumerate(pairwise(sigmas)):
         denoised = model(x, now)
@@ -377,13 +379,27 @@ class KSAMPLER:
         return self.sampler_function(model, x, sigmas, extra_args={**extra, "denoise_mask": mask}, callback=callback, disable=True)
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "euler": euler,
-    "heun": lambda *a: euler(*a, heun=True),
-    "euler_ancestral": lambda *a: euler(*a, fresh=0.1),
-    "dpmpp_2s_ancestral": between,
-    "dpmpp_2m": euler,
-    "uni_pc": euler,
+@dataclass
+class Named:
+    """A sampler by name, with what the host's own KSAMPLER tells of it."""
+
+    sampler_function: Callable[..., Tensor]
+    extra_options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.sampler_function(*args)
+
+
+SAMPLERS: dict[str, Named] = {
+    name: Named(function)
+    for name, function in {
+        "euler": sample_euler,
+        "heun": lambda *a: sample_euler(*a, heun=True),
+        "euler_ancestral": lambda *a: sample_euler(*a, fresh=0.1),
+        "dpmpp_2s_ancestral": between,
+        "dpmpp_2m": lambda *a: sample_euler(*a),
+        "uni_pc": lambda *a: sample_euler(*a),
+    }.items()
 }
 
 
