@@ -284,7 +284,7 @@ def summary(dit: dict[str, Any]) -> str:
         [
             "tensors to hold or send",
             '`tqai.codec("trellis:bits=4")`',
-            f"{trellis['held_bits']:.2f} bits a number, NMSE {trellis['nmse']:.4f}, encoded {trellis['encode_ratio']:.0f}x as fast as tqai 0.6",
+            f"{trellis['held_bits']:.2f} bits, NMSE {trellis['nmse']:.4f}, encoded {trellis['encode_ratio']:.0f}x as fast as tqai 0.6",
             "[codec](docs/codec.md)",
         ],
         [
