@@ -8,6 +8,7 @@ import tqai_core as tqai
 from tqai_core.bench import dit
 from tqai_core.cli import main
 from tqai_core.demo import chart
+from tqai_core.report import dumps
 
 
 def test_methods_lists_everything_registered(capsys):
@@ -63,7 +64,7 @@ def test_the_bench_runs_and_its_promises_are_computed_from_its_rows(monkeypatch)
     monkeypatch.setattr(dit, "SHIFTS", (1.0,))
     monkeypatch.setattr(dit, "SAMPLES", {"sd3": 2})
     result = dit.bench(["sd3"], [0])
-    data = json.loads(dit.dumps(result))
+    data = json.loads(dumps(result))
     euler = {r["method"]: r for r in data["tables"]["sd3"]["euler"]}
     assert euler["exact"]["calls"] == 24
     assert euler["exact"]["nmse"] == 0

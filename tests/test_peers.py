@@ -10,6 +10,7 @@ pytest.importorskip("diffusers")
 from tqai_core.adapters import peers
 from tqai_core.bench import dit, dit_peers
 from tqai_core.bench.dit_peers import Rival, Track, duels, measure, mixing, told, verdicts
+from tqai_core.report import dumps
 from tqai_core.types import nbytes
 
 STEPS = 8
@@ -222,7 +223,7 @@ def test_the_bench_is_json_and_its_tables_print(monkeypatch):
     )
     monkeypatch.setattr(dit_peers, "ours", lambda kind: many(kind)[:3])
     result = dit_peers.bench(["sd3"], [0])
-    data = json.loads(dit.dumps(result))
+    data = json.loads(dumps(result))
     rows = data["tables"]["sd3"]
     assert [r["peer"] for r in rows[:4]] == ["exact", "tqai", "tqai", "tqai"]
     assert len(rows) == 1 + 3 + 5, "no row is left out"

@@ -15,6 +15,7 @@ import tqai_core as tqai
 from tqai_core import run as run_module
 from tqai_core.cli import main
 from tqai_core.peak import Peak
+from tqai_core.report import dumps
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = ("--bits-k", "4", "--bits-v", "4", "--sink", "2", "--recent", "8")
@@ -279,7 +280,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch, lm_folder):
 
 
 def test_json_has_null_for_what_is_no_number():
-    text = run_module.dumps({"a": math.nan, "b": [math.inf, 1.5], "c": (-math.inf,)})
+    text = dumps({"a": math.nan, "b": [math.inf, 1.5], "c": (-math.inf,)})
     assert json.loads(text) == {"a": None, "b": [None, 1.5], "c": [None]}
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from tqai_core.bench import dit, stream_report
+from tqai_core.bench import stream_report
 from tqai_core.bench.stream_report import BITS, CONFIGS, Plain, Reuse, Tiered, coder, fading, restless, run, scorer, verdicts
+from tqai_core.report import dumps
 from tqai_core.types import Step, nbytes, tensors_in
 
 
@@ -99,7 +100,7 @@ def test_the_report(monkeypatch):
 
     monkeypatch.setattr(stream_report, "_scorers", few)
     result = stream_report.bench([0, 1], peers=False)
-    data = json.loads(dit.dumps(result))
+    data = json.loads(dumps(result))
     assert all(r["held"] > 0 and r["sent"] > 0 for r in data["rows"])
     assert {r["shape"] for r in data["rows"]} == {"small", "wide"}
     assert data["verdicts"] == verdicts(result)

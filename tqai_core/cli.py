@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 from . import run
 from .calibrate.cli import add_arguments, add_tune
 from .calibrate.sampler_cli import add_sampler_arguments
+from .report import dumps
 
 WHAT = (
     "dit: forecast-skipping; levels: block, attention, guidance, overhead; methods: every scorer x strategy x monitor; "
@@ -95,7 +98,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     result = run.run(args)
     if args.json:
-        _write(args.json, run.dumps(result))
+        _write(args.json, dumps(result))
     print("", *run.lines_of(result), sep="\n", file=run.tell(args))
     return 0
 
@@ -160,42 +163,22 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import attention, calibrate, codec, dit, dit_peers, levels, llm, llm_methods, methods, sampler, stream, stream_report
-
-    peers = args.peers is not False
+    """A bench takes of ``kinds, seeds, peers, tell`` what it has a use for, and is as found in ``bench/``."""
+    instead = {"dit": ("dit_peers", args.peers), "stream": ("stream_report", args.report), "llm": ("llm_methods", args.methods)}
+    name, asked = instead.get(args.what, ("", False))
+    bench = importlib.import_module(f".bench.{name if asked else args.what}", __package__)
+    if args.plot and not hasattr(bench, "plot"):
+        raise ValueError(f"bench {args.what} draws no plot: leave --plot out, or take codec, llm or attention")
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
-    if args.what == "dit" and args.peers:
-        result, tables = dit_peers.bench(args.kinds, args.seeds, tell), dit_peers.tables_of
-    elif args.what == "dit":
-        result, tables = dit.bench(args.kinds, args.seeds, tell), dit.tables_of
-    elif args.what in ("levels", "methods", "sampler"):
-        module: Any = {"levels": levels, "methods": methods, "sampler": sampler}[args.what]
-        result, tables = module.bench(args.kinds, args.seeds, tell), module.tables_of
-    elif args.what == "calibrate":
-        result, tables = calibrate.bench(args.kinds, tell), calibrate.tables_of
-    elif args.what == "attention":
-        result, tables = attention.bench(args.seeds, tell), attention.tables_of
-        if args.plot:
-            _write(str(args.plot), attention.plot(result))
-    elif args.what == "codec":
-        result, tables = codec.bench(peers, tell), codec.tables_of
-        if args.plot:
-            _write(str(args.plot), codec.plot(result))
-    elif args.what == "llm" and args.methods:
-        result, tables = llm_methods.bench(tell), llm_methods.tables_of
-    elif args.what == "llm":
-        result, tables = llm.bench(peers, tell), llm.tables_of
-        if args.plot:
-            _write(str(args.plot), llm.plot(result))
-    elif args.report:
-        result, tables = stream_report.bench(args.seeds, peers, tell), stream_report.tables_of
-    else:
-        result, tables = stream.bench(args.seeds, peers, tell), stream.tables_of
-    _finish(args.json, result, tables(result), dit.dumps)
+    given = {"kinds": args.kinds, "seeds": args.seeds, "peers": args.peers is not False, "tell": tell}
+    result = bench.bench(**{name: value for name, value in given.items() if name in inspect.signature(bench.bench).parameters})
+    if args.plot:
+        _write(str(args.plot), bench.plot(result))
+    _finish(args.json, result, bench.tables_of(result))
     return 0 if all(v["ok"] for v in result.get("verdicts", [])) else 1
 
 
-def _finish(target: str | None, result: Any, tables: Iterable[tuple[str, list[str], list[list[str]]]], dumps: Any = json.dumps) -> None:
+def _finish(target: str | None, result: Any, tables: Iterable[tuple[str, list[str], list[list[str]]]]) -> None:
     if target:
         _write(target, dumps(result))
     if target != "-":

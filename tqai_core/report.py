@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from collections import Counter
@@ -143,3 +144,16 @@ class Recorder:
     def _site(self, model: str, where: Where) -> dict[str, Any]:
         empty = {"calls": 0, "skipped": 0, "bytes_held_peak": 0, "error_mean": 0.0}
         return self.report.per_site.setdefault(f"{model}/{where}", empty)
+
+
+def dumps(result: Any) -> str:
+    """JSON without NaN or inf: null stands for them."""
+
+    def finite(thing: Any) -> Any:
+        if isinstance(thing, dict):
+            return {k: finite(v) for k, v in thing.items()}
+        if isinstance(thing, (list, tuple)):
+            return [finite(v) for v in thing]
+        return None if isinstance(thing, float) and not math.isfinite(thing) else thing
+
+    return json.dumps(finite(result), indent=1, allow_nan=False)

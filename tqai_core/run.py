@@ -172,19 +172,6 @@ def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
-def dumps(result: dict[str, Any]) -> str:
-    """JSON without NaN or inf: null stands for them."""
-
-    def finite(thing: Any) -> Any:
-        if isinstance(thing, dict):
-            return {k: finite(v) for k, v in thing.items()}
-        if isinstance(thing, (list, tuple)):
-            return [finite(v) for v in thing]
-        return None if isinstance(thing, float) and not math.isfinite(thing) else thing
-
-    return json.dumps(finite(result), indent=1, allow_nan=False)
-
-
 def lines_of(result: dict[str, Any]) -> list[str]:
     """The figures for a terminal."""
     lines = _lm_lines(result) if result["kind"] == "lm" else _pipe_lines(result)

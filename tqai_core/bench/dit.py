@@ -7,7 +7,6 @@ true ODE, which is Adams-Bashforth 2 with 240 calls at shift 2.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -230,16 +229,3 @@ def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[lis
         ["mini", "what", "measured", "needed", "ok"],
         [[v["mini"], v["what"], f"{v['measured']:.4g}", v["needed"], "yes" if v["ok"] else "NO"] for v in result["verdicts"]],
     )
-
-
-def dumps(result: dict[str, Any]) -> str:
-    """JSON; an infinite PSNR (a bit-exact run) is written as null."""
-
-    def finite(thing: Any) -> Any:
-        if isinstance(thing, dict):
-            return {k: finite(v) for k, v in thing.items()}
-        if isinstance(thing, list):
-            return [finite(v) for v in thing]
-        return None if isinstance(thing, float) and not math.isfinite(thing) else thing
-
-    return json.dumps(finite(result), indent=1)
