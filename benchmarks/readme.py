@@ -209,6 +209,19 @@ def llm_speed(result: dict[str, Any]) -> str:
     return f"{table(['tokens', 'one layer, one step', 'least CPU ms', 'x best dense', 'held MiB', 'peak above MiB'], rows)}\n\n{told}"
 
 
+def mlx(result: dict[str, Any]) -> str:
+    """Prompt caches of mlx-lm on the mini and its two variants, and a long prompt."""
+    at = {(r["variant"], r["cache"], r["bits"]): r for r in result["quality"]}
+    rows = []
+    for _, name, bits in (key for key in at if key[0] == "plain"):
+        own = [at[kind, name, bits] for kind in ("plain", "outlier", "bias")]
+        rows.append([name, str(bits), f"{own[0]['held_bits']:.2f}", *(f"{100 * r['delta']:+.2f} %, {r['kl']:.5f}" for r in own)])
+    head = ["cache", "bits", "held", "plain: perplexity, KL", "outlier keys", "key bias"]
+    told = "; ".join(f"{r['cache']} {r['peak_mib']:.0f} MiB, {r['held_mib']:.0f} held, {r['ms']:.1f} ms" for r in result["long"])
+    long = f"A prompt of 4096 tokens, 128 at a time, in a random model of 8 layers: the peak, what stays, CPU time a token after: {told}."
+    return f"{table(head, rows)}\n\n{long}"
+
+
 def kv_of(result: dict[str, Any]) -> str:
     """Methods alone over two and four bits, beside a plain cache of equal bytes."""
     short = {r["method"]: re.sub(r"^(\w+)(:\S*)?", r"`\1`", r["method"]) for r in result["alone"]}
@@ -316,7 +329,7 @@ def main() -> int:
     others = load("dit_peers")
     parts["llm"] = f"{llm_quality(load('llm'))}\n\n{llm_speed(load('llm'))}"
     caches = load("llm_methods")
-    parts["kv"] = kv_of(caches)
+    parts["kv"], parts["mlx"] = kv_of(caches), mlx(load("mlx"))
     parts |= {"methods": sections(methods, load("methods")), "levels-all": sections(levels, lower), "peers": peers(others)}
     parts |= {"kv-all": sections(llm_methods, caches), "attention-all": sections(attention, kernels)}
     stale = fill(parts)

@@ -13,6 +13,7 @@ from tqai_core.bench import attention, calibrate, codec, dit, stream
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_readme_figures_are_those_of_the_results():
@@ -49,7 +50,7 @@ def test_readme_python_runs():
     """The snippets that need no model run as they stand."""
     import torch
 
-    text = (ROOT / "README.md").read_text()
+    text = "".join(page.read_text() for page in PAGES)
     snippets = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     assert len(snippets) >= 3
     ran = 0
@@ -63,6 +64,17 @@ def test_readme_python_runs():
     assert ran >= 2
 
 
-def test_pictures_are_there():
-    for name in re.findall(r"\]\((docs/img/[^)]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / name).stat().st_size > 200, name
+def test_links_and_pictures_lead_somewhere():
+    """Within the repository; a heading that a link names is there too."""
+    for page in [*PAGES, ROOT / "benchmarks" / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if re.match(r"https?:", link):
+                continue
+            name, _, heading = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), f"{page.name}: {link}"
+            if heading:
+                heads = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M)
+                assert heading in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, f"{page.name}: {link}"
+            if name.endswith((".png", ".gif", ".jpg")):
+                assert target.stat().st_size > 200, link
