@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tqai_core.config import LEVELS, STAGES, Config, preset
+from tqai_core.config import LEVELS, Config, preset
 from tqai_core.registry import build, names
 
 ROLES = ("scorer", "strategy", "monitor", "codec")
@@ -16,18 +16,17 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages as specs, without a level: that one is chosen where the pipeline meets a model. Codec ``default`` is the level's."""
+    """The stages as specs, without a level: that one is chosen where the pipeline meets a model."""
 
     scorer: str | None = None
     strategy: str | None = None
     monitor: str | None = None
-    codec: str | None = "default"
+    codec: str | None = None
     skip_layers: tuple[int | str, ...] = ()
 
     @staticmethod
     def of(config: Config) -> Pipeline:
-        codec = "default" if config.codec == STAGES[config.level]["codec"] else config.codec
-        return Pipeline(config.scorer, config.strategy, config.monitor, codec, config.skip_layers)
+        return Pipeline(config.scorer, config.strategy, config.monitor, config.codec, config.skip_layers)
 
     def with_stage(self, role: str, choice: Mapping[str, Any] | None) -> Pipeline:
         """``choice`` is what a dynamic combo gives: the method's name under the role, its options beside it. The host gives

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -37,13 +36,9 @@ def test_half_the_calls_and_back_bit_for_bit(kind, pipe_of, generate):
     assert report.calls == 24 * CALLS[kind]
     assert report.calls_skipped >= 0.4 * report.calls
     assert report.evaluations == 24
-    assert 0 < report.bytes_held_peak <= 2 * report.bytes_exact  # as they are, in fp32
-    with tqai.apply(pipe, replace(tqai.preset("balanced", kind), codec="turbo:bits=8")) as handle:
-        coded = generate(pipe, kind)
-        assert 0 < handle.report().bytes_held_peak < report.bytes_exact / 2
-    for out in (fast, coded):
-        assert psnr(out, exact) > 36
-        assert not torch.equal(out, exact)
+    assert 0 < report.bytes_held_peak < report.bytes_exact
+    assert psnr(fast, exact) > 36
+    assert not torch.equal(fast, exact)
     assert untouched(pipe.transformer)
     assert torch.equal(generate(pipe, kind), exact)
 

@@ -12,12 +12,8 @@ from .registry import Codec, Method, Monitor, Scorer, Strategy, build, parse
 
 VERSION = 1
 LEVELS = ("model", "block", "attention", "kv")
-# what is left out. At level model one small output a branch is held: coding it would cost more time than it saves room
-LAYERS: dict[str, str | None] = {"strategy": "delta2", "monitor": "lyapunov", "codec": "turbo:bits=8"}
-STAGES: dict[str, dict[str, str | None]] = {
-    "model": {**LAYERS, "codec": "exact"}, "block": LAYERS, "attention": LAYERS,
-    "kv": {"strategy": None, "monitor": None, "codec": "turbo"},
-}  # fmt: skip
+STAGES = {"strategy": "delta2", "monitor": "lyapunov", "codec": "turbo:bits=8"}  # what is left out; at level kv: a plain packed cache
+STAGES_KV = {"strategy": None, "monitor": None, "codec": "turbo"}
 CACHE = {"sink": 4, "recent": 64, "protect": 2, "calibrate": 256}
 Spec = str | Mapping[str, Any] | Method | None
 
@@ -48,7 +44,7 @@ class Config:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        for role, spec in STAGES.get(self.level, LAYERS).items():
+        for role, spec in (STAGES_KV if self.level == "kv" else STAGES).items():
             if getattr(self, role) == "default":
                 object.__setattr__(self, role, spec)
         if not isinstance(self.version, int) or self.version > VERSION or self.version < 1:

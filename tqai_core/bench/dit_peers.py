@@ -143,8 +143,8 @@ def ours(kind: str) -> list[Rival]:
     rivals = [Rival("tqai", name, on(preset(name, kind))) for name in PRESETS]
     balanced = preset("balanced", kind)
     rivals += [Rival("tqai", f"tau={tau:g}", on(replace(balanced, monitor=f"lyapunov:tau={tau}"))) for tau in TAUS]
-    coded = [(name, replace(preset(name, kind), codec="turbo:bits=8")) for name in PRESETS]
-    return rivals + [Rival("tqai", f"{name}, 8 + 3 bits", on(config)) for name, config in coded]
+    bare = [(name, replace(preset(name, kind), codec="exact")) for name in PRESETS]
+    return rivals + [Rival("tqai", f"{name}, uncoded", on(config)) for name, config in bare]
 
 
 def rivals(kind: str, ratios: list[float], steps: int = STEPS) -> list[Rival]:

@@ -267,14 +267,14 @@ def load_study(path: Path) -> Row:
 def _known(steps: int, budget: Budget) -> list[Row]:
     """Where the search begins: error control as the presets have it, and three schedules."""
     share = budget.limit if budget.what in ("calls", "time") else 0.5
-    common = {"level": "model", "strategy": "delta2", "slope_bits": 3, "cfg": "none", "codec": "exact"}
+    common = {"level": "model", "strategy": "delta2", "slope_bits": 3, "cfg": "none", "codec": "turbo:bits=8"}
     control = {"monitor": "lyapunov", "scorer": "none", "warmup": 3, "max_gap": 6}
     grid = {"monitor": "schedule", "count_none": max(round(share * steps), 4)}
     return [
         {**common, **control, "tau_lyapunov": 0.06},
-        {**common, **grid, "first": 3, "last": 2, "power": 1.2},
-        {**common, **grid, "first": 3, "last": 3, "power": 1.2},
-        {**common, **grid, "first": 2, "last": 2, "power": 1.0},
+        {**common, **grid, "first": 3, "last": 2, "power": 1.2, "slope_bits": 6},
+        {**common, **grid, "first": 3, "last": 3, "power": 1.2, "slope_bits": 6},
+        {**common, **grid, "first": 2, "last": 2, "power": 1.0, "slope_bits": 6},
     ]
 
 
