@@ -30,25 +30,26 @@ def pipeline_input(optional: bool = True) -> Any:
 
 def _options(role: str, name: str) -> list[Any]:
     cls = REGISTRY[role].get(name)
-    return [] if cls is None else [_widget(key, option) for key, option in cls.options().items()]
+    return [] if cls is None else [_widget(key, option) for key, option in cls.options().items() if option["level"] != "kv"]
 
 
 def _widget(key: str, option: dict[str, Any]) -> Any:
+    """Optional, so that a workflow saved before the option was there still runs; left out, it is the method's default."""
     kind, default, low, high = option["type"], option["default"], option["low"], option["high"]
     tooltip = option["help"]
     if key == "file":
         return io.Combo.Input(key, options=tables() or [""], tooltip=f"{tooltip}; from ComfyUI's folder models/tqai")
     if option["choices"]:
-        return io.Combo.Input(key, options=[str(c) for c in option["choices"]], default=str(default), tooltip=tooltip)
+        return io.Combo.Input(key, options=[str(c) for c in option["choices"]], default=str(default), optional=True, tooltip=tooltip)
     if kind is bool:
-        return io.Boolean.Input(key, default=default, tooltip=tooltip)
+        return io.Boolean.Input(key, default=default, optional=True, tooltip=tooltip)
     if kind is int:
-        return io.Int.Input(key, default=default, min=_whole(low), max=_whole(high), tooltip=tooltip)
+        return io.Int.Input(key, default=default, min=_whole(low), max=_whole(high), optional=True, tooltip=tooltip)
     if kind is float:
         step = 10.0 ** _magnitude(default)
-        return io.Float.Input(key, default=default, min=low, max=high, step=step, round=False, tooltip=tooltip)
+        return io.Float.Input(key, default=default, min=low, max=high, step=step, round=False, optional=True, tooltip=tooltip)
     text = "+".join(map(str, default)) if kind is tuple else "" if default is None else str(default)
-    return io.String.Input(key, default=text, tooltip=tooltip)
+    return io.String.Input(key, default=text, optional=True, tooltip=tooltip)
 
 
 def _whole(limit: float | None) -> int | None:

@@ -505,6 +505,24 @@ def test_schemas_did_not_change_by_accident(host):
     assert found == known, json.dumps(found)
 
 
+def test_a_workflow_saved_before_an_option_was_there_still_runs(host):
+    """Every option of a method may be left out and is its default then; options of caches alone are not offered."""
+    from tqai_core.registry import REGISTRY
+
+    for node, role in (("TQAIScorer", "scorer"), ("TQAIStrategy", "strategy"), ("TQAIMonitor", "monitor"), ("TQAICompress", "codec")):
+        inputs = host.pack.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()
+        combo = next(group[role] for group in inputs.values() if role in group)
+        for option in combo[1]["options"]:
+            if option["key"] not in REGISTRY[role]:
+                continue
+            known = REGISTRY[role][option["key"]].options()
+            needed = set(option["inputs"].get("required", {}))
+            assert needed == ({"file"} if "file" in known else set())
+            assert set(option["inputs"].get("optional", {})) | needed == {k for k, o in known.items() if o["level"] != "kv"}
+    stage = host.run("TQAIStrategy", strategy={"strategy": "delta2"}).result[0]
+    assert stage.strategy == "delta2"
+
+
 def test_every_input_is_explained(host):
     for cls in host.pack.NODE_CLASS_MAPPINGS.values():
         schema = cls.GET_SCHEMA()

@@ -29,10 +29,12 @@ M = TypeVar("M", bound="Method")
 
 
 def param(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = (), kw_only: bool = False
-) -> Any:
-    """A dataclass field that spec strings, the command, the docs and the node widgets all read."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices}, kw_only=kw_only)
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = (), level: str | None = None,
+    kw_only: bool = False,
+) -> Any:  # fmt: skip
+    """A dataclass field that spec strings, the command, the docs and the node widgets all read. ``level`` is the only one where
+    it acts, if there is one."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "level": level}, kw_only=kw_only)
 
 
 class Method:

@@ -82,7 +82,11 @@ class DynamicComboInput(Input):
         self.options = options
 
     def as_dict(self) -> dict[str, Any]:
-        options = [{"key": o.key, "inputs": {"required": {i.id: i.v1() for i in o.inputs}}} for o in self.options]
+        split = lambda o: (
+            {"required": {i.id: i.v1() for i in o.inputs if not i.optional}}
+            | ({"optional": optional} if (optional := {i.id: i.v1() for i in o.inputs if i.optional}) else {})
+        )
+        options = [{"key": o.key, "inputs": split(o)} for o in self.options]
         return {"options": options, **super().as_dict()}
 
 

@@ -18,8 +18,8 @@ class Turbo(VectorCodec, name="turbo", paper="TurboQuant 2504.19874; randomised 
     """
 
     levels = (*VectorCodec.levels, "kv")
-    bits_k: int = param(0, "bits of keys at level kv: 2 to 6 or 8; 0 = as bits", choices=(0, 2, 3, 4, 5, 6, 8))
-    bits_v: int = param(0, "bits of values at level kv; 0 = as bits", choices=(0, 2, 3, 4, 5, 6, 8))
+    bits_k: int = param(0, "bits of keys at level kv: 2 to 6 or 8; 0 = as bits", choices=(0, 2, 3, 4, 5, 6, 8), level="kv")
+    bits_v: int = param(0, "bits of values at level kv; 0 = as bits", choices=(0, 2, 3, 4, 5, 6, 8), level="kv")
 
     def kind(self, vectors: int) -> str:
         return "lm"

@@ -33,7 +33,7 @@ class Stability(Monitor, name="stability", paper="attention entropy as a sign of
     max_gap: int = param(6, "most evaluations forecast in a row", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
 
-    flush_tau: float = param(0.02, "level kv: the same between two flushes that base bits may miss", low=0.0, high=1.0)
+    flush_tau: float = param(0.02, "level kv: the same between two flushes that base bits may miss", low=0.0, high=1.0, level="kv")
 
     levels = (*Monitor.levels, "kv")
     probes = ("entropy",)

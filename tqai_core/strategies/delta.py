@@ -23,7 +23,7 @@ class Delta(Strategy, name="delta"):
     plain cache of equal bytes.
     """
 
-    block: int = param(32, "level kv: tokens that share an anchor", choices=(16, 32, 64, 128))
+    block: int = param(32, "level kv: tokens that share an anchor", choices=(16, 32, 64, 128), level="kv")
 
     order = 0
     levels = (*Strategy.levels, "kv")

@@ -57,7 +57,7 @@ class Delta2(Line, name="delta2", paper="linear multistep prediction, as in Adam
     costs no call and no memory. At a sigma below .1 and in the last step nothing is taken back.
     """
 
-    block: int = param(64, "level kv: tokens that share a line", choices=(16, 32, 64, 128))
+    block: int = param(64, "level kv: tokens that share a line", choices=(16, 32, 64, 128), level="kv")
     correct: bool = param(True, "after forecasts take back what they put wrong, where the sampler is Euler (level model)")
 
     levels = (*Line.levels, "kv")
