@@ -208,3 +208,22 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if "TQAI_SHOWN" in os.environ:
         Path(os.environ["TQAI_SHOWN"]).write_text(json.dumps(session.config.stash[SHOWN]))
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[..., Any]:
+    """Makes a tokenizer of single bytes, which a folder keeps and any model of 256 tokens can read."""
+
+    def make(template: str | None = None) -> Any:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        made = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        made.chat_template = template
+        return made
+
+    return make

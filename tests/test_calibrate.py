@@ -222,12 +222,10 @@ def test_a_losing_allocation_is_dropped_and_the_file_says_so():
     assert verdict["fisher"]["bytes"] <= verdict["uniform"]["bytes"]
 
 
-def test_command_on_folders(tmp_path, capsys):
-    from transformers import ByT5Tokenizer
-
+def test_command_on_folders(tmp_path, capsys, byte_tokenizer):
     folder = tmp_path / "lm"
     minis.lm().save_pretrained(folder)
-    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     (tmp_path / "text").write_text("def f(x):\n    return x\n" * 60)
     command = ["calibrate", "-m", str(folder), "-o", str(tmp_path / "lm.safetensors"), "--seeds", "1", "--probes", "1"]
     assert main(command) == 2

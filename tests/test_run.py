@@ -23,21 +23,8 @@ FIXED = ("--monitor", "fixed:interval=2")  # a random net moves too wildly for e
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
-def byte_tokenizer(template=None):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    made.chat_template = template
-    return made
-
-
 @pytest.fixture(scope="module")
-def lm_folder(tmp_path_factory):
+def lm_folder(tmp_path_factory, byte_tokenizer):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -187,7 +174,7 @@ def test_a_folder_packs_compares_and_keeps_its_seed(capsys, lm_folder):
     assert other["tokens"] != first["tokens"]
 
 
-def test_a_model_without_rotary_positions_and_with_a_cache_of_its_own_choice(capsys, tmp_path):
+def test_a_model_without_rotary_positions_and_with_a_cache_of_its_own_choice(capsys, tmp_path, byte_tokenizer):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -195,6 +182,7 @@ def test_a_model_without_rotary_positions_and_with_a_cache_of_its_own_choice(cap
     model.generation_config.cache_implementation = "static"
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
+    capsys.readouterr()  # the bar of saving
     assert "calibrate=0" in refused(capsys, "hi", "-m", tmp_path)
     result, _ = ask(capsys, "x" * 60, "-m", tmp_path, *PLAIN, "--calibrate", 0, "--max-tokens", 12, "--compare")
     assert result["cache"]["tokens_packed"] >= 32
@@ -243,7 +231,7 @@ def test_bad_input_is_one_line_with_the_cure(capsys, lm_folder, tmp_path):
     (tmp_path / "f").write_text("")
     assert "is a file" in say("hi", "-m", tmp_path / "f")
     assert "prompt is empty" in say(" ", "--demo")
-    assert "bits_k=5" in say("hi", "--demo", "--bits-k", 5)
+    assert "bits_k=7" in say("hi", "--demo", "--bits-k", 7)
     assert "recent=-1" in say("hi", "--demo", "--recent", "-1")
     assert "--max-tokens 0" in say("hi", "--demo", "--max-tokens", 0)
     assert "--temperature -1" in say("hi", "--demo", "--temperature", "-1")
