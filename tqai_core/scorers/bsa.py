@@ -22,8 +22,8 @@ class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01
     mass on the minis, and the blocks it picks keep as much of it as the best ones (within .02). As a score of tokens, the
     mass their block receives. With the strategy ``window`` it chooses the blocks that stay exact; as a weight of the
     tolerance it changes nothing on the minis.
-    At level kv finer rows for what the last queries look at gain next to nothing (.95 to 1.3 of the KL of a plain cache of equal
-    bytes); with ``window`` its blocks lose least of all scorers' (.87 of the nearest blocks' KL).
+    At level kv finer rows for what the last queries look at gain next to nothing or lose (.95 to 1.9 of the KL of a plain cache
+    of equal bytes); with ``window`` its blocks lose least of all scorers' (.87 of the nearest blocks' KL).
     """
 
     levels = (*Scorer.levels, "kv")

@@ -33,8 +33,8 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
     linear far field has a quarter to two fifths of the error of none (order 1, top 25 %); order 0 with it errs more than order 1,
     on Flux and SD3 5 to 8 times. Saves a part of the attention alone: skipping whole steps is better where the model allows it.
     At level kv a step reads the exact tokens and ``density`` of the packed blocks, half of them the newest: at 16k tokens and density
-    .25 a step takes half (nearest blocks) to two thirds (``bsa``) of the time, and has 6 times the KL of reading all of a four bit
-    cache (.0005 on the trained LM).
+    .25 a step takes half (nearest blocks) to three quarters (``bsa``) of the time, and has 6.5 to 7.5 times the KL of reading all of
+    a four bit cache (.0005 on the trained LM).
     """
 
     density: float = param(0.25, "part of the key blocks that a query block sees", low=0.0, high=1.0)
