@@ -210,7 +210,7 @@ def test_trellis_takes_any_shape(bits, d, n, short, dtype):
     y = codec.decode(packed)
     assert y.shape == x.shape
     assert y.dtype == dtype
-    if n and d > 4:
+    if x.numel() >= 256:  # enough numbers for a mean to say something
         assert nmse(y, x) < 1.3 * (0.45, 0.14, 0.045, 0.014, 0.005, 0.002, 0.001, 0.001)[bits - 1] + (1e-4 if dtype != torch.float32 else 0)
 
 

@@ -75,12 +75,13 @@ def test_a_study_is_measured_and_proved(found):
     assert [layer for layer, _ in result["layers"]] != []
 
 
-def test_what_loses_is_not_written(found, monkeypatch, tmp_path):
-    path, _ = found
+def test_what_loses_is_not_written(monkeypatch, tmp_path):
+    """Where the default preset is within the budget too."""
     bad = tqai.Config(strategy="delta", monitor="fixed:interval=4,min_steps=1")
     lie = {"trial": 0, "config": bad.to_dict(), "error": 0.0, "calls": 0.5, "bytes": 1.0, "time": 0.5}
     monkeypatch.setattr(tune, "rows_of", lambda study: [lie])
-    result = tune.tune(small(), tune.Budget("calls", 0.6), path, trials=6)
+    result = tune.tune(small(), tune.Budget("calls", 0.8), tmp_path / "s.db", trials=1)
+    assert result["default_fits"]
     assert result["proof"]["tuned"]["error"] > result["proof"]["default"]["error"]
     assert result["kept"] == "default"
     assert tqai.Config.from_dict(result["config"]) == tqai.preset("balanced", "flux")

@@ -318,7 +318,7 @@ def load_pipeline(name: str, dtype: str, device: str) -> tuple[Any, str]:
         raise ValueError(f"dtype {dtype!r} is unknown: give bfloat16, float16 or float32")
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=kind)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name!r} ({str(error).splitlines()[0]}): give a model's folder or name, or --demo") from error
     transformers_of(pipe)
     pipe.set_progress_bar_config(disable=True)
