@@ -21,7 +21,7 @@ from torch import Tensor
 from tqai_core.config import Config
 from tqai_core.flow import Flow
 from tqai_core.report import Recorder
-from tqai_core.types import Where
+from tqai_core.types import Step, Where
 
 from .levels import Forward
 from .schedule import Schedule
@@ -80,11 +80,8 @@ class Run:
             return
         with self._lock:
             self._seen.clear()
-            if self.schedule is None:
-                step = Schedule((1.0, 0.0), 1.0).step(self.evaluations, sigma)
-            else:
-                step = self.schedule.step(self.evaluations, sigma)
-            self.flow.enter(step)
+            known = self.schedule is not None and (self.flow.bypass is None or not self.evaluations)  # an idle run asks no more
+            self.flow.enter(self.schedule.step(self.evaluations, sigma) if known else Step(self.evaluations, sigma))
             self.evaluations += 1
             self.inside = True
         try:

@@ -87,6 +87,10 @@ class Flow:
 
     def enter(self, step: Step) -> Decision:
         """The gate: one decision a step, for all sites and branches."""
+        if self.bypass is not None and self.step is not None:  # idle since the first one: nothing is held, nothing was judged
+            self.opening, self.step = False, step
+            self._entry = self.recorder.decision(self.model, step, self.decision)
+            return self.decision
         self._settle()
         if self.late and self.decision.compute and self.step is not None:
             self.memory.keep(self.step)
