@@ -29,7 +29,7 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
     """Between full computations attention sees the nearest blocks of keys, or those that scorer ``bsa`` chooses, the others through
     a far field, and the residual full - sparse is carried on over sigma, each token's slope as far as it came true at the last full
     attention. The support stays as it was first chosen, since a residual can only be extrapolated over one support: without far
-    field, order 1 with a frozen support has .42 of the error of order 0 with a support chosen anew (WAN mini, density .25). The
+    field, order 1 with a frozen support has .13 of the error of order 0 with a support chosen anew (WAN mini, density .25). The
     linear far field has a quarter to two fifths of the error of none (order 1, top 25 %); order 0 with it errs more than order 1,
     on Flux and SD3 5 to 8 times. Saves a part of the attention alone: skipping whole steps is better where the model allows it.
     At level kv a step reads the exact tokens and ``density`` of the packed blocks, half of them the newest: at 16k tokens and density
