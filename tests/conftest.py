@@ -227,3 +227,35 @@ def byte_tokenizer() -> Callable[..., Any]:
         return made
 
     return make
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a StableDiffusion3Pipeline with random weights, two tiny CLIPs and no T5."""
+    folder = tmp_path_factory.mktemp("sd3")
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={c: i for i, c in enumerate(letters)}, merges=[], model_max_length=77)
+    clip = lambda: CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(letters), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
+            bos_token_id=52, eos_token_id=53, pad_token_id=53,
+        )
+    )  # fmt: skip
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, out_channels=4,
+        caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=32, pos_embed_max_size=8,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        sample_size=32, block_out_channels=(4, 4, 4, 4), down_block_types=("DownEncoderBlock2D",) * 4, shift_factor=0.0,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=1, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=clip(),
+        text_encoder_2=clip(), tokenizer=tokenizer, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder

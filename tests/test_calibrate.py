@@ -237,3 +237,12 @@ def test_command_on_folders(tmp_path, capsys, byte_tokenizer):
     assert keys["mean"].shape == keys["scale"].shape == (4, 2, 64)
     assert main(["calibrate", "-m", str(tmp_path), "-o", str(tmp_path / "x")]) == 2
     assert "neither model_index.json" in capsys.readouterr().err
+
+
+def test_command_on_a_pipeline_without_one_of_its_encoders(tmp_path, capsys, picture_folder):
+    command = ["calibrate", "-m", str(picture_folder), "-o", str(tmp_path / "sd3.safetensors"), "--seeds", "1", "--probes", "1"]
+    assert main([*command, "--json", str(tmp_path / "o.json")]) == 0
+    assert json.loads((tmp_path / "o.json").read_text())["verdicts"]["bases"]["of"] > 0
+    assert Calibration.load(tmp_path / "sd3.safetensors").tensors
+    assert main(["report", str(tmp_path / "sd3.safetensors"), "-o", str(tmp_path / "page.html")]) == 0
+    assert "<svg" in (tmp_path / "page.html").read_text()

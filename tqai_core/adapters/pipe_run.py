@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import sys
 import time
 import warnings
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video, logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -26,6 +24,7 @@ from ..metrics import psnr
 from ..peak import Peak
 from ..run import _line
 from .diffusers import family_of
+from .load import pipeline
 
 ARGUMENTS = {
     "steps": "num_inference_steps", "guidance": "guidance_scale", "negative": "negative_prompt", "height": "height", "width": "width",
@@ -43,16 +42,9 @@ def load(args: argparse.Namespace, device: torch.device) -> Any:
         logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
     try:
-        folder = Path(args.model).expanduser()
-        index = json.loads((folder / "model_index.json").read_text())
-        absent = {name: None for name, part in index.items() if part == [None, None]}  # else an encoder left out is an error
-        pipe = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **absent)
-    except Exception as error:  # whatever the loading code meets in a broken folder
-        raise ValueError(f"cannot load {args.model}: {_line(error)}; give a folder that DiffusionPipeline.from_pretrained loads") from None
+        pipe = pipeline(args.model, dtype)
     finally:
         logging.set_verbosity(verbosity)
-    if getattr(pipe, "transformer", None) is None:
-        raise ValueError(f"{type(pipe).__name__} has no transformer: tqai works on SD3, Flux and WAN pipelines")
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     return pipe.to(device)
 

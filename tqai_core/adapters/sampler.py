@@ -23,6 +23,7 @@ from ..calibrate.sampler import CalibratedSampler, Make, entry_hash, guidance_ra
 from ..config import Config
 from ..modelhash import model_hash
 from .diffusers import EXPERTS, HOOK, attach
+from .load import pipeline
 from .solvers import scheduler as stock_scheduler
 
 TRAIN = 1000  # timesteps are sigmas in thousandths, as in every flow-matching scheduler
@@ -316,10 +317,7 @@ def load_pipeline(name: str, dtype: str, device: str) -> tuple[Any, str]:
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"dtype {dtype!r} is unknown: give bfloat16, float16 or float32")
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=kind)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {name!r} ({str(error).splitlines()[0]}): give a model's folder or name, or --demo") from error
+    pipe = pipeline(name, kind)
     transformers_of(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device), "guidance_scale"

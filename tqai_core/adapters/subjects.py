@@ -205,9 +205,9 @@ def folder(path: Path, prompts: Sequence[str] = (), text: str = "", steps: int =
            count: int = 1, length: int = 512) -> Subject:  # fmt: skip
     """A diffusers pipeline or a transformers causal LM in a folder. Raises ValueError where it is neither."""
     if (path / "model_index.json").is_file():
-        import diffusers
+        from .load import pipeline
 
-        pipe = diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=True)
+        pipe = pipeline(path, local_files_only=True)
         if torch.cuda.is_available():
             pipe.to("cuda")
         pipe.set_progress_bar_config(disable=True)
