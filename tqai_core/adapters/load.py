@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ..run import _line
+
 
 def pipeline(name: str | Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
     """A pipeline by folder or name. ValueError in one line for whatever the loading code meets.
@@ -21,8 +23,9 @@ def pipeline(name: str | Path, dtype: torch.dtype | None = None, **options: Any)
         absent = {part: None for part, kind in parts.items() if kind == [None, None]}
         pipe = DiffusionPipeline.from_pretrained(str(index.parent if parts else name), dtype=dtype, **absent, **options)
     except Exception as error:
-        told = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"cannot load {name}: {told}; give a folder or name that DiffusionPipeline.from_pretrained loads") from None
+        raise ValueError(
+            f"cannot load {name}: {_line(error)}; give a folder or name that DiffusionPipeline.from_pretrained loads"
+        ) from None
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"{type(pipe).__name__} has no transformer: tqai works on SD3, Flux and WAN pipelines")
     return pipe

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -23,6 +22,7 @@ from ..attention import native
 from ..attention.tiers import attend
 from ..attention.view import PackedView
 from ..config import Config
+from ..files import read_with_header
 from ..handle import Handle
 from ..kv import FLUSH, PackedKV, Plan
 from ..kv_methods import Policy, policy
@@ -277,16 +277,9 @@ class KVCache(Cache):
     @classmethod
     def load(cls, path: str | Path, model_config: Any, *, device: str | torch.device = "cpu", weights: str = "") -> KVCache:
         """A cache from a file of :meth:`save`, ready to be continued. ValueError for a file of another model, or a damaged one."""
-        try:
-            with safe_open(str(path), framework="pt", device=str(device)) as f:
-                header = json.loads((f.metadata() or {}).get("tqai-kv", "null"))
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"{path}: not a readable cache file ({error}): save the cache again") from None
-        if not isinstance(header, dict):
-            raise ValueError(f"{path}: field 'tqai-kv' is missing: this is no cache file; write one with cache.save(path)")
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path}: field 'format' is {header.get('format')!r}, this tqai reads {FORMAT}: upgrade or save again")
+        header, tensors = read_with_header(
+            path, "tqai-kv", FORMAT, what="cache file", make="write one with cache.save(path)", again="save the cache again", device=device
+        )
         try:
             cache = cls(model_config, Config.from_dict(header["config"]))
             for field, had in header["model"].items():

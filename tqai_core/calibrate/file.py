@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..codecs.bases import BasesFile
+from ..files import read_with_header
 from ..modelhash import model_hash
 
 FORMAT = 1
@@ -87,14 +87,4 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a calibration, finished or not. ValueError says what is wrong with the file."""
     if not Path(path).is_file():
         raise ValueError(f"calibration {str(path)!r} is not there: run `tqai calibrate -m MODEL -o {path}`")
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            header = json.loads((f.metadata() or {}).get("tqai-calibration", "null"))
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable calibration ({error}): calibrate again") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: field 'tqai-calibration' is missing: this is no calibration; run tqai calibrate")
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path}: field 'format' is {header.get('format')!r}, this tqai reads {FORMAT}: upgrade or calibrate again")
-    return header, tensors
+    return read_with_header(path, "tqai-calibration", FORMAT, what="calibration", make="run tqai calibrate", again="calibrate again")
