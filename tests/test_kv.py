@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tqai_core.attention import packed, products
 from tqai_core.attention.packed import attend
 from tqai_core.codecs.rows import BITS, Scratch, rows
 from tqai_core.kv import FLUSH, SEGMENT, PackedKV, Plan
@@ -61,6 +62,46 @@ def test_rows_error_bytes_and_domain(bits, d):
     there = coder.rotate(q) @ (coder.lookup(codes[0]) * gain[0].float()[:, None]).T
     assert torch.allclose(there, q @ y[0].T, atol=2e-4)
     assert torch.equal(coder.lookup(codes), coder.lookup(codes, Scratch()))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_levels_are_bytes_times_a_step(bits):
+    coder = rows(64, bits, 0, CPU)
+    codes, _ = coder.encode(torch.randn(7, 64))
+    small = coder.lookup_bytes(codes, Scratch())
+    assert small.dtype == torch.int8
+    assert torch.equal((small.float() + (0.5 if bits == 8 else 0)) * coder.step, coder.lookup(codes))
+    wide = torch.cat([codes, codes], 1)[:, : codes.shape[1]]  # rows that lie apart, as those of split values do
+    assert torch.equal(coder.lookup_bytes(wide), small)
+
+
+@pytest.mark.parametrize("exact", [100, 1000])
+@pytest.mark.parametrize("bits", BITS)
+def test_products_of_bytes_and_of_floats_agree(bits, exact, monkeypatch):
+    """To the 15 bits of the digits, where a score is a sum of both signs; a query of zeros and one that is no number included."""
+    g = torch.Generator().manual_seed(0)
+    kv = PackedKV(Plan(bits, bits, recent=exact))
+    k, v = tokens(g, 2, 2, 2500, 64)
+    kv.append(k.bfloat16(), v.bfloat16())
+    kv.settle()
+    q = torch.randn(2, 4, 3, 64, generator=g).bfloat16()
+    q[0, 0] *= 30
+    q[0, 1] = 0
+    q[1, 3, 2, 5] = float("nan")
+    asked = []
+    make = products.Queries.__init__
+    monkeypatch.setattr(products.Queries, "__init__", lambda self, *a: (make(self, *a), asked.append(self.unit))[0])
+    outs = []
+    for has in (False, True):
+        monkeypatch.setattr(products, "multiplies_bytes", lambda has=has: has)
+        outs.append(attend(q, kv, scaling=0.125, native=False).float())
+    assert [unit is not None for unit in asked] == [False, bits not in (5, 6)]
+    assert outs[1][1, 3, 2].isnan().all()
+    assert int(outs[1].isnan().sum()) == 64
+    want, got = (x.nan_to_num().flatten(0, 2) for x in outs)
+    assert float(((got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-9)).max()) < 0.01  # bf16 rounds to 0.004
+    attend(q.float(), kv, scaling=0.125, native=False)
+    assert asked[-1] is None, "queries of 32 bits keep them"
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -264,8 +305,9 @@ def test_values_without_weight_are_not_looked_up(monkeypatch):
     kv.settle()
     coder, looked = kv.coder_v(), []
     monkeypatch.setattr(coder, "lookup", lambda codes, scratch=None: looked.append(len(codes)) or type(coder).lookup(coder, codes, scratch))
+    monkeypatch.setattr(packed, "GROUP", 1024)  # asked where there are several groups
     q = (10 * direction).view(1, 1, 1, 64)
-    out = attend(q, kv, scaling=0.125)
+    out = attend(q, kv, scaling=0.125, native=False)
     assert looked == []
     monkeypatch.undo()
     assert torch.allclose(out, reference(q, kv.dense("k"), kv.dense("v")), atol=1e-4)

@@ -8,6 +8,7 @@ millionth are not looked up ("sparse V").
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ from ..codecs.rows import Rows, Scratch
 from ..kv import PackedKV, Segment
 from . import native as kernel
 from . import triton_packed
+from .products import FEW, Queries, add_values
 
-CHUNK = 1 << 17  # coordinates looked up at a time on a CPU: half a MiB of fp32 stays in its cache
 GROUP = 1 << 15  # scores that one softmax sees at a time
 SCORES = 1 << 20  # the same where many queries come together
 NEGLIGIBLE = 1e-6  # share of the weight so far below which a chunk's values are skipped; on CPUs only: it asks the device
@@ -44,7 +45,7 @@ def attend(
         raise ValueError(f"query has batch {b} and {heads} heads, the cache {list(kv.keys.shape[:2])}: heads must be a multiple")
     out = query.new_empty(b, heads, count, kv.values.shape[-1])
     block = max(SCORES // (b * heads * min(max(kv.length, 1), 1024)), 1)
-    scratch = Scratch()
+    scratch = scratch_for(query)
     for i in range(0, count, block):
         j = min(i + block, count)
         seen = _Mask(mask, i, j, count, kv.length, query.device)
@@ -93,22 +94,30 @@ def state(
             return done
     run = _Softmax(q, dv, aux, group, count)
     exact = kv.keys.shape[2]
-    for a in range(0, exact, 1024):
-        e = min(a + 1024, exact)
-        s = q @ kv.keys[:, :, a:e].float().transpose(-1, -2)
-        p = run.weigh(_cap(s, softcap), seen.exact(a, e, kv))
-        run.sum += p @ kv.values[:, :, a:e].float()
+    if not kv.segments or part is not ALL or exact > _at_once(q) // 2 or (native and _on_triton(q, kv)):
+        for a in range(0, exact, 1024):
+            e = min(a + 1024, exact)
+            s = q @ kv.keys[:, :, a:e].float().transpose(-1, -2)
+            p = run.weigh(_cap(s, softcap), seen.exact(a, e, kv))
+            run.sum += p @ kv.values[:, :, a:e].float()
+        exact = 0
     if kv.segments:
         run.sum = kv.coder_v().rotate(run.sum)
-        _packed(q, kv, run, seen, softcap, scratch, native, part)
+        _packed(q, kv, run, seen, softcap, scratch, native, part, exact, precise)
         run.sum = kv.coder_v().unrotate(run.sum)
     return run.sum, run.weight, run.top
 
 
-def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool, use: Part) -> None:
-    """Adds the packed tokens to ``run``."""
+def _packed(
+    q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool, use: Part, exact: int,
+    precise: bool,
+) -> None:  # fmt: skip
+    """Adds the packed tokens to ``run``, and with the first of them the ``exact`` rows where they have not been added: one softmax
+    less."""
+    assert kv.keys is not None
+    assert kv.values is not None
     keys, values = kv.coder_k(), kv.coder_v()
-    shift = None
+    plain, shift = q, None
     if kv.mean is not None and kv.scale is not None:
         shift = (q * kv.mean).sum(-1, keepdim=True)
         q = q * kv.scale
@@ -117,38 +126,81 @@ def _packed(q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float 
     if use is not ALL:
         _partly(q, kv, run, seen, softcap, scratch, shift, use)
         return
-    if native and isinstance(values, Rows) and triton_packed.wanted(q, keys.bits, values.bits):
+    if native and isinstance(values, Rows) and _on_triton(q, kv):
         triton_packed.attend(
             kv.segments, q, shift, keys, values, mask=seen.at(0, kv.length), first=kv.sinks, group=run.group, softcap=softcap,
             top=run.top, weight=run.weight, total=run.sum,
         )  # fmt: skip
         return
-    q = q.flatten(0, 1)
-    total = run.sum.flatten(0, 1)
+    asked = Queries(q.flatten(0, 1), keys, precise)
     position = kv.sinks
-    for group in _groups(kv, max(GROUP // (b * h * r), 1)):
+    for group in _groups(kv, _at_once(q)):
         sizes = [len(segment) for segment in group]
-        s = q.new_empty(b * h, r, sum(sizes))
-        for segment, part in zip(group, s.split(sizes, 2), strict=True):
-            step = _heads(segment, keys.d)
-            codes = segment.codes_k.flatten(0, 1).split(step)
-            for own, theirs, out in zip(q.split(step), codes, part.split(step), strict=True):
-                out.copy_(torch.bmm(own, keys.lookup(theirs, scratch).transpose(1, 2)))
-        gain = [segment.gain_k for segment in group]
-        s = s.mul_((gain[0] if len(gain) == 1 else torch.cat(gain, 2)).float().flatten(0, 1)[:, None]).view(b, h, r, -1)
+        count = sum(sizes)
+        s = scratch.take("scores", (b * h, r, exact + count), torch.float32, q.device)
+        own = s[:, :, exact:]
+        for segment, part in zip(group, own.split(sizes, 2), strict=True):
+            asked.scores(segment.codes_k, part, scratch)
+        own.mul_(_joined([segment.gain_k for segment in group])[:, None])
+        if asked.unit is not None:
+            own.mul_(asked.unit)
         if shift is not None:
-            s.add_(shift)
-        p = run.weigh(_cap(s, softcap), seen.at(position, position + s.shape[3])).flatten(0, 1)
-        position += s.shape[3]
-        least = run.weight.flatten(0, 1) * NEGLIGIBLE
-        for segment, part in zip(group, p.split(sizes, 2), strict=True):
-            if p.device.type == "cpu" and not bool((part.sum(-1, keepdim=True) > least).any()):
-                continue
-            for (coder, rows, own_gain), sums in zip(values.parts(segment.codes_v, segment.gain_v), values.cut(total), strict=True):
-                weighted = part * own_gain.flatten(0, 1)[:, None].float()
-                step = _heads(segment, coder.d)
-                for own, theirs, out in zip(weighted.split(step), rows.flatten(0, 1).split(step), sums.split(step), strict=True):
-                    out.baddbmm_(own, coder.lookup(theirs, scratch))
+            own.add_(shift.flatten(0, 1))
+        mask = seen.at(position, position + count)
+        if exact:
+            torch.bmm(plain.flatten(0, 1), kv.keys.float().flatten(0, 1).transpose(1, 2), out=s[:, :, :exact])
+            if mask is not None:
+                mask = torch.cat([seen.exact(0, exact, kv), mask], dim=-1)  # type: ignore[list-item]
+        p = run.weigh(_cap(s, softcap).view(b, h, r, -1), mask)
+        if exact:
+            run.sum += values.rotate(p[..., :exact] @ kv.values.float())
+            p = p[..., exact:]
+            exact = 0
+        _add_values(p, group, sizes, kv, run, scratch)
+        position += count
+
+
+def _add_values(p: Tensor, group: list[Segment], sizes: list[int], kv: PackedKV, run: _Softmax, scratch: Scratch) -> None:
+    """Adds the values of ``group`` with the weights ``p [B, H, r, tokens]``."""
+    p, values = p.flatten(0, 1), kv.coder_v()
+    wanted = [True] * len(group)
+    if p.device.type == "cpu" and kv.packed > p.shape[2]:  # asking costs more than a few segments
+        shares = torch.stack([part.sum(-1) for part in p.split(sizes, 2)])
+        wanted = (shares > run.weight.flatten(0, 1)[None, ..., 0] * NEGLIGIBLE).flatten(1).any(1).tolist()
+    rows = [values.parts(segment.codes_v, segment.gain_v) for segment in group]
+    for i, sums in enumerate(values.cut(run.sum.flatten(0, 1))):
+        weights = scratch.take("weights", p.shape, torch.float32, p.device)
+        torch.mul(p, _joined([own[i][2] for own in rows])[:, None], out=weights)
+        for own, weight, want in zip(rows, weights.split(sizes, 2), wanted, strict=True):
+            if want:
+                add_values(weight, own[i][1], own[i][0], sums, scratch)
+
+
+def scratch_for(query: Tensor) -> Scratch:
+    """Memory to work in: of a few queries on a CPU the thread's own (about 1.3 MiB), or each layer and token would touch fresh pages."""
+    if query.device.type != "cpu" or query.shape[0] * query.shape[1] * query.shape[2] > FEW:
+        return Scratch()
+    if not hasattr(_own, "scratch"):
+        _own.scratch = Scratch()
+    return _own.scratch
+
+
+_own = threading.local()
+
+
+def _joined(gains: list[Tensor]) -> Tensor:
+    """Gains ``[B, H, n]`` of segments in a row, ``fp32 [B x H, tokens]``."""
+    return (gains[0] if len(gains) == 1 else torch.cat(gains, 2)).float().flatten(0, 1)
+
+
+def _at_once(q: Tensor) -> int:
+    """Tokens whose scores one softmax sees."""
+    return max(GROUP // (q.numel() // q.shape[-1]), 1)
+
+
+def _on_triton(q: Tensor, kv: PackedKV) -> bool:
+    values = kv.coder_v()
+    return isinstance(values, Rows) and triton_packed.wanted(q, kv.coder_k().bits, values.bits)
 
 
 def _partly(
@@ -197,12 +249,6 @@ def _groups(kv: PackedKV, tokens: int) -> Iterator[list[Segment]]:
         group.append(segment)
     if group:
         yield group
-
-
-def _heads(segment: Segment, d: int) -> int:
-    """Heads of all sequences looked up together: on a CPU as many as stay in its cache."""
-    b, h, n = segment.gain_k.shape
-    return b * h if segment.gain_k.device.type != "cpu" else max(CHUNK // (n * d), 1)
 
 
 def _cap(s: Tensor, softcap: float | None) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codecs.rows import Scratch
 from ..kv import PackedKV
 from ..kv_methods import Policy
 from . import packed
@@ -33,7 +32,7 @@ def attend(
         raise ValueError(f"query has batch {b} and {heads} heads, the cache {list(kv.keys.shape[:2])}: heads must be a multiple")
     out = query.new_empty(b, heads, count, kv.values.shape[-1])
     ordered = mask is not None or count > 1 or kv.policy.gate or kv.policy.strategy.reads  # else nobody asks which row is whose
-    places, scratch = kv.policy.places(kv) if ordered else [None, None], Scratch()
+    places, scratch = kv.policy.places(kv) if ordered else [None, None], packed.scratch_for(query)
     step = max(packed.SCORES // (b * heads * kv.length), 1)
     for i in range(0, count, step):
         j = min(i + step, count)

@@ -43,15 +43,22 @@ class Rows:
             raise ValueError(f"head dimension {d} cannot be packed: it must be a multiple of 8 from 16 to 1024; leave those layers exact")
         self.d, self.bits, self.device = d, bits, device
         self.runs, self.basis = (self,), None
+        self.step = 0.0  # of levels that are bytes: level = step * byte, at 8 bits step * (byte + 1/2)
         self.row_bytes = d * bits // 8
         self.forward = matrix(d, seed).T.contiguous().to(device)
         self.back = matrix(d, seed).to(device)
         if bits == 8:
             self.level = (torch.arange(256) - 127.5).to(device)
-            self.unit = 127.5 / REACH
+            self.unit, self.step = 127.5 / REACH, 1.0
             return
-        # what kernels read as integers of 14 bits, exactly; it moves no level by more than 1 / 4096
+        # multiples of 1 / 2048, which kernels read as 14-bit integers; up to 4 bits also bytes times a common step, which moves
+        # the error by half a percent
         level, self.unit = (lloyd_max(bits, d) * 2048).round().clamp(-8191, 8191) / 2048, 1.0
+        small = None
+        if bits <= 4:
+            self.step = math.ceil(float(level[-1]) * 2048 / 127) / 2048
+            small = (level / self.step).round()
+            level = small * self.step
         self.level = level.to(device)
         cells = 2048
         reach = float(level[-1]) * 1.05 + 0.1
@@ -64,6 +71,9 @@ class Rows:
         code = ((index >> (low * part)) & (2**low - 1)) | (((index >> (8 + high * part)) & (2**high - 1)) << low)
         wide = {2: torch.float64, 4: torch.complex128}[code.shape[1]]  # several levels read as one number: three times faster
         self._table = level[code].contiguous().view(wide).view(-1).to(device)
+        if small is not None:
+            four = code if bits < 4 else torch.cat([code.repeat(256, 1), code.repeat_interleave(256, 0)], 1)
+            self._bytes = small.to(torch.int8)[four].contiguous().view(torch.int32).view(-1).to(device)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x fp32 [..., d]`` -> codes ``uint8 [..., row_bytes]`` and gains ``bf16 [...]``; inf or NaN show in the gain."""
@@ -94,17 +104,33 @@ class Rows:
         index, flat_index, out, flat_out = (scratch or Scratch()).views(self, codes)
         if self.bits == 8:
             return out.copy_(codes).sub_(127.5)
-        low, high = PLANES[self.bits]
-        if high:
-            own = self.d * low // 8
-            wide = high * 8 // low  # high bits that go with a byte of low ones
-            above = codes[..., own:]
-            index.copy_(torch.stack([(above >> i) & (2**wide - 1) for i in range(0, 8, wide)], dim=-1).flatten(-2))
-            index.bitwise_left_shift_(8).bitwise_or_(codes[..., :own])
-        else:
-            index.copy_(codes)
+        self._index(codes, index)
         torch.index_select(self._table, 0, flat_index, out=flat_out)
         return out
+
+    def lookup_bytes(self, codes: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """The same as ``int8 [..., d]`` in units of ``step``, of a coder that has one; at 8 bits half a unit lower."""
+        if self.bits == 8:
+            return codes.bitwise_xor(128).view(torch.int8)
+        index, flat_index, out, flat_out = (scratch or Scratch()).views(self, codes, torch.int8)
+        if self.bits == 4:
+            index.copy_((codes if codes.stride(-2) % 2 == 0 else codes.contiguous()).view(torch.uint16))
+        else:
+            self._index(codes, index)
+        torch.index_select(self._bytes, 0, flat_index, out=flat_out)
+        return out
+
+    def _index(self, codes: Tensor, out: Tensor) -> None:
+        """Where a table has the levels of each byte, and of the high bits that go with it."""
+        low, high = PLANES[self.bits]
+        if not high:
+            out.copy_(codes)
+            return
+        own = self.d * low // 8
+        wide = high * 8 // low  # high bits that go with a byte of low ones
+        above = codes[..., own:]
+        out.copy_(torch.stack([(above >> i) & (2**wide - 1) for i in range(0, 8, wide)], dim=-1).flatten(-2))
+        out.bitwise_left_shift_(8).bitwise_or_(codes[..., :own])
 
     def decode(self, codes: Tensor, gain: Tensor) -> Tensor:
         """``fp32 [..., d]``: what :meth:`encode` was given, with its error."""
@@ -127,29 +153,31 @@ class Rows:
 
 
 class Scratch:
-    """Memory that lookups share: fresh pages cost more than the work on them, and so do a dozen views a call."""
+    """Memory that the steps of one attention share: fresh pages cost more than the work on them, and so do a dozen views a call."""
 
     def __init__(self) -> None:
-        self._memory: dict[torch.dtype, Tensor] = {}
-        self._views: dict[tuple[int, int, torch.Size], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._memory: dict[str, Tensor] = {}
+        self._views: dict[tuple[int, int, torch.Size, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
-    def views(self, coder: Rows, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def views(self, coder: Rows, codes: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Index and levels of a lookup, each in its shape and flat as the table wants it."""
-        key = (coder.bits, coder.d, codes.shape)
+        key = (coder.bits, coder.d, codes.shape, dtype)
         if key not in self._views:
-            lead, wide = codes.shape[:-1], torch.float32 if coder.bits == 8 else coder._table.dtype
-            units = 0 if coder.bits == 8 else coder.d * PLANES[coder.bits][0] // 8
-            index = self._take((*lead, units), torch.int32, codes.device)
-            out = self._take((*lead, coder.d), torch.float32, codes.device)
-            self._views[key] = index, index.view(-1), out, out.view(wide).view(-1)
+            lead = codes.shape[:-1]
+            table = torch.empty(0) if coder.bits == 8 else coder._table if dtype == torch.float32 else coder._bytes
+            units = coder.d * dtype.itemsize // table.itemsize  # of several levels each
+            index = self.take("index", (*lead, units), torch.int32, codes.device)
+            out = self.take("levels", (*lead, coder.d), dtype, codes.device)
+            self._views[key] = index, index.view(-1), out, out.view(table.dtype).view(-1)
         return self._views[key]
 
-    def _take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        count = math.prod(shape)
-        have = self._memory.get(dtype)
-        if have is None or have.numel() < count:
-            have = self._memory[dtype] = torch.empty(count, dtype=dtype, device=device)
-        return have[:count].view(shape)
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory that the next call with this name overwrites."""
+        size = math.prod(shape) * dtype.itemsize
+        have = self._memory.get(name)
+        if have is None or len(have) < size:
+            have = self._memory[name] = torch.empty(size, dtype=torch.uint8, device=device)
+        return have[:size].view(dtype).view(shape)
 
 
 _MADE: dict[tuple[int, int, int, str], Rows] = {}
