@@ -282,6 +282,22 @@ def test_a_far_field_that_errs_more_than_none_is_switched_off_and_said(tiny, mon
         assert same(loop(call), out), "as if it had none"
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_support_is_that_of_the_first_full_attention_or_of_the_last(order, tiny, monkeypatch):
+    """A residual of order 0 has no history that another support would break."""
+    from tqai_core.scorers.bsa import Bsa
+
+    model, call = tiny("wan")
+    inner, chosen = Bsa.mass, []
+    monkeypatch.setattr(Bsa, "mass", lambda self, *a: chosen.append(len(a) == 4) or inner(self, *a))  # not for a score
+    config = tqai.Config(level="attention", strategy=f"window:block=4,residual={order}", scorer="bsa", monitor=HALF, codec="exact")
+    with tqai.apply(model, config, steps=STEPS) as handle:
+        loop(call)
+    report = handle.report()
+    assert report.calls_skipped > 0
+    assert sum(chosen) == (report.calls - report.calls_skipped if order == 0 else report.calls // report.evaluations)
+
+
 @pytest.mark.parametrize("level", ["model", "block", "attention"])
 @pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
 def test_stability_sees_the_attention_at_every_level(kind, level, tiny):

@@ -13,6 +13,7 @@ from tqai_core.memory import Stream
 from tqai_core.metrics import nmse
 from tqai_core.registry import build, names
 from tqai_core.report import Recorder
+from tqai_core.strategies.window import FADE
 from tqai_core.types import Step, Where, nbytes
 
 G = torch.Generator().manual_seed(0)
@@ -232,12 +233,27 @@ def test_window_trusts_each_token_s_slope_as_far_as_it_came_true():
     for i in (0, 1, 2, 6):
         step = Step(i, 1 - i / 24, 24)
         stream.hold(strategy.plan(truth(i), None, stream, step), truth(i), step)
-    trust = stream.state["trust"].float().view(-1)
-    assert trust[steady].min() > 0.99
-    assert trust[~steady].mean() < 0.3
-    assert stream.nbytes >= stream.state["trust"].numel() * 2 + 2 * start.numel() * 4
+    came = stream.state["came"].float().view(-1)
+    assert came[steady].min() > 0.99
+    assert came[~steady].mean() < 0.3
+    assert stream.nbytes >= stream.state["came"].numel() * 2 + 2 * start.numel() * 4
     error = lambda guess: (guess - truth(8)).square().sum()
     ahead = Step(8, 1 - 8 / 24, 24)
     trusted = error(strategy.forecast(stream, ahead))
-    stream.state.pop("trust")
+    stream.state.pop("came")
     assert trusted < error(strategy.forecast(stream, ahead)) * 0.8
+
+
+def test_a_residual_of_order_0_fades_as_it_did_and_never_grows():
+    strategy = build("strategy", "window:residual=0")
+    stream = Stream(build("codec", "exact"))
+    start = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    pace = torch.tensor([-2.0, -0.5, 0.0, 3.0])[None, :, None]  # of sigma's change: the first is gone after half of it
+    for sigma in (1.0, 0.8):
+        step = Step(int(10 * (1 - sigma)), sigma, 10)
+        x = start * (1 + pace * (1 - sigma))
+        stream.hold(strategy.plan(x, None, stream, step), x, step)
+    guess = strategy.forecast(stream, Step(4, 0.6, 10))
+    gone = torch.tensor([0.4, 0.1, 0.0, 0.0])[None, :, None]  # between the two; what grew stays
+    assert torch.allclose(guess, x * (1 - FADE * gone), rtol=2e-3)
+    assert torch.equal(strategy.forecast(stream, Step(9, -5.0, 10))[0, 0], torch.zeros(64)), "it does not turn its sign"
