@@ -39,12 +39,16 @@ def reference(q, k, v, index, bq, bk, far=None, keys=None):
             weight = (1 + z)[:, None] / len(z)  # 1 + z, its mass to the second order
             logits.append((centre + math.log(len(z)) + math.log1p(z.square().mean() / 2))[None])
             chosen.append((weight * values[rest]).sum(0)[None])
-        if far == "centroid":
-            for at in range(0, m, bk):
-                mine = rest & (torch.arange(m) // bk == at // bk)
-                if mine.any():
-                    logits.append((own[mine].mean(0) @ query + math.log(int(mine.sum())))[None])
-                    chosen.append(values[mine].mean(0)[None])
+        if far == "centroid" and rest.any():
+            block = torch.arange(m) // bk
+            parts = {at: own[seen & (block == at)].mean(0) for at in block[seen].tolist()}
+            within = own[seen] - torch.stack([parts[at] for at in block[seen].tolist()])  # of all blocks alike
+            change = ((within @ query)[:, None] * values[seen]).mean(0)
+            spread = math.log1p(float((q[i, j].square().mean(0) * within.square().mean(0)).sum()) / 2)
+            for at in set(block[rest].tolist()):
+                mine = rest & (block == at)
+                logits.append((parts[at] @ query + math.log(int(mine.sum())) + spread)[None])
+                chosen.append((values[mine].mean(0) + change)[None])
         logits = torch.cat(logits)
         if len(logits):
             out[i, j, r] = logits.softmax(0) @ torch.cat(chosen)

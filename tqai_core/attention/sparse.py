@@ -18,6 +18,7 @@ from torch import Tensor
 FAR = ("linear", "centroid")
 BACKENDS = ("torch", "flex", "triton")
 CHUNK = 5 << 19  # bytes of gathered keys, values and scores at a time: what a core's cache holds, and the bound of the extra memory
+SAMPLE = 512  # queries of a head whose size is looked at
 GROUP = 1 << 21  # bytes of the keys of the heads that are laid out together
 
 
@@ -166,27 +167,42 @@ class Pool:
 @dataclass(frozen=True)
 class Field:
     """The far field of ``rows`` query blocks as pseudo-keys: ``key [rows / share, e, d]`` and ``value [rows / share, e, dv]`` enter
-    the softmax with ``bias [rows, 1, e]`` (-inf: not there) added to their logits.
+    the softmax with ``bias [rows, 1, e]`` (-inf: not there) added to their logits, and ``moments`` say how the value changes with
+    each query.
 
+    Centroid form, e blocks: ``moments [rows / share, d, dv]`` of keys and values around the means of their blocks, all blocks of a
+    head alike; what the keys vary along a query of the head's usual size widens their mass, in ``bias``.
     Linear form, e = 1: ``moments [rows, d, dv + d]`` of far keys with far values and far keys around a common centre, from which ``mean
-    [rows, 1, dv + d]`` is the way to their own means. A query's part of the moments is how the value changes with it, and its variance
-    along the far keys, half of which widens their mass.
+    [rows, 1, dv + d]`` is the way to their own means. Each query's own variance along the far keys widens their mass.
     """
 
     key: Tensor
     value: Tensor
     bias: Tensor
+    moments: Tensor
     share: int = 1
-    moments: Tensor | None = None
     mean: Tensor | None = None
 
     def heads(self, x: Tensor, i: int, j: int) -> Tensor:
         """``x`` (key or value) of the query blocks i to j."""
-        return x[i:j] if self.share == 1 else x[torch.arange(i, j, device=x.device) // self.share]
+        if i // self.share == (j - 1) // self.share:
+            return x[i // self.share, None]
+        return x[torch.arange(i, j, device=x.device) // self.share]
+
+    def change(self, q: Tensor, i: int, j: int) -> Tensor:
+        """``q [j - i, block, d]`` times their moments."""
+        if self.mean is None:
+            own = self.heads(self.moments, i, j)
+            return torch.bmm(q, own) if len(own) > 1 else (q.flatten(0, 1) @ own[0]).view(*q.shape[:2], -1)
+        mean = self.mean[i:j]
+        return torch.bmm(q, self.moments[i:j]).baddbmm_(torch.bmm(q, mean[..., -q.shape[-1] :].mT), mean, alpha=-1)
 
 
-def field(k: Tensor, v: Tensor, keys: Tensor | None, far: Tensor, block: int, form: str, pool: Pool | None = None) -> Field:
-    """The far field of the heads ``k [g, m, d]``, ``v [g, m, dv]`` for query blocks that do not see what ``far [g, nq, nk]`` marks.
+def field(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, far: Tensor, block: int, form: str, pool: Pool | None = None
+) -> Field:  # fmt: skip
+    """The far field of the heads ``q [g, n, d]``, ``k [g, m, d]``, ``v [g, m, dv]`` for query blocks that do not see what ``far [g, nq,
+    nk]`` marks.
 
     Block statistics, then one product with the marks: O(m d (d + dv)), and d (d + dv) numbers for each block of queries.
     """
@@ -201,10 +217,23 @@ def field(k: Tensor, v: Tensor, keys: Tensor | None, far: Tensor, block: int, fo
     kb, vb = (_padded(x, block).unflatten(1, (nk, block)) for x in (k, v))
     kept = (lambda x: x.masked_fill(~live, 0)) if hidden else (lambda x: x)
     if form == "centroid":
-        size = count.clamp_min(1) / block  # of a mean that counts every token of the block
         bias = torch.where((far > 0) & (count > 0).mT, count.log().mT, -math.inf)  # [g, nq, nk]
-        key, value = ((kept(x).mean(2) / size).to(dtype) for x in (kb, vb))
-        return Field(key, value, bias.flatten(0, 1)[:, None], share=nq)
+        key, value = ((_sum(kept(x).flatten(0, 1)).view(g, nk, -1) / count.clamp_min(1)).to(dtype) for x in (kb, vb))
+        moments, spread = pool.take("moments", g, d, dv).zero_(), far.new_zeros(g, 1, d)
+        step = max(GROUP // (g * block * d * k.element_size()), 1)
+        for i in range(0, nk, step):
+            j = min(i + step, nk)
+            own = torch.sub(kb[:, i:j], key[:, i:j, None], out=pool.take("both", g, j - i, block, d))
+            if hidden:
+                own.masked_fill_(~live[:, i:j], 0)
+            own = own.flatten(1, 2)
+            moments.baddbmm_(own.mT, vb[:, i:j].flatten(1, 2))
+            spread += _sum(own.square_())
+        total = count.sum(1, keepdim=True).clamp_min(1)  # [g or 1, 1, 1]
+        moments.div_(total)
+        few = q[:, :: -(-q.shape[1] // SAMPLE)]
+        bias += ((_sum(few.square()) * spread).sum(-1, keepdim=True) / (total * few.shape[1] * 2 * d)).log1p_()
+        return Field(key, value, bias.flatten(0, 1)[:, None], moments, share=nq)
     total = count.sum(1, keepdim=True).clamp_min(1)
     # a first centre, so that the differences below keep their digits; a sum in half precision would be made in a wide copy
     even = (live.flatten(1, 2) / total).to(dtype).mT.expand(g, 1, -1)
@@ -230,8 +259,8 @@ def field(k: Tensor, v: Tensor, keys: Tensor | None, far: Tensor, block: int, fo
     mean = mean.flatten(0, 1)[:, None]
     centre = lambda c, x: (c.float().repeat_interleave(nq, 0) + x).to(dtype)  # noqa: E731
     return Field(
-        centre(km, mean[..., dv:]), centre(vm, mean[..., :dv]), n.log().flatten(0, 1)[:, None],
-        moments=moments.view(g * nq, d, dv + d), mean=mean.to(dtype),
+        centre(km, mean[..., dv:]), centre(vm, mean[..., :dv]), n.log().flatten(0, 1)[:, None], moments.view(g * nq, d, dv + d),
+        mean=mean.to(dtype),
     )  # fmt: skip
 
 
@@ -248,7 +277,7 @@ def _gather(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) ->
         index, live, keys = blocks.part(batch, heads)
         size = len(index)
         own = _Chunks(qs, ks, vs, index, live, keys, bq, bk, pool)
-        theirs = field(ks, vs, keys, blocks.far(batch, heads), bk, far, pool) if far else None
+        theirs = field(qs, ks, vs, keys, blocks.far(batch, heads), bk, far, pool) if far else None
         done = q.new_empty(size, nq * bq, dv) if n % bq else flat
         target = done.view(size * nq, bq, dv)
         width = kept * bk + (0 if theirs is None else theirs.key.shape[1])
@@ -260,6 +289,11 @@ def _gather(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) ->
         if n % bq:
             flat.copy_(done[:, :n])
     return out
+
+
+def _sum(x: Tensor) -> Tensor:
+    """``[g, m, d] -> fp32 [g, 1, d]``, as a product: a sum in half precision would be made in a wide copy."""
+    return torch.bmm(x.new_ones(1, 1, x.shape[1]).expand(len(x), 1, -1), x).float()
 
 
 def _padded(x: Tensor, block: int) -> Tensor:
@@ -333,9 +367,8 @@ class _Chunks:
         torch.bmm(q, k.mT, out=s)
         if far is not None:
             s[..., n:] += far.bias[i:j]
-            if far.moments is not None and far.mean is not None:
-                change, mean = torch.bmm(q, far.moments[i:j]), far.mean[i:j]
-                change.baddbmm_(torch.bmm(q, mean[..., self.dv :].mT), mean, alpha=-1)
+            change = far.change(q, i, j)
+            if far.mean is not None:
                 s[..., n:] += (change[..., self.dv :] * q).sum(-1, keepdim=True, dtype=torch.float32).mul_(0.5).clamp_min_(0).log1p_()
         if self.seen is not None:
             s[..., :n].masked_fill_(~self.seen[i:j, None], -math.inf)
@@ -345,8 +378,8 @@ class _Chunks:
         torch.softmax(s, -1, out=p)
         o = out[i:j]
         torch.bmm(p, v, out=o)
-        if far is not None and far.moments is not None:
-            o.addcmul_(p[..., n:], change[..., : self.dv])
+        if far is not None:
+            o.addcmul_(p[..., n:].sum(-1, keepdim=True), change[..., : self.dv])
         if self.seen is not None:
             dead = ~self.seen[i:j].any(-1)
             if far is not None:

@@ -52,12 +52,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> 
     extra = 0
     if far is not None:
         heads = None if blocks.keys is None else blocks.keys.repeat_interleave(h, 0)
-        found = field(k.flatten(0, 1), v.flatten(0, 1), heads, blocks.far(), bk, far)
+        found = field(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), heads, blocks.far(), bk, far)
         extra = found.key.shape[1]
         fk, fv, fb = (x.contiguous() for x in (found.key, found.value, found.bias.float()))
-        if found.moments is not None and found.mean is not None:
-            mean = found.mean.float()
-            slope = (found.moments.float() - mean[..., dv:].mT * mean).to(q.dtype).contiguous()  # [bh nq, d, dv + d]
+        slope = found.moments.contiguous()  # [bh, d, dv]
+        if found.mean is not None:  # [bh nq, d, dv + d]
+            slope = (slope.float() - found.mean[..., dv:].float().mT * found.mean.float()).to(q.dtype)
     rows = min(ROWS, max(triton.next_power_of_2(bq), 16))
     run: Any = _kernel()
     run[(nq * triton.cdiv(bq, rows), b * h)](
@@ -114,18 +114,12 @@ def _kernel() -> Any:
         weight = tl.zeros((ROWS,), tl.float32)
         total = tl.zeros((ROWS, DV), tl.float32)
         line = head * nq + block
-        if FAR == 1:  # the state in which the softmax begins
+        if FAR == 1:  # one key: the state in which the softmax begins
             key = tl.load(far_key + line * d + at, mask=inside_d, other=0.0).to(tl.float32)
-            z = tl.sum(own.to(tl.float32) * key[None, :], 1)
-            place = slope + line * d * (dv + d) + at[:, None] * (dv + d)
-            spread = tl.load(place + dv + at[None, :], mask=inside_d[:, None] & inside_d[None, :], other=0.0)
-            var = tl.sum(tl.dot(own, spread, input_precision="ieee") * own.to(tl.float32), 1)
-            z += tl.load(far_bias + line) + tl.log(1.0 + tl.maximum(0.5 * var, 0.0))
-            change = tl.load(place + av[None, :], mask=inside_d[:, None] & inside_v[None, :], other=0.0)
+            top = tl.maximum(tl.sum(own.to(tl.float32) * key[None, :], 1) + tl.load(far_bias + line), -1e30)
+            weight += 1.0
             value = tl.load(far_value + line * dv + av, mask=inside_v, other=0.0).to(tl.float32)
-            top = tl.maximum(z, -1e30)
-            weight = tl.exp(z - top)
-            total = weight[:, None] * (value[None, :] + tl.dot(own, change, input_precision="ieee"))
+            total += value[None, :]
         if FAR == 2:
             for i in range(0, tl.cdiv(extra, BLOCK)):
                 column = i * BLOCK + one
@@ -136,6 +130,15 @@ def _kernel() -> Any:
                     own, far_key + place[:, None] * d + at[None, :], far_value + place[:, None] * dv + av[None, :], bias,
                     top, weight, total, inside_d, inside_v, seen,
                 )  # fmt: skip
+        if FAR > 0:
+            width = dv + d if FAR == 1 else dv
+            place = slope + (line if FAR == 1 else head) * d * width + at[:, None] * width
+            change = tl.load(place + av[None, :], mask=inside_d[:, None] & inside_v[None, :], other=0.0)
+            total += weight[:, None] * tl.dot(own, change, input_precision="ieee")
+            if FAR == 1:  # its own variance along the far keys widens their mass
+                spread = tl.load(place + dv + at[None, :], mask=inside_d[:, None] & inside_d[None, :], other=0.0)
+                var = tl.sum(tl.dot(own, spread, input_precision="ieee") * own.to(tl.float32), 1)
+                top += tl.log(1.0 + tl.maximum(0.5 * var, 0.0))
         for i in range(0, kept):
             which = tl.load(index + line * kept + i)
             column = tl.where(which >= 0, which, m) * block_k + one  # one named before counts once: beyond the end
