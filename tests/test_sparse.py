@@ -181,7 +181,7 @@ def test_wrong_shapes_and_blocks_out_of_range():
         block_attention(q, q, q, good.bool(), 8, 8)
     with pytest.raises(ValueError, match="block_k"):
         block_attention(q, q, q, good, 8, 0)
-    with pytest.raises(ValueError, match="'linear' or 'centroid'"):
+    with pytest.raises(ValueError, match="'centroid' or 'linear'"):
         block_attention(q, q, q, good, 8, 8, far="taylor")
     with pytest.raises(ValueError, match="True for keys"):
         block_attention(q, q, q, good, 8, 8, keys=torch.ones(1, 15, dtype=torch.bool))
@@ -197,7 +197,7 @@ def test_the_extra_memory_is_bounded():
         pytest.skip("no /proc/self/clear_refs")
     code = (
         "from tqai_core.bench.attention import extra_memory\n"
-        "print(max(extra_memory(8192, 128, 'bf16', d, far) for d in (.5,) for far in (None, 'linear')))"
+        "print(max(extra_memory(8192, 128, 'bf16', d, far) for d in (.5,) for far in (None, 'linear', 'centroid')))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0 <= float(run.stdout) < 16 * 2**20
@@ -220,7 +220,7 @@ def test_the_bench_measures_what_it_prints(monkeypatch):
         "speed": [{**row, "n": 8192} for row in rows], "memory": [{"extra": 17 * 2**20}],
         "wan": [{"method": name, "nmse": [1.0, 2.0 if "order 1" in name else 0.5]} for name in attention.E2E],
     })  # fmt: skip
-    assert [line["ok"] for line in lines][-5:] == [False] * 5, "the worst seed counts"
+    assert [line["ok"] for line in lines][-7:] == [False] * 7, "the worst seed counts"
 
 
 # -- Triton

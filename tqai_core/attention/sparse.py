@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FAR = ("linear", "centroid")
+FAR = ("centroid", "linear")
 BACKENDS = ("torch", "flex", "triton")
 CHUNK = 5 << 19  # bytes of gathered keys, values and scores at a time: what a core's cache holds, and the bound of the extra memory
 SAMPLE = 512  # queries of a head whose size is looked at
@@ -33,9 +33,10 @@ def block_attention(
     A bool ``index [.., ceil(n / block_q), ceil(m / block_k)]`` marks them instead. ``keys`` bool ``[b or 1, m]``: False hides a key
     (padding). A query that sees nothing gets zeros. A full index is dense attention. Without gradient.
 
-    ``far`` is what becomes of the other keys: None drops them; ``"linear"`` takes their mean and the first order around it,
-    1 + z with keys centred on the far ones, its mass to the second order; ``"centroid"`` the mean of each block. ``backend``
-    None chooses: flex_attention (CUDA, no far field), Triton (``TQAI_TRITON=1``), else gathering in plain torch.
+    ``far`` is what becomes of the other keys: None drops them; ``"centroid"`` takes the mean of each block, and the first order
+    around it, 1 + z, all blocks of a head alike; ``"linear"`` one mean of all and the first order around that, for each block of
+    queries; the mass of both to the second order. ``backend`` None chooses: flex_attention (CUDA, no far field), Triton
+    (``TQAI_TRITON=1``), else gathering in plain torch.
 
     Raises ValueError for shapes that do not fit and, on CPUs, for blocks out of range; on CUDA an assertion on the device.
     """

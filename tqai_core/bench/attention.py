@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import block_attention, dense
+from ..attention.sparse import FAR
 from ..attention.tiles import Layout
 from ..config import Config
 from ..metrics import nmse
@@ -37,16 +38,11 @@ BF16, FP32 = {0.1: 7, 0.25: 3, 0.5: 1.6}, {0.1: 7, 0.25: 2.8, 0.5: 1.5}  # asked
 MEANS = 8  # tokens that share a query
 STEPS, SAMPLES = 24, 4
 E2E = {
-    "top 25 %, frozen, order 1, no far field": ("window:far=none,residual=1", "bsa", "interval=4"),
-    "top 25 %, frozen, order 0, no far field": ("window:far=none,residual=0", "bsa", "interval=4"),
-    "top 25 %, frozen, order 0, linear far field": ("window:residual=0", "bsa", "interval=4"),
-    "top 25 %, frozen, order 0, centroid far field": ("window:far=centroid,residual=0", "bsa", "interval=4"),
-    "top 25 %, frozen, order 1, linear far field": ("window:residual=1", "bsa", "interval=4"),
-    "window 25 %, order 1, linear far field": ("window:residual=1", None, "interval=4"),
-    "window 25 %, order 1, no far field": ("window:far=none,residual=1", None, "interval=4"),
-    "window 25 %, order 0, no far field": ("window:far=none,residual=0", None, "interval=4"),
-    "window 25 %, order 0, linear far field": ("window:residual=0", None, "interval=4"),
-    "window 25 %, order 0, centroid far field": ("window:far=centroid,residual=0", None, "interval=4"),
+    f"{what}, order {order}, {'no' if far == 'none' else far} far field": (f"window:far={far},residual={order}", scorer, "interval=4")
+    for what, scorer in (("top 25 %, frozen", "bsa"), ("window 25 %", None))
+    for order in (1, 0)
+    for far in ("none", "linear", "centroid")
+} | {
     "control: no attention at every 2nd step, order 1": ("delta2", None, "interval=2"),
     "control: the same after two more full steps": ("delta2", None, "interval=2,warmup=5"),
     "means of 12 queries at every 2nd step, order 1": ("window:queries=12", None, "interval=2"),
@@ -73,7 +69,7 @@ def bench(seeds: Sequence[int], tell: Callable[[str], None] = lambda text: None)
             "extra": extra_memory(8192, 128, "bf16", density, far),
         }
         for density in DENSITIES
-        for far in (None, "linear", "centroid")
+        for far in (None, *FAR)
     ]
     result = {
         "bench": "attention", "machine": machine(), "seeds": list(seeds), "steps": STEPS, "samples": SAMPLES,
@@ -104,7 +100,7 @@ def speed(kind: str, n: int, heads: int, d: int) -> list[Row]:
     }
     for density in DENSITIES:
         index = chosen(q, k, density)
-        for far in (None, "linear", "centroid") if density == 0.25 else (None,):
+        for far in (None, *FAR) if density == 0.25 else (None,):
             runs["sparse", density, far or "none"] = partial(block_attention, q, k, v, index, far=far)
         runs["choosing the blocks", density, "none"] = partial(chosen, q, k, density)
     for run in runs.values():
@@ -233,19 +229,20 @@ def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
     long = "8k and 16k tokens"
     lines = [
         *((f"bf16, {long}, d={d:g}, over the best dense", least("bf16", "over_best", d), ">=", x) for d, x in BF16.items()),
-        (f"bf16, {long}, d=0.25 with the linear far field", least("bf16", "over_best", 0.25, "linear"), ">=", 2),
+        *((f"bf16, {long}, d=0.25 with the {far} far field", least("bf16", "over_best", 0.25, far), ">=", 2) for far in FAR),
         *((f"fp32, {long}, d={d:g}, over SDPA", least("fp32", "over_sdpa", d), ">=", x) for d, x in FP32.items()),
         ("dense autotune in bf16 over SDPA, 1k to 16k", least("bf16", "over_sdpa", 1.0, method="autotuned", low=0), ">=", 2.5),
         ("extra peak memory at 8k bf16, MiB", max(extra) / 2**20 if extra else math.nan, "<=", 16),
-        ("top 25 %: order 1 without / order 0 with far field, worst seed", ratio(top.format(1, "no"), top.format(0, "linear")), ">=", 2),
-        ("top 25 %, order 1: without / with far field, worst seed", ratio(top.format(1, "no"), top.format(1, "linear")), ">=", 2),
-        (
-            "window: order 1 without / order 0 with far field, worst seed",
-            ratio(window.format(1, "no"), window.format(0, "linear")),
-            ">=",
-            1.5,
+        *(
+            (
+                f"{name}: order {plain} without / order {order} with far field, worst seed",
+                ratio(row.format(plain, "no"), row.format(order, "centroid")),
+                ">=",
+                x,
+            )
+            for name, row, x in (("top 25 %", top, 2), ("window", window, 1.5))
+            for plain, order in ((1, 0), (1, 1), (0, 0))
         ),
-        ("window, order 0: without / with far field, worst seed", ratio(window.format(0, "no"), window.format(0, "linear")), ">=", 1.5),
     ]
     return [
         {"what": what, "value": value, "sign": sign, "limit": limit, "ok": bool(value >= limit if sign == ">=" else value <= limit)}
@@ -266,14 +263,14 @@ def tables_of(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[st
 
 
 def speeds(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    keys = [("sparse", d, "none") for d in DENSITIES] + [("sparse", 0.25, far) for far in ("linear", "centroid")]
+    keys = [("sparse", d, "none") for d in DENSITIES] + [("sparse", 0.25, far) for far in FAR]
     keys += [(f"means of {MEANS} queries", 1 / MEANS, "none"), ("autotuned", 1.0, "none")]
     head = [
         "dtype",
         "tokens",
         *(f"d={d:g}" for d in DENSITIES),
-        "d=0.25, linear far",
         "d=0.25, centroid far",
+        "d=0.25, linear far",
         f"means of {MEANS} queries",
         "dense, autotuned",
     ]
@@ -308,7 +305,7 @@ def plot(result: dict[str, Any], width: int = 560, height: int = 330) -> str:
         parts.append(f'<text x="{left - 6}" y="{y(s) + 4:.1f}" text-anchor="end">{s:g}x</text>')
     for n in (1024, 2048, 4096, 8192, 16384):
         parts.append(f'<text x="{x(n):.1f}" y="{floor + 16}" text-anchor="middle">{n // 1024}k</text>')
-    lines = [(0.1, "none", "#1f5fa8"), (0.25, "none", "#2e8b57"), (0.5, "none", "#d2691e"), (0.25, "linear", "#8a2be2")]
+    lines = [(0.1, "none", "#1f5fa8"), (0.25, "none", "#2e8b57"), (0.5, "none", "#d2691e"), (0.25, "centroid", "#8a2be2")]
     for i, (density, far, colour) in enumerate(lines):
         for kind, dash in (("bf16", ""), ("fp32", ' stroke-dasharray="5 3"')):
             points = [
@@ -316,7 +313,7 @@ def plot(result: dict[str, Any], width: int = 560, height: int = 330) -> str:
                 if (r["dtype"], r["method"], r["density"], r["far"]) == (kind, "sparse", density, far)
             ]  # fmt: skip
             parts.append(f'<polyline fill="none" stroke="{colour}"{dash} points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>')
-        label = f"d = {density:g}" + ("" if far == "none" else ", linear far field")
+        label = f"d = {density:g}" + ("" if far == "none" else ", far field")
         parts.append(f'<text x="{right + 8}" y="{top + 16 + 16 * i}" fill="{colour}">{label}</text>')
     parts.append(f'<text x="{right + 8}" y="{top + 88}" fill="#777">bf16, D = 128; dashed:</text>')
     parts.append(f'<text x="{right + 8}" y="{top + 102}" fill="#777">fp32, D = 64</text>')

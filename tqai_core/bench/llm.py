@@ -176,19 +176,22 @@ def step(tokens: Sequence[int] = (4096, 16384), repeats: int = 15) -> list[Row]:
             dynamic.keys, dynamic.values = k_all, v_all
             return sdpa_attention_forward(Module, q, keys, values, None, scaling=128**-0.5)[0]
 
-        def best_dense(k_all: Tensor = k_all, v_all: Tensor = v_all, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            keys, values = torch.cat([k_all, k], 2), torch.cat([v_all, v], 2)
-            return F.scaled_dot_product_attention(q.view(1, 4, 4, 128), keys, values)
-
         grown_k, grown_v = (torch.cat([x, x[:, :, :1]], 2) for x in (k_all, v_all))
+
+        def best_dense(
+            k_all: Tensor = k_all, v_all: Tensor = v_all, keys: Tensor = grown_k, values: Tensor = grown_v, q: Tensor = q, k: Tensor = k,
+            v: Tensor = v,
+        ) -> Tensor:  # fmt: skip
+            torch.cat([k_all, k], 2, out=keys)  # into memory kept for it: fresh pages at each call would triple its time
+            torch.cat([v_all, v], 2, out=values)
+            return F.scaled_dot_product_attention(q.view(1, 4, 4, 128), keys, values)
 
         def no_cat(keys: Tensor = grown_k, values: Tensor = grown_v, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             keys[:, :, -1:], values[:, :, -1:] = k, v
             return F.scaled_dot_product_attention(q.view(1, 4, 4, 128), keys, values)
 
         runs: dict[str, Callable[[], Any]] = {
-            "packed, torch": partial(packed, False), "DynamicCache as called": as_called, "best dense": best_dense,
-            "dense in memory taken before": no_cat,
+            "packed, torch": partial(packed, False), "DynamicCache as called": as_called, "best dense": best_dense, "dense, no cat": no_cat,
         }  # fmt: skip
         if kernel.ready():
             runs["packed, native"] = partial(packed, True)
@@ -199,7 +202,7 @@ def step(tokens: Sequence[int] = (4096, 16384), repeats: int = 15) -> list[Row]:
                 run()
                 times[name].append(1e3 * (time.thread_time() - began))
         for name, run in runs.items():
-            held = kv.nbytes if name.startswith("packed") else k_all.nbytes + v_all.nbytes
+            held = kv.nbytes if name.startswith("packed") else (k_all.nbytes + v_all.nbytes) * (2 if name == "best dense" else 1)
             rows.append({
                 "tokens": n, "method": name, "ms": median(times[name]), "ms_least": min(times[name]), "held_mib": held / 2**20,
                 "peak_mib": _peak(run),
@@ -296,7 +299,6 @@ def verdicts(result: Row) -> list[Row]:
         need(f"KL against the hardest peer, ours holding no more bits, {bits} bits", _against(rows, bits), most=most)
     for d, most in ((64, 4.6), (128, 4.45)):
         need(f"bits a coordinate held, d = {d}", max(r["bits"] for r in result["held"] if r["d"] == d), most=most)
-    # least times: where the C library takes fresh pages at each call, the median of the dense cat triples, and we would gain
     last = {r["method"]: r for r in result["step"] if r["tokens"] == 16384}
     model = {r["method"]: r["ms"] for r in result["model"]}
     for name, best in (("torch", 0.9), ("native", 4.0)):
@@ -304,12 +306,12 @@ def verdicts(result: Row) -> list[Row]:
         need(f"step at 16k, {name}: peak above held, MiB", mine and mine["peak_mib"], most=2)
         need(
             f"step at 16k, {name}: times faster than DynamicCache",
-            mine and last["DynamicCache as called"]["ms_least"] / mine["ms_least"],
+            mine and last["DynamicCache as called"]["ms"] / mine["ms"],
             least=5,
         )
         need(
             f"step at 16k, {name}: times the speed of the best dense",
-            mine and last["best dense"]["ms_least"] / mine["ms_least"],
+            mine and last["best dense"]["ms"] / mine["ms"],
             least=best,
         )
         whole = model.get(f"packed, {name}")

@@ -45,9 +45,9 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
         True, "keep the support of the first full attention (order 1) or the last one (order 0); false = choose anew at every step"
     )
     far: str = param(
-        "linear",
-        "the keys that are not seen: their mean and first order, the mean of each block, or nothing",
-        choices=("linear", "centroid", "none"),
+        "centroid",
+        "the keys that are not seen: the mean of each block and a common first order, one mean and first order, or nothing",
+        choices=("centroid", "linear", "none"),
     )
     lay: str = param(
         "layer",
@@ -74,7 +74,7 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
         super().check(level)
         if level == "kv" and self.block not in (0, 16, 32, 64):
             raise ValueError(f"'window': block={self.block}; at level 'kv' a block has 16, 32 or 64 tokens: give one of these")
-        if level == "kv" and (self.far != "linear" or self.queries):
+        if level == "kv" and (self.far != "centroid" or self.queries):
             raise ValueError(
                 f"'window': far={self.far!r}, queries={self.queries} act on images and clips, asked at level 'kv': leave them out"
             )
