@@ -29,10 +29,11 @@ LONG = 4096  # tokens from which blocks are as large as the kernels like them
 class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08552; frozen support and order 1 are ours"):
     """Between full computations attention sees the nearest blocks of keys, or those that scorer ``bsa`` chooses, the others through
     a far field, and the residual full - sparse is carried on over sigma, each token's slope as far as it came true at the last full
-    attention. The support stays as it was first chosen, since a residual can only be extrapolated over one support: without far
-    field, order 1 with a frozen support has .13 of the error of order 0 with a support chosen anew (WAN mini, density .25). The
-    linear far field has a quarter to two fifths of the error of none (order 1, top 25 %); order 0 with it errs more than order 1,
-    on Flux and SD3 5 to 8 times. Saves a part of the attention alone: skipping whole steps is better where the model allows it.
+    attention. The support stays as it was first chosen, since a slope has a meaning over one support alone: without far field, order 1
+    with a frozen support has a seventh of the error of order 0 with a support chosen at every step (WAN mini, density .25). Order 0
+    takes the support of the last full attention and lets the residual fade as it did; it needs no slope. On WAN it errs as much
+    as order 1, on Flux and SD3 3 to 4.5 times as much. The far field leaves a sixth to two thirds of the error of none at order 1.
+    Saves a part of the attention alone: skipping whole steps is better where the model allows it.
     At level kv a step reads the exact tokens and ``density`` of the packed blocks, half of them the newest: at 16k tokens and density
     .25 a step takes half (nearest blocks) to three quarters (``bsa``) of the time, and has 6.5 to 7.5 times the KL of reading all of
     a four bit cache (.0005 on the trained LM).
