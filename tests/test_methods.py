@@ -13,6 +13,7 @@ from tqai_core.memory import Stream
 from tqai_core.metrics import nmse
 from tqai_core.registry import build, names
 from tqai_core.report import Recorder
+from tqai_core.scorers import bsa
 from tqai_core.strategies.window import FADE
 from tqai_core.types import Step, Where, nbytes
 
@@ -97,6 +98,33 @@ def test_bsa_estimates_the_true_mass():
     true = (q @ k.mT * 32**-0.5).softmax(-1).unflatten(-1, (8, 8)).sum(-1).unflatten(-2, (8, 8)).mean(-2).flatten()
     ranks = [t.flatten().argsort().argsort().float() for t in (true, scorer.mass(q, k))]
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.9
+
+
+def test_bsa_sees_a_key_that_its_block_hides():
+    """Two strong keys of opposite sign: their block's mean says nothing."""
+    q, k = rnd(1, 1, 64, 32) * 0.1, rnd(1, 1, 64, 32) * 0.1
+    q[..., 0] += 5
+    k[:, :, 40, 0], k[:, :, 41, 0] = 9, -9
+    assert bool((build("scorer", "bsa:block=8").mass(q, k).argmax(-1) == 5).all())
+
+
+@pytest.mark.parametrize("room", [1, 1 << 22])
+@pytest.mark.parametrize("n, m, bq, bk", [(64, 64, 16, 8), (61, 40, 16, 7), (5, 9, 16, 4), (30, 30, 3, 3), (7, 7, 1, 1)])
+def test_bsa_of_any_size_is_its_definition(n, m, bq, bk, room, monkeypatch):
+    monkeypatch.setattr(bsa, "ROOM", room)
+    q, k = rnd(2, 3, n, 16), rnd(2, 3, m, 16)
+    got = build("scorer", "bsa").mass(q, k, bq, bk)
+    part = -(-bq // bsa.PARTS)
+    want = []
+    for block in q.split(bq, 2):
+        rows = [
+            (torch.einsum("bhd,bhmd->bhm", own.mean(2), k) / 4).softmax(-1) * own.shape[2] / block.shape[2] for own in block.split(part, 2)
+        ]
+        want.append(torch.stack([keys.sum(-1) for keys in sum(rows).split(bk, -1)], -1))
+    assert torch.allclose(got, torch.stack(want, 2), atol=1e-5)
+    half = build("scorer", "bsa").mass(q.bfloat16(), k.bfloat16(), bq, bk)
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, got, atol=0.05)
 
 
 def test_fisher_planted_head_ranks_first_and_time_counts(fisher_file):

@@ -158,7 +158,7 @@ def chart(decisions: Sequence[dict[str, Any]], width: int = 760, height: int = 1
 
 
 PAGE = """<!doctype html><meta charset=utf-8><title>tqai demo</title>
-<style>body{font:15px/1.5 system-ui,sans-serif;max-width:860px;margin:2em auto;padding:0 1em;color:#222}
+<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1010px;margin:2em auto;padding:0 1em;color:#222}
 .row{display:flex;flex-wrap:wrap;gap:14px}figure{margin:0}img{image-rendering:pixelated;background:#000;display:block}
 figcaption{font-size:12px;color:#444;max-width:240px}svg{margin-top:10px;max-width:100%}</style>
 <h1>tqai demo</h1><p>Three miniature diffusion transformers (diffusers' own Flux, SD3 and WAN classes, trained on handwritten

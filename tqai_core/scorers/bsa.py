@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
     from ..memory import Stream
 
 
+PARTS = 4  # mean queries a block: one alone picks worse blocks on WAN, means of keys on Flux
+ROOM = 1 << 22  # bytes of weights at a time on a CPU
+
+
 @dataclass(frozen=True)
 class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01085 and Quest 2406.10774"):
-    """Attention mass between blocks estimated from their mean query and mean key: rank correlation .94 to .99 with the true
-    mass on the minis, and the blocks it picks keep as much of it as the best ones (within .02). As a score of tokens, the
-    mass their block receives. With the strategy ``window`` it chooses the blocks that stay exact; as a weight of the
-    tolerance it changes nothing on the minis.
+    """Attention mass between blocks, by four mean queries a block against all keys: with ``window`` it chooses the blocks that stay
+    exact, and they err as those of the exact mass do (one step of the minis, within 3 %), where the means of keys alone would pick
+    blocks that err 1.4 (WAN) and 2.2 times (Flux) as much. As a score of tokens, the mass that their block's mean receives; as a
+    weight of the tolerance it changes nothing on the minis.
     At level kv finer rows for what the last queries look at gain next to nothing or lose (.95 to 1.9 of the KL of a plain cache
     of equal bytes); with ``window`` its blocks lose least of all scorers' (.87 of the nearest blocks' KL).
     """
@@ -37,7 +42,8 @@ class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01
             return None
         n, d = x.shape[1:]
         unit = F.normalize(x.float(), dim=-1) * d**0.5  # outputs have no scale of their own for a softmax
-        mass = self.mass(unit[:, None], unit[:, None])[:, 0].mean(1)  # [b, blocks], what each block receives
+        means = centroids(unit, self.block)
+        mass = (means @ means.mT * d**-0.5).softmax(-1).mean(1)  # [b, blocks], what each block receives
         return (mass / mass.amax(-1, keepdim=True).clamp_min(1e-12)).repeat_interleave(self.block, 1)[:, :n]
 
     def weigh(self, flush: Flush) -> Tensor | None:
@@ -52,9 +58,26 @@ class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01
         return score / score.amax(-1, keepdim=True).clamp_min(1e-30)
 
     def mass(self, q: Tensor, k: Tensor, block_q: int | None = None, block_k: int | None = None) -> Tensor:
-        """Share of attention of every query block on every key block: ``q, k [b, h, n, d] -> fp32 [b, h, nq, nk]``."""
-        cq, ck = centroids(q, block_q or self.block), centroids(k, block_k or self.block)
-        return (cq @ ck.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        """Share of attention of every query block on every key block: ``q, k [b, h, n, d] -> fp32 [b, h, nq, nk]``, by ``PARTS`` mean
+        queries of each block against all keys."""
+        bq, bk = block_q or self.block, block_k or self.block
+        (n, d), m = q.shape[2:], k.shape[2]
+        nq, nk, part = -(-n // bq), -(-m // bk), -(-bq // PARTS)
+        inside = torch.arange(nq * bq, device=q.device).view(nq, bq) < n
+        rows = F.pad(q, (0, 0, 0, nq * bq - n)).unflatten(2, (nq, bq))
+        sums = torch.stack([own.sum(3, dtype=torch.float32) for own in rows.split(part, 3)], 3)  # [b, h, nq, parts, d]
+        counts = torch.stack([own.sum(1) for own in inside.split(part, 1)], 1)  # [nq, parts]
+        means = (sums * (d**-0.5 / counts.clamp(min=1))[..., None]).to(k.dtype).flatten(0, 1)
+        share = (counts / counts.sum(1, keepdim=True))[..., None]
+        keys, out = k.flatten(0, 1), sums.new_empty(len(means), nq, nk)
+        some = ROOM * (1 if q.device.type == "cpu" else 64) // (4 * m * share.shape[1])  # blocks of queries at a time
+        step, heads = max(min(some, nq), 1), max(some // nq, 1)
+        for g in range(0, len(out), heads):
+            for i in range(0, nq, step):
+                p = torch.bmm(means[g : g + heads, i : i + step].flatten(1, 2), keys[g : g + heads].mT).softmax(-1, dtype=torch.float32)
+                p = F.pad(p, (0, nk * bk - m)).unflatten(2, (nk, bk)).sum(-1).unflatten(1, (-1, share.shape[1]))
+                out[g : g + heads, i : i + step] = (p * share[i : i + step]).sum(2)
+        return out.unflatten(0, q.shape[:2])
 
 
 def centroids(x: Tensor, block: int) -> Tensor:

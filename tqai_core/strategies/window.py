@@ -32,7 +32,7 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
     attention. The support stays as it was first chosen, since a slope has a meaning over one support alone: without far field, order 1
     with a frozen support has a seventh of the error of order 0 with a support chosen at every step (WAN mini, density .25). Order 0
     takes the support of the last full attention and lets the residual fade as it did; it needs no slope. On WAN it errs as much
-    as order 1, on Flux and SD3 3 to 4.5 times as much. The far field leaves a sixth to two thirds of the error of none at order 1.
+    as order 1, on Flux and SD3 2 to 4 times as much. The far field leaves a fifth to three quarters of the error of none at order 1.
     Saves a part of the attention alone: skipping whole steps is better where the model allows it.
     At level kv a step reads the exact tokens and ``density`` of the packed blocks, half of them the newest: at 16k tokens and density
     .25 a step takes half (nearest blocks) to three quarters (``bsa``) of the time, and has 6.5 to 7.5 times the KL of reading all of
