@@ -220,7 +220,7 @@ def test_the_bench_measures_what_it_prints(monkeypatch):
         "speed": [{**row, "n": 8192} for row in rows], "memory": [{"extra": 17 * 2**20}],
         "wan": [{"method": name, "nmse": [1.0, 2.0 if "order 1" in name else 0.5]} for name in attention.E2E],
     })  # fmt: skip
-    assert [line["ok"] for line in lines][-7:] == [False] * 7, "the worst seed counts"
+    assert [line["ok"] for line in lines][-6:] == [False] * 6, "the worst seed counts"
 
 
 # -- Triton

@@ -240,8 +240,13 @@ def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
                 ">=",
                 x,
             )
-            for name, row, x in (("top 25 %", top, 2), ("window", window, 1.5))
-            for plain, order in ((1, 0), (1, 1), (0, 0))
+            for name, row, x, plain, order in (
+                ("top 25 %", top, 2, 1, 0),
+                ("top 25 %", top, 2, 1, 1),
+                ("window", window, 1.5, 1, 0),
+                ("window", window, 1.5, 1, 1),
+                ("window", window, 1.5, 0, 0),
+            )
         ),
     ]
     return [
