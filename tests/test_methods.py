@@ -14,7 +14,6 @@ from tqai_core.metrics import nmse
 from tqai_core.registry import build, names
 from tqai_core.report import Recorder
 from tqai_core.scorers import bsa
-from tqai_core.strategies.window import FADE
 from tqai_core.types import Step, Where, nbytes
 
 G = torch.Generator().manual_seed(0)
@@ -283,5 +282,5 @@ def test_a_residual_of_order_0_fades_as_it_did_and_never_grows():
         stream.hold(strategy.plan(x, None, stream, step), x, step)
     guess = strategy.forecast(stream, Step(4, 0.6, 10))
     gone = torch.tensor([0.4, 0.1, 0.0, 0.0])[None, :, None]  # between the two; what grew stays
-    assert torch.allclose(guess, x * (1 - FADE * gone), rtol=2e-3)
+    assert torch.allclose(guess, x * (1 - strategy.fade * gone), rtol=2e-3)
     assert torch.equal(strategy.forecast(stream, Step(9, -5.0, 10))[0, 0], torch.zeros(64)), "it does not turn its sign"

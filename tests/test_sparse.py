@@ -146,6 +146,16 @@ def test_far_fields_err_less_than_none_on_smooth_keys():
     assert errors["linear"] < errors["centroid"] < 0.3 * errors[None]
 
 
+@pytest.mark.parametrize("far", ["linear", "centroid"])
+def test_sums_over_many_keys_fit_half_precision(far):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 6000, 16, generator=g)
+    q, k, v = q / 4, k * 12 + 6, v * 12 + 6
+    index = torch.arange(24)[None, None, :, None]
+    want, half = (block_attention(q.to(t), k.to(t), v.to(t), index, 256, 256, far).float() for t in (torch.float32, torch.float16))
+    assert float((half - want).norm() / want.norm()) < 0.01
+
+
 def test_logits_of_any_size():
     q, k, v = torch.randn(3, 1, 1, 64, 8, generator=torch.Generator().manual_seed(0))
     for far in (None, "linear", "centroid"):

@@ -228,10 +228,11 @@ def field(
             if hidden:
                 own.masked_fill_(~live[:, i:j], 0)
             own = own.flatten(1, 2)
-            moments.baddbmm_(own.mT, vb[:, i:j].flatten(1, 2))
+            moments.baddbmm_(own.mT, vb[:, i:j].flatten(1, 2), alpha=1 / m)  # a mean, which half precision can hold
             spread += _sum(own.square_())
         total = count.sum(1, keepdim=True).clamp_min(1)  # [g or 1, 1, 1]
-        moments.div_(total)
+        if keys is not None:
+            moments.mul_(m / total)
         few = q[:, :: -(-q.shape[1] // SAMPLE)]
         bias += ((_sum(few.square()) * spread).sum(-1, keepdim=True) / (total * few.shape[1] * 2 * d)).log1p_()
         return Field(key, value, bias.flatten(0, 1)[:, None], moments, share=nq)
@@ -293,8 +294,9 @@ def _gather(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) ->
 
 
 def _sum(x: Tensor) -> Tensor:
-    """``[g, m, d] -> fp32 [g, 1, d]``, as a product: a sum in half precision would be made in a wide copy."""
-    return torch.bmm(x.new_ones(1, 1, x.shape[1]).expand(len(x), 1, -1), x).float()
+    """``[g, m, d] -> fp32 [g, 1, d]``, as a product: a sum of half precision would be made in a wide copy, or overflow."""
+    unit = 0.5 ** (x.shape[1] - 1).bit_length()
+    return torch.bmm(x.new_full((1, 1, 1), unit).expand(len(x), 1, x.shape[1]), x).float() / unit
 
 
 def _padded(x: Tensor, block: int) -> Tensor:

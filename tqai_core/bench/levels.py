@@ -36,10 +36,11 @@ WINDOW = {
     "window, frozen, order 0": ("window:far=none,residual=0", None, THIRD),
     "bsa, frozen, order 1": ("window:far=none,residual=1", "bsa", THIRD),
     "bsa, frozen, order 0": ("window:far=none,residual=0", "bsa", THIRD),
-    "bsa, chosen anew, order 0": ("window:far=none,residual=0,frozen=false", "bsa", THIRD),
+    "bsa, chosen anew, order 0": ("window:far=none,residual=0,frozen=false,fade=0", "bsa", THIRD),
+    "bsa, chosen anew, order 0, fading": ("window:far=none,residual=0,frozen=false", "bsa", THIRD),
     "bsa, chosen anew, order 1": ("window:far=none,residual=1,frozen=false", "bsa", THIRD),
     "bsa, frozen, order 1, full every 4th": ("window:far=none,residual=1", "bsa", FOURTH),
-    "bsa, chosen anew, order 0, full every 4th": ("window:far=none,residual=0,frozen=false", "bsa", FOURTH),
+    "bsa, chosen anew, order 0, full every 4th": ("window:far=none,residual=0,frozen=false,fade=0", "bsa", FOURTH),
 }
 
 

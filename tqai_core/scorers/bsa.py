@@ -27,7 +27,7 @@ class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01
     exact, and they err as those of the exact mass do (one step of the minis, within 3 %), where the means of keys alone would pick
     blocks that err 1.4 (WAN) and 2.2 times (Flux) as much. As a score of tokens, the mass that their block's mean receives; as a
     weight of the tolerance it changes nothing on the minis.
-    At level kv finer rows for what the last queries look at gain next to nothing or lose (.95 to 1.9 of the KL of a plain cache
+    At level kv finer rows for what the last queries look at gain next to nothing or lose (.94 to 1.9 of the KL of a plain cache
     of equal bytes); with ``window`` its blocks lose least of all scorers' (.87 of the nearest blocks' KL).
     """
 

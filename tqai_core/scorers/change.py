@@ -22,7 +22,7 @@ class Change(Scorer, name="change", paper="last relative change, the signal of T
     """Relative change of a token since its last computed value, r / (r + 1). The best cheap predictor of the next step's
     reuse error on the minis: rank correlation .45 to .71 by token and .73 to .82 by step. As a weight of the tolerance it
     loses to its absence: 1.2 to 1.7 times the error at 12 of 24 calls.
-    At level kv (a token against the one before it) it loses: 1.4 to 3.5 times the KL of a plain cache of equal bytes.
+    At level kv (a token against the one before it) it loses: 1.4 to 3.4 times the KL of a plain cache of equal bytes.
     """
 
     levels = (*Scorer.levels, "kv")

@@ -25,8 +25,8 @@ class Palm(Scorer, name="palm"):
     small sketch of each token. Predicts the next reuse error less well than ``change`` on the minis (rank correlation .39
     to .54 by token, .55 to .73 by step). At 12 of 24 calls it changes nothing on SD3 and WAN and loses to its absence on Flux
     (1.3 times the error).
-    At level kv (new tokens of a text get finer rows) it gains at 2 bits, .71 (``tiered``) to .94 of
-    the KL of a plain cache of equal bytes, and at 4 bits next to nothing (.96 alone, 1.15 with ``tiered``).
+    At level kv (new tokens of a text get finer rows) it gains at 2 bits, .74 (``tiered``) to .93 of
+    the KL of a plain cache of equal bytes, and at 4 bits nothing (.99 alone, 1.06 with ``tiered``).
     """
 
     levels = (*Scorer.levels, "kv")

@@ -23,7 +23,7 @@ class Sheaf(Scorer, name="sheaf", paper="sheaf Laplacian, Hansen and Ghrist 1808
     divided by the largest value it can take; a constant field scores 0, a checkerboard 1. Says little on the minis: rank
     correlation with the next reuse error .04 to .16 by token, .25 to .53 by step. At 12 of 24 calls: nothing changes on the
     image minis, .80 of the error on WAN.
-    At level kv it loses: 1.3 to 2.9 times the KL of a plain cache of equal bytes.
+    At level kv it loses: 1.3 to 2.8 times the KL of a plain cache of equal bytes.
     """
 
     levels = (*Scorer.levels, "kv")

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..memory import Stream
     from ..types import Part, Step, Where
 
-FADE = 0.3  # best on seeds 3 to 8 of the WAN mini: least squares of two noisy residuals tells too little that stays
 LONG = 4096  # tokens from which blocks are as large as the kernels like them
 
 
@@ -30,18 +29,21 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
     """Between full computations attention sees the nearest blocks of keys, or those that scorer ``bsa`` chooses, the others through
     a far field, and the residual full - sparse is carried on over sigma, each token's slope as far as it came true at the last full
     attention. The support stays as it was first chosen, since a slope has a meaning over one support alone: without far field, order 1
-    with a frozen support has a seventh of the error of order 0 with a support chosen at every step (WAN mini, density .25). Order 0
+    with a frozen support has a quarter of the error of plain order 0 with a support chosen at every step (WAN mini, density .25). Order 0
     takes the support of the last full attention and lets the residual fade as it did; it needs no slope. On WAN it errs as much
     as order 1, on Flux and SD3 2 to 4 times as much. The far field leaves a fifth to three quarters of the error of none at order 1.
     Saves a part of the attention alone: skipping whole steps is better where the model allows it.
     At level kv a step reads the exact tokens and ``density`` of the packed blocks, half of them the newest: at 16k tokens and density
-    .25 a step takes half (nearest blocks) to three quarters (``bsa``) of the time, and has 6.5 to 7.5 times the KL of reading all of
-    a four bit cache (.0005 on the trained LM).
+    .25 a step takes .6 (nearest blocks) to .9 (``bsa``) of the time, and has 6.7 to 7.6 times the KL of reading all of a four bit
+    cache (.0005 on the trained LM).
     """
 
     density: float = param(0.25, "part of the key blocks that a query block sees", low=0.0, high=1.0)
     block: int = param(0, "tokens a block; 0 = 16, and from 4096 tokens on 64 keys and 256 queries", low=0, high=1024)
     residual: int = param(1, "order of the residual's forecast: 1 = linear over sigma, 0 = the last one", choices=(0, 1))
+    fade: float = param(  # best on seeds 3 to 8 of the WAN mini: least squares of two noisy residuals tells too little that stays
+        0.3, "order 0: part of its fading between the last two full attentions that a residual goes on with", low=0.0, high=1.0
+    )
     frozen: bool = param(
         True, "keep the support of the first full attention (order 1) or the last one (order 0); false = choose anew at every step"
     )
@@ -75,9 +77,10 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
         super().check(level)
         if level == "kv" and self.block not in (0, 16, 32, 64):
             raise ValueError(f"'window': block={self.block}; at level 'kv' a block has 16, 32 or 64 tokens: give one of these")
-        if level == "kv" and (self.far != "centroid" or self.queries):
+        if level == "kv" and (self.far != "centroid" or self.queries or self.fade != 0.3):
             raise ValueError(
-                f"'window': far={self.far!r}, queries={self.queries} act on images and clips, asked at level 'kv': leave them out"
+                f"'window': far={self.far!r}, queries={self.queries}, fade={self.fade:g} act on images and clips, asked at level 'kv': "
+                "leave them out"
             )
 
     def kept(self, blocks: int) -> int:
@@ -96,7 +99,7 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
     def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
         value, slope = stream.value("value"), stream.value("slope")
         stream.state.pop("came", None)
-        line = slope if self.residual else value
+        line = slope if self.residual else value if self.fade else None
         if value is not None and line is not None and stream.step is not None and step.sigma != stream.step.sigma:
             # how each token's residual has gone along its slope, or along itself, since the last full attention: least squares
             gone = (x.float() - value) / (step.sigma - stream.step.sigma)
@@ -104,10 +107,9 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
             stream.state["came"] = (came.clamp_(0.0, 1.0) if self.residual else self._fading(came, step.sigma - stream.step.sigma)).half()
         return super().plan(x, score, stream, step)
 
-    @staticmethod
-    def _fading(rate: Tensor, span: float) -> Tensor:
-        """The part of a residual that went since the last full attention goes on to go, by FADE of what was seen; none grows."""
-        return (rate * span).clamp_(-1.0, 0.0).mul_(FADE / span)
+    def _fading(self, rate: Tensor, span: float) -> Tensor:
+        """By sigma: what a residual lost since the last full attention it goes on to lose, in part; none grows."""
+        return (rate * span).clamp_(-1.0, 0.0).mul_(self.fade / span)
 
     def blocks(self, n: int) -> tuple[int, int]:
         """Queries and keys a block for ``n`` tokens."""
