@@ -404,29 +404,6 @@ def test_compiled_blocks_no_break_and_no_recompile_in_later_steps(kind, level, t
     assert same(loop(call), eager)
 
 
-@pytest.mark.parametrize("level", ["model", "block", "attention"])
-@pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
-def test_group_offload_before_and_after(kind, level, tiny):
-    from diffusers.hooks import apply_group_offloading
-
-    config = tqai.Config(level=level, monitor=HALF)
-    model, call = tiny(kind)
-    with tqai.apply(model, config, steps=STEPS):
-        want = loop(call)
-    for first in (True, False):
-        model, call = tiny(kind)
-        offload = lambda model=model: apply_group_offloading(
-            model, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
-        )
-        if first:
-            offload()
-        with tqai.apply(model, config, steps=STEPS) as handle:
-            if not first:
-                offload()
-            assert same(loop(call), want)
-            assert handle.report().calls_skipped > 0
-
-
 @pytest.mark.parametrize("level", ["block", "attention"])
 @pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
 def test_block_offload_first(kind, level, tiny):
@@ -448,6 +425,13 @@ def test_block_offload_first(kind, level, tiny):
     assert same(loop(call), exact)
 
 
+def _group_offload(model):
+    from diffusers.hooks import apply_group_offloading
+
+    cpu = torch.device("cpu")
+    apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
 def _model_offload(model):
     """What ``enable_model_cpu_offload`` puts on a transformer."""
     from accelerate import cpu_offload_with_hook
@@ -464,9 +448,9 @@ def _sequential_offload(model):
 
 
 @pytest.mark.parametrize("level", ["model", "block", "attention"])
-@pytest.mark.parametrize("offload", [_model_offload, _sequential_offload])
+@pytest.mark.parametrize("offload", [_group_offload, _model_offload, _sequential_offload])
 @pytest.mark.parametrize("kind", ["sd3", "flux", "wan"])
-def test_accelerate_offload_before_and_after(kind, offload, level, tiny):
+def test_offload_before_and_after(kind, offload, level, tiny):
     from accelerate.hooks import remove_hook_from_module
 
     config = tqai.Config(level=level, monitor=HALF)

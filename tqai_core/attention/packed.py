@@ -94,30 +94,24 @@ def state(
             return done
     run = _Softmax(q, dv, aux, group, count)
     exact = kv.keys.shape[2]
-    if not kv.segments or part is not ALL or exact > _at_once(q) // 2 or (native and _on_triton(q, kv)):
-        for a in range(0, exact, 1024):
-            e = min(a + 1024, exact)
-            s = q @ kv.keys[:, :, a:e].float().transpose(-1, -2)
-            p = run.weigh(_cap(s, softcap), seen.exact(a, e, kv))
-            run.sum += p @ kv.values[:, :, a:e].float()
-        exact = 0
+    for a in range(0, exact, 1024):
+        e = min(a + 1024, exact)
+        s = q @ kv.keys[:, :, a:e].float().transpose(-1, -2)
+        p = run.weigh(_cap(s, softcap), seen.exact(a, e, kv))
+        run.sum += p @ kv.values[:, :, a:e].float()
     if kv.segments:
         run.sum = kv.coder_v().rotate(run.sum)
-        _packed(q, kv, run, seen, softcap, scratch, native, part, exact, precise)
+        _packed(q, kv, run, seen, softcap, scratch, native, part, precise)
         run.sum = kv.coder_v().unrotate(run.sum)
     return run.sum, run.weight, run.top
 
 
 def _packed(
-    q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool, use: Part, exact: int,
-    precise: bool,
+    q: Tensor, kv: PackedKV, run: _Softmax, seen: _Mask, softcap: float | None, scratch: Scratch, native: bool, use: Part, precise: bool
 ) -> None:  # fmt: skip
-    """Adds the packed tokens to ``run``, and with the first of them the ``exact`` rows where they have not been added: one softmax
-    less."""
-    assert kv.keys is not None
-    assert kv.values is not None
+    """Adds the packed tokens to ``run``."""
     keys, values = kv.coder_k(), kv.coder_v()
-    plain, shift = q, None
+    shift = None
     if kv.mean is not None and kv.scale is not None:
         shift = (q * kv.mean).sum(-1, keepdim=True)
         q = q * kv.scale
@@ -126,7 +120,7 @@ def _packed(
     if use is not ALL:
         _partly(q, kv, run, seen, softcap, scratch, shift, use)
         return
-    if native and isinstance(values, Rows) and _on_triton(q, kv):
+    if native and isinstance(values, Rows) and triton_packed.wanted(q, keys.bits, values.bits):
         triton_packed.attend(
             kv.segments, q, shift, keys, values, mask=seen.at(0, kv.length), first=kv.sinks, group=run.group, softcap=softcap,
             top=run.top, weight=run.weight, total=run.sum,
@@ -134,30 +128,19 @@ def _packed(
         return
     asked = Queries(q.flatten(0, 1), keys, precise)
     position = kv.sinks
-    for group in _groups(kv, _at_once(q)):
+    for group in _groups(kv, max(GROUP // (b * h * r), 1)):
         sizes = [len(segment) for segment in group]
-        count = sum(sizes)
-        s = scratch.take("scores", (b * h, r, exact + count), torch.float32, q.device)
-        own = s[:, :, exact:]
-        for segment, part in zip(group, own.split(sizes, 2), strict=True):
+        s = scratch.take("scores", (b * h, r, sum(sizes)), torch.float32, q.device)
+        for segment, part in zip(group, s.split(sizes, 2), strict=True):
             asked.scores(segment.codes_k, part, scratch)
-        own.mul_(_joined([segment.gain_k for segment in group])[:, None])
+        s.mul_(_joined([segment.gain_k for segment in group])[:, None])
         if asked.unit is not None:
-            own.mul_(asked.unit)
+            s.mul_(asked.unit)
         if shift is not None:
-            own.add_(shift.flatten(0, 1))
-        mask = seen.at(position, position + count)
-        if exact:
-            torch.bmm(plain.flatten(0, 1), kv.keys.float().flatten(0, 1).transpose(1, 2), out=s[:, :, :exact])
-            if mask is not None:
-                mask = torch.cat([seen.exact(0, exact, kv), mask], dim=-1)  # type: ignore[list-item]
-        p = run.weigh(_cap(s, softcap).view(b, h, r, -1), mask)
-        if exact:
-            run.sum += values.rotate(p[..., :exact] @ kv.values.float())
-            p = p[..., exact:]
-            exact = 0
+            s.add_(shift.flatten(0, 1))
+        p = run.weigh(_cap(s, softcap).view(b, h, r, -1), seen.at(position, position + s.shape[2]))
         _add_values(p, group, sizes, kv, run, scratch)
-        position += count
+        position += s.shape[2]
 
 
 def _add_values(p: Tensor, group: list[Segment], sizes: list[int], kv: PackedKV, run: _Softmax, scratch: Scratch) -> None:
@@ -191,16 +174,6 @@ _own = threading.local()
 def _joined(gains: list[Tensor]) -> Tensor:
     """Gains ``[B, H, n]`` of segments in a row, ``fp32 [B x H, tokens]``."""
     return (gains[0] if len(gains) == 1 else torch.cat(gains, 2)).float().flatten(0, 1)
-
-
-def _at_once(q: Tensor) -> int:
-    """Tokens whose scores one softmax sees."""
-    return max(GROUP // (q.numel() // q.shape[-1]), 1)
-
-
-def _on_triton(q: Tensor, kv: PackedKV) -> bool:
-    values = kv.coder_v()
-    return isinstance(values, Rows) and triton_packed.wanted(q, kv.coder_k().bits, values.bits)
 
 
 def _partly(

@@ -203,60 +203,61 @@ def field(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, far: Tensor, block: int, form: str, pool: Pool | None = None
 ) -> Field:  # fmt: skip
     """The far field of the heads ``q [g, n, d]``, ``k [g, m, d]``, ``v [g, m, dv]`` for query blocks that do not see what ``far [g, nq,
-    nk]`` marks.
-
-    Block statistics, then one product with the marks: O(m d (d + dv)), and d (d + dv) numbers for each block of queries.
-    """
-    g, m, d = k.shape
-    (_, nq, nk), dv, dtype = far.shape, v.shape[2], k.dtype
-    pool = pool or Pool(k)
-    pad = -m % block
-    hidden = pad > 0 or keys is not None
-    live = torch.ones(1, m, device=k.device, dtype=torch.bool) if keys is None else keys
+    nk]`` marks. Block statistics and their products: O(m d (d + dv)); of the linear form d (d + dv) numbers for each query block."""
+    pad, nk, pool = -k.shape[1] % block, far.shape[2], pool or Pool(k)
+    live = torch.ones(1, k.shape[1], device=k.device, dtype=torch.bool) if keys is None else keys
     live = F.pad(live, (0, pad)).unflatten(1, (nk, block)).unsqueeze(3)  # [g or 1, nk, block, 1]
-    count = live.sum(2).float()  # [g or 1, nk, 1]
+    hidden = ~live if pad or keys is not None else None
     kb, vb = (_padded(x, block).unflatten(1, (nk, block)) for x in (k, v))
-    kept = (lambda x: x.masked_fill(~live, 0)) if hidden else (lambda x: x)
-    if form == "centroid":
-        bias = torch.where((far > 0) & (count > 0).mT, count.log().mT, -math.inf)  # [g, nq, nk]
-        key, value = ((_sum(kept(x).flatten(0, 1)).view(g, nk, -1) / count.clamp_min(1)).to(dtype) for x in (kb, vb))
-        moments, spread = pool.take("moments", g, d, dv).zero_(), far.new_zeros(g, 1, d)
-        step = max(GROUP // (g * block * d * k.element_size()), 1)
-        for i in range(0, nk, step):
-            j = min(i + step, nk)
-            own = torch.sub(kb[:, i:j], key[:, i:j, None], out=pool.take("both", g, j - i, block, d))
-            if hidden:
-                own.masked_fill_(~live[:, i:j], 0)
-            own = own.flatten(1, 2)
-            moments.baddbmm_(own.mT, vb[:, i:j].flatten(1, 2), alpha=1 / m)  # a mean, which half precision can hold
-            spread += _sum(own.square_())
-        total = count.sum(1, keepdim=True).clamp_min(1)  # [g or 1, 1, 1]
-        if keys is not None:
-            moments.mul_(m / total)
-        few = q[:, :: -(-q.shape[1] // SAMPLE)]
-        bias += ((_sum(few.square()) * spread).sum(-1, keepdim=True) / (total * few.shape[1] * 2 * d)).log1p_()
-        return Field(key, value, bias.flatten(0, 1)[:, None], moments, share=nq)
+    return _centroids(q, kb, vb, live, hidden, far, pool) if form == "centroid" else _linear(kb, vb, live, hidden, far, pool)
+
+
+def _centroids(q: Tensor, kb: Tensor, vb: Tensor, live: Tensor, hidden: Tensor | None, far: Tensor, pool: Pool) -> Field:
+    (g, nk, block, d), dv, dtype, room = kb.shape, vb.shape[3], kb.dtype, kb.shape[1] * kb.shape[2]
+    count = live.sum(2).float()  # [g or 1, nk, 1]
+    bias = torch.where((far > 0) & (count > 0).mT, count.log().mT, -math.inf)  # [g, nq, nk]
+    key, value = ((_sum(_kept(x, hidden).flatten(0, 1)).view(g, nk, -1) / count.clamp_min(1)).to(dtype) for x in (kb, vb))
+    moments, spread = pool.take("moments", g, d, dv).zero_(), far.new_zeros(g, 1, d)
+    step = max(GROUP // (g * block * d * kb.element_size()), 1)
+    for i in range(0, nk, step):
+        j = min(i + step, nk)
+        own = torch.sub(kb[:, i:j], key[:, i:j, None], out=pool.take("both", g, j - i, block, d))
+        if hidden is not None:
+            own.masked_fill_(hidden[:, i:j], 0)
+        own = own.flatten(1, 2)
+        moments.baddbmm_(own.mT, vb[:, i:j].flatten(1, 2), alpha=1 / room)  # a mean, which half precision can hold
+        spread += _sum(own.square_())
+    total = count.sum(1, keepdim=True).clamp_min(1)  # [g or 1, 1, 1]
+    if hidden is not None:
+        moments.mul_(room / total)
+    few = q[:, :: -(-q.shape[1] // SAMPLE)]
+    bias += ((_sum(few.square()) * spread).sum(-1, keepdim=True) / (total * few.shape[1] * 2 * d)).log1p_()
+    return Field(key, value, bias.flatten(0, 1)[:, None], moments, share=far.shape[1])
+
+
+def _linear(kb: Tensor, vb: Tensor, live: Tensor, hidden: Tensor | None, far: Tensor, pool: Pool) -> Field:
+    (g, nk, block, d), nq, dv, dtype = kb.shape, far.shape[1], vb.shape[3], kb.dtype
+    count = live.sum(2).float()
     total = count.sum(1, keepdim=True).clamp_min(1)
     # a first centre, so that the differences below keep their digits; a sum in half precision would be made in a wide copy
     even = (live.flatten(1, 2) / total).to(dtype).mT.expand(g, 1, -1)
-    km, vm = (torch.bmm(even, kept(x).flatten(1, 2)) for x in (kb, vb))  # [g, 1, d]
+    km, vm = (torch.bmm(even, _kept(x, hidden).flatten(1, 2)) for x in (kb, vb))  # [g, 1, d]
     n = far @ count  # [g, nq, 1]
     marks = (far / n.clamp_min(1)).to(dtype)
     moments = pool.take("moments", g, nq, d * (dv + d)).zero_()
     mean = far.new_zeros(g, nq, dv + d)
-    step = max(GROUP // (g * d * (dv + d) * k.element_size()), 1)
+    step = max(GROUP // (g * d * (dv + d) * kb.element_size()), 1)
     for i in range(0, nk, step):
         j = min(i + step, nk)
         both = pool.take("both", g, j - i, block, dv + d)
         torch.sub(vb[:, i:j], vm[:, :, None], out=both[..., :dv])
         torch.sub(kb[:, i:j], km[:, :, None], out=both[..., dv:])
-        if hidden:
-            both.masked_fill_(~live[:, i:j], 0)
+        if hidden is not None:
+            both.masked_fill_(hidden[:, i:j], 0)
         rows = both.flatten(0, 1)
-        sums = torch.bmm(rows.new_ones(1, 1, block).expand(len(rows), 1, block), rows).view(g, j - i, -1)
         own = pool.take("own", len(rows), d, dv + d)  # of each block
         torch.bmm(rows[..., dv:].mT, rows, out=own)
-        mean += (far[..., i:j] / n.clamp_min(1)) @ sums.float()
+        mean += (far[..., i:j] / n.clamp_min(1)) @ _sum(rows).view(g, j - i, -1)
         moments.baddbmm_(marks[..., i:j], own.view(g, j - i, -1))
     mean = mean.flatten(0, 1)[:, None]
     centre = lambda c, x: (c.float().repeat_interleave(nq, 0) + x).to(dtype)  # noqa: E731
@@ -264,6 +265,10 @@ def field(
         centre(km, mean[..., dv:]), centre(vm, mean[..., :dv]), n.log().flatten(0, 1)[:, None], moments.view(g * nq, d, dv + d),
         mean=mean.to(dtype),
     )  # fmt: skip
+
+
+def _kept(x: Tensor, hidden: Tensor | None) -> Tensor:
+    return x if hidden is None else x.masked_fill(hidden, 0)
 
 
 def _gather(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> Tensor:

@@ -7,9 +7,8 @@ asked for: ``TQAI_TRITON=1``. Without Triton or on another device the torch path
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,21 +16,15 @@ from torch import Tensor
 
 from ..codecs.rows import Rows
 from ..kv import Segment
+from . import triton_sparse
 
 BLOCK = 128  # tokens of a program
 ROWS = 64  # queries of one kv head, group included
 
 
 def wanted(q: Tensor, bits_k: int, bits_v: int) -> bool:
-    """Whether to run for ``q [B, H, rows, D]``: asked for, installed, and on a device that Triton (or its interpreter) knows;
-    5 and 6 bits are left to torch."""
-    if not {bits_k, bits_v} <= {2, 3, 4, 8}:
-        return False
-    if os.environ.get("TQAI_TRITON") != "1" or q.shape[2] > ROWS:
-        return False
-    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    return importlib.util.find_spec("triton") is not None
+    """Whether to run for ``q [B, H, rows, D]``; 5 and 6 bits are left to torch."""
+    return {bits_k, bits_v} <= {2, 3, 4, 8} and q.shape[2] <= ROWS and triton_sparse.wanted(q)
 
 
 def attend(
@@ -83,13 +76,9 @@ def _parts(bits: int) -> int:
     return {2: 4, 3: 4, 4: 2, 8: 1}[bits]
 
 
-_MADE: list[Any] = []
-
-
+@cache
 def _kernel() -> Any:
-    """Made once: Triton is imported at the first use, not before."""
-    if _MADE:
-        return _MADE[0]
+    """Triton is imported at the first use, not before."""
     import triton
     import triton.language as tl
 
@@ -165,5 +154,4 @@ def _kernel() -> Any:
             inside = real[:, None] & (unit < dv // PARTS_V)[None, :]
             tl.store(sums + place[:, None] * dv + unit[None, :] * PARTS_V + part, tl.dot(p, v, input_precision="ieee"), mask=inside)
 
-    _MADE.append(packed)
     return packed

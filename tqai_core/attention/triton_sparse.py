@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,13 +69,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> 
     return out
 
 
-_MADE: list[Any] = []
-
-
+@cache
 def _kernel() -> Any:
-    """Made once: Triton is imported at the first use, not before."""
-    if _MADE:
-        return _MADE[0]
+    """Triton is imported at the first use, not before."""
     import triton
     import triton.language as tl
 
@@ -154,5 +151,4 @@ def _kernel() -> Any:
         total = total / tl.where(weight > 0, weight, 1.0)[:, None]
         tl.store(out + (head * n + token[:, None]) * dv + av[None, :], total.to(kind), mask=real[:, None] & inside_v[None, :])
 
-    _MADE.append(sparse)
     return sparse

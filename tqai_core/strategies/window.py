@@ -77,7 +77,7 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
         super().check(level)
         if level == "kv" and self.block not in (0, 16, 32, 64):
             raise ValueError(f"'window': block={self.block}; at level 'kv' a block has 16, 32 or 64 tokens: give one of these")
-        if level == "kv" and (self.far != "centroid" or self.queries or self.fade != 0.3):
+        if level == "kv" and (self.far, self.queries, self.fade) != (Window.far, Window.queries, Window.fade):
             raise ValueError(
                 f"'window': far={self.far!r}, queries={self.queries}, fade={self.fade:g} act on images and clips, asked at level 'kv': "
                 "leave them out"
