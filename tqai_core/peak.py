@@ -36,7 +36,7 @@ class Peak:
         try:
             with open("/proc/self/clear_refs", "w") as f:
                 f.write("5")  # the high-water mark starts anew
-            self._before, self.how = _status("VmRSS"), PROC
+            self._before, self.how = status("VmRSS"), PROC
         except OSError:
             with suppress(ImportError):
                 self._before, self.how = _maxrss(), RUSAGE
@@ -45,11 +45,12 @@ class Peak:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.how == NONE:
             return
-        now = torch.cuda.max_memory_allocated(self.device) if self.how == CUDA else _status("VmHWM") if self.how == PROC else _maxrss()
+        now = torch.cuda.max_memory_allocated(self.device) if self.how == CUDA else status("VmHWM") if self.how == PROC else _maxrss()
         self.nbytes = max(now - self._before, 0)
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """Bytes of a line of this process's status, as ``VmRSS``. OSError off Linux."""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import itertools
 import math
 import time
@@ -22,6 +20,7 @@ from ..attention.sparse import FAR
 from ..attention.tiles import Layout
 from ..config import Config
 from ..metrics import nmse
+from ..peak import PROC, Peak
 from ..registry import build
 from ..strategies.window import Window
 from .dit import labels_of
@@ -129,21 +128,9 @@ def extra_memory(n: int, d: int, kind: str, density: float, far: str | None, hea
     q, k, v = inputs(kind, n, heads, d)
     index = chosen(q, k, density)
     block_attention(q, k, v, index, far=far)
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-        before = _status("VmRSS")
+    with Peak(q.device) as peak:
         out = block_attention(q, k, v, index, far=far)
-        return max(_status("VmHWM") - before - out.nbytes, 0)
-    except OSError:
-        return None
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith(name + ":")) * 1024
+    return None if peak.nbytes is None or peak.how != PROC else max(peak.nbytes - out.nbytes, 0)
 
 
 def generations(seeds: Sequence[int], tell: Callable[[str], None]) -> list[Row]:

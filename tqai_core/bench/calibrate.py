@@ -34,10 +34,10 @@ PEAK = """
 import sys, torch
 torch.set_num_threads(1)
 from tqai_core.adapters import subjects
-from tqai_core.bench.calibrate import status
 from tqai_core.calibrate.basis import Moments
 from tqai_core.calibrate.file import WIDTHS
 from tqai_core.calibrate.fisher import Sums, probe
+from tqai_core.peak import status
 from tqai_core.registry import build
 kind = sys.argv[1]
 subject = subjects.demo(kind)
@@ -58,12 +58,6 @@ for band, call in calls:
     probe(subject, band, call, sums, codecs, torch.Generator().manual_seed(0))
 print(infer, peak())
 """
-
-
-def status(field: str) -> int:
-    """A size of this process in bytes."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
 
 
 def held_out(kind: str) -> Subject:

@@ -51,6 +51,7 @@ def clock(*calls: Callable[[], Any], rounds: int = 21) -> list[list[float]]:
 
 PEAK = """
 import sys, torch
+from tqai_core.peak import status
 torch.set_num_threads(1)
 name, vectors = sys.argv[1], int(sys.argv[2])
 x = torch.randn(vectors, 128, generator=torch.Generator().manual_seed(0))
@@ -62,8 +63,6 @@ else:
     make = PEERS[name]()[0]
     encode = lambda x: make(x, 4)
 encode(x[:2048])
-def status(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 before = status("VmRSS:")
 open("/proc/self/clear_refs", "w").write("5")
 held = encode(x)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import Any
@@ -22,6 +20,7 @@ from ..attention import native as kernel
 from ..attention.packed import attend
 from ..config import Config
 from ..kv import PackedKV, Plan
+from ..peak import PROC, Peak
 from ..types import nbytes
 from .harness import machine, one_thread
 
@@ -126,22 +125,9 @@ def _filled(tokens: int, d: int, dtype: torch.dtype) -> tuple[PackedKV, Tensor, 
 def _peak(run: Callable[[], Any]) -> float:
     """MiB that ``run`` needs above what is held: the kernel's high-water mark, free memory given back first."""
     run()
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    try:
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-        before = _status("VmRSS")
+    with Peak(torch.device("cpu")) as peak:
         run()
-        return max(_status("VmHWM") - before, 0.0)
-    except OSError:
-        return math.nan
-
-
-def _status(name: str) -> float:
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
+    return math.nan if peak.nbytes is None or peak.how != PROC else peak.nbytes / 2**20
 
 
 def step(tokens: Sequence[int] = (4096, 16384), repeats: int = 15) -> list[Row]:
