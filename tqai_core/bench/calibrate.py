@@ -24,7 +24,7 @@ from ..calibrate.run import calibrate
 from ..calibrate.tune import Budget, tune
 from ..codecs.bases import hadamard
 from ..registry import build
-from .harness import machine, one_thread
+from .harness import machine, one_thread, promises
 
 Row = dict[str, Any]
 SEEDS = (0, 1)  # of the reported figures
@@ -215,35 +215,33 @@ def peak(kind: str) -> dict[str, int | None]:
 def verdicts(result: Row) -> list[Row]:
     """What the issue asks, beside what was measured."""
     out: list[Row] = []
-
-    def need(kind: str, what: str, measured: float | None, least: float | None = None, most: float | None = None) -> None:
-        ok = measured is not None and (least is None or measured >= least) and (most is None or measured <= most)
-        bound = f">= {least:g}" if least is not None else f"<= {most:g}"
-        out.append({"mini": kind, "what": what, "measured": measured, "needed": bound, "ok": bool(ok)})
-
     tables = result["tables"]
     for kind, t in tables.items():
-        need(kind, "Spearman of Fisher x error with the true damage of 2-bit units", t["rank"]["fisher x error"], least=0.85)
-        need(kind, "calibration, CPU seconds", t["seconds_cpu"], most=60)
+        need = promises(out, mini=kind)
+        need("Spearman of Fisher x error with the true damage of 2-bit units", t["rank"]["fisher x error"], least=0.85)
+        need("calibration, CPU seconds", t["seconds_cpu"], most=60)
         ratio = t["peak"]["fisher"] / t["peak"]["infer"] if t["peak"]["infer"] and t["peak"]["fisher"] else None
-        need(kind, "peak memory / that of inference", ratio, most=3)
-        need(kind, "NMSE of the rotation / of KLT bases, held-out keys and values", t["bases"]["hadamard"] / t["bases"]["klt"], least=2)
+        need("peak memory / that of inference", ratio, most=3)
+        need("NMSE of the rotation / of KLT bases, held-out keys and values", t["bases"]["hadamard"] / t["bases"]["klt"], least=2)
         gain = t["bits"]["uniform"]["loss"] / t["bits"]["ours"]["loss"]
         if t["bits"]["kept"] == "fisher":
-            need(kind, "loss of uniform 3 bits / of Fisher bits, kept", gain, least=1.5)
-            need(kind, "bits of keys - bits of values", t["bits"]["key_bits"] - t["bits"]["value_bits"], least=0.01)
+            need("loss of uniform 3 bits / of Fisher bits, kept", gain, least=1.5)
+            need("bits of keys - bits of values", t["bits"]["key_bits"] - t["bits"]["value_bits"], least=0.01)
         else:
-            need(kind, "loss of uniform 3 bits / of what the file says (uniform kept)", gain, least=1)
+            need("loss of uniform 3 bits / of what the file says (uniform kept)", gain, least=1)
     tuned = {kind: t["tune"]["proof"] for kind, t in tables.items() if "tune" in t}
     ratios = {}
     for kind, proof in tuned.items():
         ratios[kind] = proof["tuned"]["error"] / proof["default"]["error"] if tables[kind]["tune"]["kept"] == "tuned" else 1.0
-        need(kind, "tuned at 50 % of the calls: error / default preset's, unseen seeds", ratios[kind], most=1)
-        need(kind, "tuned: share of calls", proof["tuned"]["calls"], most=0.5)
+        need = promises(out, mini=kind)
+        need("tuned at 50 % of the calls: error / default preset's, unseen seeds", ratios[kind], most=1)
+        need("tuned: share of calls", proof["tuned"]["calls"], most=0.5)
     if len(ratios) == 3:
-        need("all", "second best of these three", sorted(ratios.values())[1], most=0.7)
+        promises(out, mini="all")("second best of these three", sorted(ratios.values())[1], most=0.7)
     if "flux" in tuned:
-        need("flux", f"CPU seconds of {tables['flux']['tune']['trials']} trials", tables["flux"]["tune"]["seconds_cpu"], most=300)
+        promises(out, mini="flux")(
+            f"CPU seconds of {tables['flux']['tune']['trials']} trials", tables["flux"]["tune"]["seconds_cpu"], most=300
+        )
     return out
 
 

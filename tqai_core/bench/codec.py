@@ -17,7 +17,7 @@ from ..codecs import bases
 from ..registry import build
 from ..types import nbytes
 from . import kv
-from .harness import Mini, machine, one_thread
+from .harness import Mini, machine, one_thread, promises
 from .peers import available
 
 Row = dict[str, Any]
@@ -212,12 +212,7 @@ PROMISED = {"trellis": (0.089, 0.0245, 0.0067), "turbo": (0.1165, 0.0342, 0.0094
 def verdicts(result: dict[str, Any]) -> list[Row]:
     """The project's promises beside what was measured here."""
     out: list[Row] = []
-
-    def need(what: str, measured: float | None, least: float | None = None, most: float | None = None) -> None:
-        ok = measured is not None and (least is None or measured >= least) and (most is None or measured <= most)
-        bound = f">= {least:g}" if least is not None else f"<= {most:g}"
-        out.append({"what": what, "measured": measured, "needed": bound, "ok": bool(ok)})
-
+    need = promises(out)
     for name, most in PROMISED.items():
         for bits, limit in zip((2, 3, 4), most, strict=True):
             row = next(r for r in result["rate"] if r["codec"] == name and r["d"] == 128 and int(r["bits"]) == bits)

@@ -17,7 +17,7 @@ from ..config import Config, preset
 from ..metrics import nmse
 from ..monitors.fixed import Fixed
 from ..types import Step
-from .harness import Mini, Run, compare, machine, one_thread
+from .harness import Mini, Run, compare, machine, one_thread, promises
 
 STEPS, SHIFT, TRUTH = 24, 3.0, 240
 SHIFTS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)  # grids a well-chosen solver may take; chosen on the calibration seed
@@ -176,12 +176,7 @@ def verdicts(kind: str, tables: dict[str, list[Row]]) -> list[Row]:
     row = {r["method"]: r for r in tables["euler"]}
     ours, reuse, fewer = row["tqai balanced"], row["plain reuse, same calls"], row["fewer Euler steps, same calls"]
     out: list[Row] = []
-
-    def need(what: str, measured: float, least: float | None = None, most: float | None = None) -> None:
-        ok = (least is None or measured >= least) and (most is None or measured <= most)
-        bound = f">= {least:g}" if least is not None else f"<= {most:g}"
-        out.append({"mini": kind, "what": what, "measured": measured, "needed": bound, "ok": bool(ok)})
-
+    need = promises(out, mini=kind)
     need("calls skipped, Euler 24, balanced", ours["skipped"], least=0.48)
     need("latent PSNR, dB", ours["psnr"], least=FLOORS[kind])
     if kind == "wan":

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,3 +101,15 @@ def machine() -> dict[str, Any]:
 def one_thread() -> None:
     """Two threads on a loaded machine make CPU time meaningless."""
     torch.set_num_threads(1)
+
+
+def promises(out: list[dict[str, Any]], **more: Any) -> Callable[..., None]:
+    """``need(what, measured, least=None, most=None)``, which puts a promise beside what was measured at the end of ``out``, with
+    ``more`` in the row; None: not measured, not kept."""
+
+    def need(what: str, measured: float | None, least: float | None = None, most: float | None = None) -> None:
+        ok = measured is not None and (least is None or measured >= least) and (most is None or measured <= most)
+        bound = f">= {least:g}" if least is not None else f"<= {most:g}"
+        out.append({**more, "what": what, "measured": measured, "needed": bound, "ok": bool(ok)})
+
+    return need

@@ -22,7 +22,7 @@ from ..config import Config
 from ..kv import PackedKV, Plan
 from ..peak import PROC, Peak
 from ..types import nbytes
-from .harness import machine, one_thread
+from .harness import machine, one_thread, promises
 
 Row = dict[str, Any]
 WINDOWS, LENGTH, PREFILL, CHUNK = 8, 1024, 320, 32
@@ -270,12 +270,7 @@ def bench(peers: bool = True, tell: Callable[[str], None] = lambda text: None) -
 def verdicts(result: Row) -> list[Row]:
     """The project's promises beside what was measured here."""
     out: list[Row] = []
-
-    def need(what: str, measured: float | None, least: float | None = None, most: float | None = None) -> None:
-        ok = measured is not None and (least is None or measured >= least) and (most is None or measured <= most)
-        bound = f">= {least:g}" if least is not None else f"<= {most:g}"
-        out.append({"what": what, "measured": measured, "needed": bound, "ok": bool(ok)})
-
+    need = promises(out)
     rows = result["quality"]
     at = {(r["variant"], r["cache"], r["bits"]): r for r in rows}
     for variant, four in (("plain", 0.001), ("outlier", 0.003), ("bias", 0.003)):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..stream import StreamCoder
 from . import kv
 from .codec import nmse
-from .harness import Mini, machine, one_thread
+from .harness import Mini, machine, one_thread, promises
 from .peers import available
 
 Row = dict[str, Any]
@@ -116,18 +116,15 @@ def _upstream(peer: Any, seeds: Sequence[int]) -> list[Row]:
 
 def verdicts(result: dict[str, Any]) -> list[Row]:
     row = {r["method"]: r for r in result["synthetic"]}
-    out = []
-
-    def need(what: str, measured: float, most: float) -> None:
-        out.append({"what": what, "measured": measured, "needed": f"<= {most:g}", "ok": bool(measured <= most)})
-
-    need("synthetic stream, 20 payload bits in all: mean NMSE (ls 8,4,3,3,2)", row["ls 8,4,3,3,2"]["nmse"], 1e-4)
+    out: list[dict[str, Any]] = []
+    need = promises(out)
+    need("synthetic stream, 20 payload bits in all: mean NMSE (ls 8,4,3,3,2)", row["ls 8,4,3,3,2"]["nmse"], most=1e-4)
     reached = [r["bits"] for r in result["synthetic"] if r["nmse"] <= 0.00375 and not r["method"].startswith("upstream")]
-    need("bits a coordinate a step at which NMSE .00375 is reached", min(reached), 1.8)
+    need("bits a coordinate a step at which NMSE .00375 is reached", min(reached), most=1.8)
     for r in result["minis"]:
         if r["method"] == "ls, nmse=4e-5":
-            need(f"{r['mini']}: keys and values over 20 steps, mean NMSE", r["nmse"], 5e-5)
-            need(f"{r['mini']}: bits a coordinate a step", r["bits"], 4.3)
+            need(f"{r['mini']}: keys and values over 20 steps, mean NMSE", r["nmse"], most=5e-5)
+            need(f"{r['mini']}: bits a coordinate a step", r["bits"], most=4.3)
     return out
 
 

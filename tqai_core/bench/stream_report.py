@@ -28,7 +28,7 @@ from ..stream import StreamCoder
 from ..types import Packed, Step, nbytes, tensors_in
 from . import kv
 from .codec import nmse
-from .harness import Mini, machine, one_thread
+from .harness import Mini, machine, one_thread, promises
 from .stream import NOISE
 
 SHAPES = {  # key-value heads, head dimension
@@ -427,16 +427,13 @@ def best(rows: Sequence[Row]) -> list[Row]:
 
 def verdicts(result: dict[str, Any]) -> list[Row]:
     out: list[Row] = []
-
-    def need(what: str, measured: float, most: float) -> None:
-        out.append({"what": what, "measured": measured, "needed": f"<= {most:g}", "ok": bool(measured <= most)})
-
+    need = promises(out)
     mean = {r["config"]: r for r in table(result["rows"])}
     for name in ("palm+delta", "snr+delta2"):
-        need(f"{name}: mean NMSE at {sum(result['bits'])} payload bits", mean[name]["nmse"], 1e-4)
-    need("tiered / uniform bytes, the most of any stream and scorer", max(r["bytes"] for r in result["scorers"]), 1.0)
+        need(f"{name}: mean NMSE at {sum(result['bits'])} payload bits", mean[name]["nmse"], most=1e-4)
+    need("tiered / uniform bytes, the most of any stream and scorer", max(r["bytes"] for r in result["scorers"]), most=1.0)
     planted = next(r for r in result["scorers"] if (r["data"], r["scorer"]) == ("restless tokens planted", "change"))
-    need("planted signal: tiered / uniform NMSE at equal bytes", planted["ratio"], 0.97)
+    need("planted signal: tiered / uniform NMSE at equal bytes", planted["ratio"], most=0.97)
     return out
 
 
