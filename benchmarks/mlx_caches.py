@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from bench import llm
+from bench.harness import machine
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as caches
 from mlx_lm.models import qwen2
 
 from tqai_core import minis
-from tqai_core.adapters.mlx import make_prompt_cache, mini
-from tqai_core.bench import llm
-from tqai_core.bench.harness import machine
+from tqai_core.hosts.mlx import make_prompt_cache, mini
 
 OWN = "mlx-lm's own, from the first token"
 METHODS: list[tuple[str, int, Callable[[Any], list[Any]]]] = [

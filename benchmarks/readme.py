@@ -311,7 +311,7 @@ def summary(dit: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    from tqai_core.bench import attention, calibrate, levels, llm_methods, methods
+    from bench import attention, calibrate, levels, llm_methods, methods
 
     dit, vectors, trajectories = load("dit"), load("codec"), load("stream")
     parts = {

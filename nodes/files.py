@@ -8,6 +8,8 @@ from pathlib import Path
 
 import folder_paths
 
+from tqai_core.errors import TqaiError
+
 FOLDER = "tqai"
 MOST = 1_000_000  # bytes; a pipeline takes a few hundred
 
@@ -17,7 +19,7 @@ def inside(root: str, name: str) -> Path:
     base = Path(root).resolve()
     path = (base / name).resolve()
     if not name or path == base or base not in path.parents:
-        raise ValueError(f"{name!r} lies outside ComfyUI's folder {base}: give a plain name")
+        raise TqaiError(f"{name!r} lies outside ComfyUI's folder {base}: give a plain name")
     return path
 
 
@@ -25,7 +27,7 @@ def write(name: str, text: str) -> Path:
     """Save under ``output/tqai``; an existing file of the name is replaced in one go."""
     name = name.strip().removesuffix(".json")
     if not re.fullmatch(r"[\w][\w .-]*(/[\w][\w .-]*)*", name):
-        raise ValueError(f"file name {name!r}: use letters, digits, spaces, dots, dashes and / for folders")
+        raise TqaiError(f"file name {name!r}: use letters, digits, spaces, dots, dashes and / for folders")
     path = inside(os.path.join(folder_paths.get_output_directory(), FOLDER), f"{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -48,7 +50,7 @@ def read(choice: str) -> str:
     """The text of a file of :func:`listing`."""
     path = locate(choice)
     if path.stat().st_size > MOST:
-        raise ValueError(f"{choice!r} is larger than a pipeline can be ({MOST:,} bytes)")
+        raise TqaiError(f"{choice!r} is larger than a pipeline can be ({MOST:,} bytes)")
     return path.read_text()
 
 
@@ -59,7 +61,7 @@ def locate(choice: str) -> Path:
     path = inside(dict(_roots())[label], name)
     if path.suffix != ".json" or not path.is_file():
         known = ", ".join(listing()) or "none yet; TQAI Save Pipeline writes one"
-        raise ValueError(f"no pipeline file {choice!r}; there are: {known}")
+        raise TqaiError(f"no pipeline file {choice!r}; there are: {known}")
     return path
 
 
@@ -74,7 +76,7 @@ def table(name: str) -> str:
     path = inside(os.path.join(folder_paths.models_dir, FOLDER), name)
     if not path.is_file():
         known = ", ".join(tables()) or f"none yet; put what `tqai calibrate` writes into {path.parent}"
-        raise ValueError(f"no calibration {name!r} in models/{FOLDER}; there are: {known}")
+        raise TqaiError(f"no calibration {name!r} in models/{FOLDER}; there are: {known}")
     return str(path)
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from tqai_core.adapters.sites import entropy
 from tqai_core.attention import dense
 from tqai_core.flow import Flow
+from tqai_core.hosts.diffusers.processors import entropy
+from tqai_core.roles import AttentionForecaster, EntropyMonitor
 from tqai_core.strategies.window import Window
 from tqai_core.types import Where
 
@@ -77,7 +78,7 @@ class Forward:
             self._measure(split())
         if self.level != "attention" or number in self.exact:
             return compute()
-        if self.flow.strategy.kernel:
+        if isinstance(self.flow.strategy, AttentionForecaster):
             heads = split()
             if heads is None or heads.q.shape[-2] != heads.k.shape[-2]:
                 self.flow.recorder.fallback(f"{self.family}/{site}", "a mask or cross-attention: windows are for full self-attention")
@@ -120,7 +121,7 @@ class Forward:
         return kind if nth == 1 else f"{kind}.{nth}"
 
     def _probes(self, number: int) -> bool:
-        if "entropy" not in self.flow.monitor.probes or not self.flow.decision.compute:
+        if not isinstance(self.flow.monitor, EntropyMonitor) or not self.flow.decision.compute:
             return False
         return number in {round(i * (self.depth - 1) / (PROBES - 1)) for i in range(PROBES)}
 
@@ -138,7 +139,7 @@ class Forward:
         return self.flow.memory.streams.get(self._where(site, kind, branch))
 
     def _skips(self, site: str, kind: str, branch: int) -> bool:
-        return self.flow.skips(self._where(site, kind, branch))
+        return self.flow.should_skip(self._where(site, kind, branch))
 
     def _ready(self, site: str, kind: str, x: Tensor) -> bool:
         n = len(self.branches)
@@ -152,7 +153,7 @@ class Forward:
             self.flow.revise("a branch has no history at this step")
 
     def _recall(self, site: str, kind: str) -> Tensor:
-        parts = [self.flow.recall(self._where(site, kind, i), called=_called(kind)) for i in range(len(self.branches))]
+        parts = [self.flow.forecast(self._where(site, kind, i), called=_called(kind)) for i in range(len(self.branches))]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _observe(self, site: str, kind: str, x: Tensor, against: Tensor | None = None) -> None:

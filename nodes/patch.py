@@ -15,6 +15,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from tqai_core.config import Config
+from tqai_core.errors import TqaiError
+from tqai_core.roles import EntropyMonitor
 from tqai_core.scorers.fisher import Fisher, load, origin
 
 from .ledger import LEDGER, Entry
@@ -61,7 +63,7 @@ def exact_blocks(config: Config, family: str, blocks: list[str]) -> frozenset[in
         elif layer in blocks:
             found.add(blocks.index(str(layer)))
         else:
-            raise ValueError(
+            raise TqaiError(
                 f"skip layer {layer!r} asked, but this {family} model has {depth} blocks: use 0 to {depth - 1}, -{depth} to -1, or a name "
                 f"such as {blocks[0]!r}"
             )
@@ -75,7 +77,7 @@ def _check_files(config: Config, family: str, depth: int) -> None:
     if isinstance(scorer, Fisher) and (made := origin(scorer.file, "family")) is not None:
         layers = len(load(scorer.file)[0])
         if (made, layers) != (family, depth):
-            raise ValueError(
+            raise TqaiError(
                 f"fisher table {scorer.file!r} is of a {made or 'language'} model with {layers} layers, this is a {family} with {depth}: "
                 "run tqai calibrate on this model"
             )
@@ -95,16 +97,16 @@ def _mark(clone: Any, blocks: list[str]) -> None:
 def patch(model: Any, settings: Settings) -> Any:
     """A clone of a ModelPatcher that samples with tqai. Raises ValueError, with ``model`` as it was."""
     if KEY in model.model_options.get("transformer_options", {}):
-        raise ValueError("this model already went through TQAI Compress: remove one of the two nodes, or set both pipelines in one")
+        raise TqaiError("this model already went through TQAI Compress: remove one of the two nodes, or set both pipelines in one")
     family, blocks = family_of(model)
     exact_blocks(settings.config, family, blocks)
     _check_files(settings.config, family, len(blocks))
     config, clone = settings.config, model.clone()
     strategy, monitor = config.build()[1:3]
-    if blocks and strategy is not None and monitor is not None and (config.level != "model" or monitor.probes):
+    if blocks and strategy is not None and monitor is not None and (config.level != "model" or isinstance(monitor, EntropyMonitor)):
         _mark(clone, blocks)
     elif config.level != "model" and not blocks:
-        raise ValueError(f"level {config.level!r} knows Flux, SD3 and WAN models, this is a {family}: take level 'model'")
+        raise TqaiError(f"level {config.level!r} knows Flux, SD3 and WAN models, this is a {family}: take level 'model'")
     clone.model_options.setdefault("transformer_options", {})[KEY] = settings
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare_sampling)

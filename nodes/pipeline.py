@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tqai_core.config import LEVELS, Config, preset
+from tqai_core.errors import TqaiError
 from tqai_core.registry import build, names
 
 ROLES = ("scorer", "strategy", "monitor", "codec")
@@ -32,7 +33,7 @@ class Pipeline:
         """``choice`` is what a dynamic combo gives: the method's name under the role, its options beside it. The host gives
         None for a name that the combo does not have."""
         if choice is None or role not in choice:
-            raise ValueError(f"this {role} is unknown here: choose one of {', '.join(names(role))}")
+            raise TqaiError(f"this {role} is unknown here: choose one of {', '.join(names(role))}")
         name, options = choice[role], {key: value for key, value in choice.items() if key != role}
         spec = None if name == NONE else build(role, {"name": name, **options}).spec
         return dataclasses.replace(self, **{role: spec})
@@ -48,7 +49,7 @@ class Pipeline:
                 return self.config(level).to_json()
             except ValueError as error:
                 why = error
-        raise ValueError(f"no level takes this pipeline: {why}")
+        raise TqaiError(f"no level takes this pipeline: {why}")
 
     @staticmethod
     def from_json(text: str) -> Pipeline:
@@ -56,7 +57,7 @@ class Pipeline:
         try:
             return Pipeline.of(Config.from_json(text))
         except RecursionError:
-            raise ValueError("this file holds no pipeline: its JSON is nested too deep") from None
+            raise TqaiError("this file holds no pipeline: its JSON is nested too deep") from None
 
 
 DEFAULT = Pipeline.of(preset("balanced"))

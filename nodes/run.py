@@ -21,6 +21,7 @@ from torch import Tensor
 from tqai_core.config import Config
 from tqai_core.flow import Flow
 from tqai_core.report import Recorder
+from tqai_core.roles import EntropyMonitor
 from tqai_core.types import Step, Where
 
 from .levels import Forward
@@ -59,7 +60,7 @@ class Run:
         self.budget, self.tell, self.room = budget, tell, room
         self.level, self.depth, self.exact = config.level, depth, exact
         self.recorder = Recorder(lambda: self.flow.counted)
-        self.flow = Flow(config, self.recorder, family, late=True)
+        self.flow = Flow(config, self.recorder, family, allow_new_streams=True)
         self.flow.begin(self.bypass)
         self.recorder.begin()
         self.family = family
@@ -80,7 +81,7 @@ class Run:
             return
         with self._lock:
             self._seen.clear()
-            known = self.schedule is not None and (self.flow.bypass is None or not self.evaluations)  # an idle run asks no more
+            known = self.schedule is not None and (self.flow.bypass_reason is None or not self.evaluations)  # an idle run asks no more
             self.flow.enter(self.schedule.step(self.evaluations, sigma) if known else Step(self.evaluations, sigma))
             self.evaluations += 1
             self.inside = True
@@ -89,7 +90,7 @@ class Run:
         finally:
             self.inside = False
         held = 0
-        if self.flow.bypass is None:
+        if self.flow.bypass_reason is None:
             with self._lock:
                 held = self.flow.nbytes
                 self._shrink(held)
@@ -112,7 +113,7 @@ class Run:
         if why := self._odd(x, chunks):
             self.recorder.fallback(self.family, why)
             return compute(None)
-        if self.flow.bypass is not None:
+        if self.flow.bypass_reason is not None:
             with self._lock:
                 for chunk in chunks:
                     self.recorder.call(self.family, self._where(chunk), skipped=False)
@@ -125,18 +126,18 @@ class Run:
             wheres = [self._where(chunk) for chunk in chunks]
             self._device = x.device
             if not self.flow.decision.compute:
-                if all(self.flow.skips(where) and self.flow.memory[where].kind == kind for where in wheres):
-                    parts = [self.flow.recall(where) for where in wheres]
+                if all(self.flow.should_skip(where) and self.flow.memory[where].kind == kind for where in wheres):
+                    parts = [self.flow.forecast(where) for where in wheres]
                     return restore(torch.cat(parts) if n > 1 else parts[0])
                 self.flow.revise("a branch has no history at this step")
-        forward = self._forward(wheres) if self.flow.monitor.probes else None
+        forward = self._forward(wheres) if isinstance(self.flow.monitor, EntropyMonitor) else None
         out = compute(forward)  # outside the lock: the other device's forward runs meanwhile
         with self._lock:
             if out.shape != x.shape:
                 self.recorder.fallback(self.family, "the model's output has another shape than its input")
             else:
                 parts = list(velocity(out).chunk(n))
-                lacks = [self.flow.lack(where, part) for where, part in zip(wheres, parts, strict=True)]
+                lacks = [self.flow.correction(where, part) for where, part in zip(wheres, parts, strict=True)]
                 for where, part in zip(wheres, parts, strict=True):
                     self.flow.observe(where, part)
                 if any(lack is not None for lack in lacks):
@@ -174,7 +175,7 @@ class Run:
 
     def _look(self) -> None:
         """What the user would otherwise not notice."""
-        if self.flow.off is None and self.flow.guidance.on:
+        if self.flow.disabled_reason is None and self.flow.guidance.on:
             why = "cfg=difference: ComfyUI runs cond and uncond in one batch, so both are computed"
             self.recorder.fallback(self.family, why)
         if self.exact and self.level == "model" and len(self.exact) < self.depth:
@@ -192,9 +193,9 @@ class Run:
         report = self.recorder.report
         errors = [d["error"] for d in report.decisions if d["error"] is not None]
         taken = [d["error_estimate"] for d in report.decisions if d["action"] == "forecast" and d["error_estimate"] is not None]
-        why = self.flow.bypass or (report.decisions[-1]["why"] if report.decisions else "")
+        why = self.flow.bypass_reason or (report.decisions[-1]["why"] if report.decisions else "")
         return {
-            "state": "bypassed" if self.flow.bypass else "active",
+            "state": "bypassed" if self.flow.bypass_reason else "active",
             "why": why,
             "step": report.evaluations,
             "total": len(self.schedule.sigmas) - 1 if self.schedule else None,
@@ -239,7 +240,7 @@ class Run:
         told = f"{held / 2**20:.1f} MB held, over the budget of {self.budget / 2**20:g} MB"
         spare = self.room() if self.room is not None else 0
         if self._device.type != "cpu" and held <= spare / 2:
-            if memory.home is None:
+            if memory.offload_device is None:
                 memory.offload(torch.device("cpu"))
                 self.recorder.fallback(self.family, f"{told}: kept in CPU memory")
             return

@@ -15,6 +15,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from tqai_core.calibrate.sampler import FORMAT, CalibratedSampler
+from tqai_core.errors import TqaiError
 
 from . import files
 from .widgets import CATEGORY
@@ -63,9 +64,9 @@ class TQAISampler(io.ComfyNode):
     def execute(cls, model: Any, file: str) -> io.NodeOutput:
         sampler = CalibratedSampler.load(locate(file))
         if sampler.difference is not None:
-            raise ValueError(f"{file} forecasts the guidance difference, which this node does not do: calibrate without --difference")
+            raise TqaiError(f"{file} forecasts the guidance difference, which this node does not do: calibrate without --difference")
         if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
-            raise ValueError(f"{file} is for flow-matching models (SD3, Flux, WAN), this is another kind: use another sampler")
+            raise TqaiError(f"{file} is for flow-matching models (SD3, Flux, WAN), this is another kind: use another sampler")
         compared = sampler.check_entry(model.model.diffusion_model)
         sigmas = torch.tensor([*sampler.nodes, 0.0])
         return io.NodeOutput(sigmas, comfy.samplers.KSAMPLER(function_of(sampler)), about(sampler, compared))
@@ -92,17 +93,17 @@ def check(sampler: CalibratedSampler, sigmas: Tensor, cfg: float | None, mask: A
     """ValueError for another schedule, a start from an image, a mask, or guidance out of range."""
     nodes = torch.tensor([*sampler.nodes, 0.0])
     if len(sigmas) != len(nodes) or not torch.allclose(sigmas.float().cpu(), nodes, atol=1e-4):
-        raise ValueError(
+        raise TqaiError(
             f"the sampler got {len(sigmas) - 1} steps from {float(sigmas[0]):.3g} to {float(sigmas[-1]):.3g}, but was calibrated for the "
             f"{sampler.steps} of TQAI Calibrated Sampler's own sigmas output: connect that one, without denoise or split"
         )
     if mask is not None:
-        raise ValueError("a latent with a mask asked: a calibrated sampler makes whole pictures, use another sampler to inpaint")
+        raise TqaiError("a latent with a mask asked: a calibrated sampler makes whole pictures, use another sampler to inpaint")
     if cfg is None:
         return
     embedded = sampler.guidance["name"] == "guidance_scale" and sampler.model_class.startswith("Flux")
     if embedded and cfg != 1:
-        raise ValueError(f"cfg {cfg:g} asked, but this sampler was calibrated without CFG: set cfg to 1")
+        raise TqaiError(f"cfg {cfg:g} asked, but this sampler was calibrated without CFG: set cfg to 1")
     if not embedded:
         sampler.check(guidance=cfg)
 
@@ -137,5 +138,5 @@ def locate(choice: str) -> Path:
     path = files.inside(os.fspath(_roots()[match.group(2)]), match.group(1)) if match else None
     if path is None or path.suffix != ".json" or not path.is_file():
         known = ", ".join(listing()) or "none yet; tqai calibrate --sampler makes one, put it into models/tqai"
-        raise ValueError(f"no sampler file {choice!r}; there are: {known}")
+        raise TqaiError(f"no sampler file {choice!r}; there are: {known}")
     return path

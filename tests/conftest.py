@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("tqai_core") is None:
     sys.path.append(str(ROOT))
+sys.path.append(str(ROOT / "benchmarks"))  # the benches
 
 import torch  # noqa: E402
 
@@ -50,7 +51,7 @@ def _pipes() -> dict[str, Any]:
 @pytest.fixture
 def pipe_of(_pipes: dict[str, Any]) -> Callable[..., Any]:
     """The mini pipeline of a kind with a fresh scheduler. Shared: a test that patches it must undo."""
-    from tqai_core.adapters.solvers import scheduler
+    from tqai_core.hosts.diffusers.schedulers import scheduler
 
     def give(kind: str, name: str = "euler", shift: float = 1.0) -> Any:
         pipe = _pipes[kind]

@@ -9,11 +9,12 @@ import torch
 
 import tqai_core as tqai
 from tqai_core import minis
-from tqai_core.adapters import subjects, taps
 from tqai_core.calibrate import policy, run
 from tqai_core.calibrate.file import WIDTHS, Calibration
 from tqai_core.calibrate.fisher import Sums, probe
 from tqai_core.cli import main
+from tqai_core.hosts import attention_interceptor as taps
+from tqai_core.hosts import calibration_targets as subjects
 from tqai_core.registry import build
 from tqai_core.types import Step
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from bench import dit
 
 import tqai_core as tqai
-from tqai_core.bench import dit
 from tqai_core.cli import main
 from tqai_core.demo import chart
 from tqai_core.report import dumps

@@ -43,8 +43,7 @@ def result():
     yield found
     sys.path.append(str(ROOT / "benchmarks"))
     import readme
-
-    from tqai_core.bench.harness import machine
+    from bench.harness import machine
 
     versions = dict(sorted(found.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])], reverse=True))
     whole = {"machine": machine(), "versions": versions}

@@ -97,7 +97,7 @@ def test_every_method_round_trips_and_explains_itself(role, fisher_file):
 def test_two_methods_cannot_share_a_name():
     from dataclasses import dataclass
 
-    from tqai_core.registry import Scorer
+    from tqai_core.roles import StepScorer as Scorer
 
     with pytest.raises(ValueError, match="already taken"):
 

@@ -11,7 +11,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler, WanPipeline
 
 import tqai_core as tqai
 from tqai_core import minis
-from tqai_core.adapters import minis as mini_adapter
+from tqai_core.hosts.diffusers import minis as mini_adapter
 from tqai_core.metrics import nmse, psnr
 
 KINDS = minis.KINDS

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench import attention, calibrate, codec, dit, stream
+
 import tqai_core as tqai
-from tqai_core.bench import attention, calibrate, codec, dit, stream
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -41,7 +41,7 @@ def drive(config, truth=curve, steps=24, where=WHERE, bypass=None):
     for i in range(steps):
         if flow.enter(Step(i, GRID[i], steps, i == steps - 1)).compute:
             flow.signal("entropy", torch.tensor([0.5 + GRID[i] / 100, 0.7]))
-        out.append([flow.through(w, lambda i=i: truth(GRID[i])) for w in where])
+        out.append([flow.apply(w, lambda i=i: truth(GRID[i])) for w in where])
     return out, flow, recorder
 
 
@@ -153,7 +153,7 @@ def gaps(config, sigmas, told=True):
     for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
         last = i == len(sigmas) - 2
         flow.enter(Step(i, now, len(sigmas) - 1, last, 1.0, then if told else None))
-        out = flow.through(WHERE[0], lambda now=now: field(now))
+        out = flow.apply(WHERE[0], lambda now=now: field(now))
         x, exact = x + (then - now) * out, exact + (then - now) * field(now)
         if flow.decision.compute:
             found.append((nmse(x, exact), torch.equal(out, field(now)), now < 0.1 or last))
@@ -195,7 +195,7 @@ def test_branches_never_mix():
     for i in range(24):
         flow.enter(Step(i, GRID[i], 24, i == 23))
         for w in where:
-            x = flow.through(w, lambda i=i, w=w: curve(GRID[i] / 8) + shift[w.branch])
+            x = flow.apply(w, lambda i=i, w=w: curve(GRID[i] / 8) + shift[w.branch])
             assert nmse(x - shift[w.branch], curve(GRID[i] / 8)) < 0.05
     assert recorder.report.calls == 48
     assert recorder.report.calls_skipped > 10
@@ -227,8 +227,8 @@ def test_nan_makes_that_stream_exact_and_is_reported(bad):
     seen = 0
     for i in range(24):
         flow.enter(Step(i, GRID[i], 24, i == 23))
-        flow.through(good, lambda i=i: curve(GRID[i]))
-        x = flow.through(ill, lambda i=i: truth(GRID[i]))
+        flow.apply(good, lambda i=i: curve(GRID[i]))
+        x = flow.apply(ill, lambda i=i: truth(GRID[i]))
         seen += not bool(x.isfinite().all())
         if i > 8:
             assert torch.equal(x, curve(GRID[i])), "exact from then on"
@@ -264,10 +264,10 @@ def test_a_late_stream_and_gradients_stay_exact():
     recorder.begin()
     for i in range(24):
         flow.enter(Step(i, GRID[i], 24, i == 23))
-        flow.through(Where("model", "cond"), lambda i=i: curve(GRID[i]))
+        flow.apply(Where("model", "cond"), lambda i=i: curve(GRID[i]))
         if i > 4:
-            assert torch.equal(flow.through(Where("model", "late"), lambda i=i: curve(GRID[i])), curve(GRID[i]))
-        x = flow.through(Where("model", "grad"), lambda i=i: curve(GRID[i]).requires_grad_())
+            assert torch.equal(flow.apply(Where("model", "late"), lambda i=i: curve(GRID[i])), curve(GRID[i]))
+        x = flow.apply(Where("model", "grad"), lambda i=i: curve(GRID[i]).requires_grad_())
         assert x.requires_grad
     whys = " ".join(f["why"] for f in recorder.report.fallbacks)
     assert "appeared after the first evaluation" in whys
@@ -331,7 +331,7 @@ def test_what_is_returned_may_be_overwritten():
     x = torch.ones(2, 32)
     for i in range(24):
         flow.enter(Step(i, GRID[i], 24, i == 23))
-        y = flow.through(Where("model"), lambda: x.clone())
+        y = flow.apply(Where("model"), lambda: x.clone())
         assert torch.equal(y, x)
         y.zero_()
 
@@ -347,7 +347,7 @@ def test_the_ranks_agree_on_the_summed_error():
         recorder.begin()
         for i in range(24):
             flow.enter(Step(i, GRID[i], 24, i == 23))
-            flow.through(Where("model"), lambda i=i: truth(i))
+            flow.apply(Where("model"), lambda i=i: truth(i))
         skipped.append(recorder.report.calls_skipped)
     assert skipped[0] > 5
     assert skipped[1] == 0

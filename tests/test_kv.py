@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tqai_core.attention import packed, products
 from tqai_core.attention.packed import attend
 from tqai_core.codecs.rows import BITS, Scratch, rows
-from tqai_core.kv import FLUSH, SEGMENT, PackedKV, Plan
+from tqai_core.kv.cache import FLUSH, SEGMENT, PackedKV, Plan
 
 CPU = torch.device("cpu")
 NMSE = {2: 0.121, 3: 0.0345, 4: 0.0094, 5: 0.0026, 6: 0.00072, 8: 0.00012}  # Gaussian vectors

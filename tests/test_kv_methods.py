@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import tqai_core as tqai
-from tqai_core.attention import native, tiers
+from tqai_core.attention import tiers
+from tqai_core.attention.backends import native
 from tqai_core.attention.tiers import attend
-from tqai_core.kv import PackedKV, Plan
-from tqai_core.kv_methods import policy
+from tqai_core.kv.cache import PackedKV, Plan
+from tqai_core.kv.policy import policy
 from tqai_core.registry import REGISTRY, build, names
 from tqai_core.types import nbytes
 
@@ -334,7 +335,7 @@ def test_fisher_prefers_the_damage_that_a_table_tells(tmp_path):
     path = str(tmp_path / "t.safetensors")
     save_file({"fisher": torch.ones(2, 2, 2, 1), "sigmas": torch.tensor([0.5]), "damage": damage}, path)
     scorer = build("scorer", f"fisher:file={path}")
-    assert [scorer.units(i, 2, 0.25) for i in range(2)] == [(True, False), (False, False)]
+    assert [scorer.finer(i, 2, 0.25) for i in range(2)] == [(True, False), (False, False)]
 
 
 # -- strategies

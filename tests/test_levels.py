@@ -10,8 +10,8 @@ import torch
 
 import tqai_core as tqai
 from tqai_core import minis
-from tqai_core.adapters import sites
-from tqai_core.attention.tiles import Layout
+from tqai_core.attention.token_order import TileOrder
+from tqai_core.hosts.diffusers import processors as sites
 from tqai_core.metrics import nmse
 from tqai_core.registry import REGISTRY, names
 
@@ -233,11 +233,11 @@ def test_tokens_laid_out_once_a_call(kind, tiny):
     model, call = tiny(kind)
     exact = loop(call)
     outs, moved = {}, []
-    inner = Layout.apply
+    inner = TileOrder.apply
     for lay in ("layer", "call"):
         config = tqai.Config(level="attention", strategy=f"window:block=4,density=0.25,far=none,lay={lay}", monitor=HALF, codec="exact")
         with pytest.MonkeyPatch.context() as patch, tqai.apply(model, config, steps=STEPS) as handle:
-            patch.setattr(Layout, "apply", lambda self, x, dim, lay=lay: moved.append(lay) or inner(self, x, dim))
+            patch.setattr(TileOrder, "apply", lambda self, x, dim, lay=lay: moved.append(lay) or inner(self, x, dim))
             outs[lay] = loop(call)
         assert handle.report().calls_skipped > 0
     error, gap = (nmse(torch.stack(outs["call"]), torch.stack(other)) for other in (exact, outs["layer"]))
@@ -361,7 +361,7 @@ def test_state_is_kept_per_branch(tiny):
             return super().where(kind, "one for all")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tqai_core.adapters.diffusers.Site", Mixed)
+        patch.setattr("tqai_core.hosts.diffusers.door.Site", Mixed)
         with tqai.apply(model, config, steps=STEPS):
             mixed = nmse(torch.stack(loop(call, 2)), torch.stack(exact))
     assert mixed > 10 * error
@@ -474,7 +474,7 @@ def test_offload_before_and_after(kind, offload, level, tiny):
 
 @pytest.mark.parametrize("kind", ["flux", "wan"])
 def test_a_pipeline_offloaded_by_accelerate_skips_as_before(kind):
-    from tqai_core.adapters import minis as adapter
+    from tqai_core.hosts.diffusers import minis as adapter
 
     config = tqai.Config(level="attention", monitor="fixed:interval=2", codec="turbo:bits=6")
 
@@ -585,7 +585,7 @@ def test_an_exception_or_interrupt_leaves_nothing(kind, level, tiny):
 @pytest.mark.parametrize("level", ["block", "attention"])
 @pytest.mark.parametrize("kind", minis.KINDS)
 def test_half_precision(kind, level, dtype, pipe_of, generate):
-    from tqai_core.adapters import minis as adapter
+    from tqai_core.hosts.diffusers import minis as adapter
 
     pipe = adapter.pipeline(kind).to(dtype)
     over = {k: v.to(dtype) for k, v in adapter.inputs(kind, [1]).items() if isinstance(v, torch.Tensor)}

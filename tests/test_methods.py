@@ -228,7 +228,7 @@ def decisions(scorer, tau):
     recorder.begin()
     for i in range(24):
         flow.enter(Step(i, 1 - i / 24, 24, i == 23))
-        flow.through(Where("model"), lambda i=i: a + torch.sin(3 * (1 - i / 24) * b.abs()))
+        flow.apply(Where("model"), lambda i=i: a + torch.sin(3 * (1 - i / 24) * b.abs()))
     return flow.importance, [d["action"] for d in recorder.report.decisions]
 
 
@@ -260,14 +260,14 @@ def test_window_trusts_each_token_s_slope_as_far_as_it_came_true():
     for i in (0, 1, 2, 6):
         step = Step(i, 1 - i / 24, 24)
         stream.hold(strategy.plan(truth(i), None, stream, step), truth(i), step)
-    came = stream.state["came"].float().view(-1)
+    came = stream.state["trend_gain"].float().view(-1)
     assert came[steady].min() > 0.99
     assert came[~steady].mean() < 0.3
-    assert stream.nbytes >= stream.state["came"].numel() * 2 + 2 * start.numel() * 4
+    assert stream.nbytes >= stream.state["trend_gain"].numel() * 2 + 2 * start.numel() * 4
     error = lambda guess: (guess - truth(8)).square().sum()
     ahead = Step(8, 1 - 8 / 24, 24)
     trusted = error(strategy.forecast(stream, ahead))
-    stream.state.pop("came")
+    stream.state.pop("trend_gain")
     assert trusted < error(strategy.forecast(stream, ahead)) * 0.8
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tqai_core import minis
-from tqai_core.adapters.minis import pixels
+from tqai_core.hosts.diffusers.minis import pixels
 from tqai_core.minis import digits
 
 FOLDER = Path(minis.__file__).parent

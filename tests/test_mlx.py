@@ -17,8 +17,8 @@ from mlx_lm.models import cache as caches
 
 import tqai_core as tqai
 from tqai_core import minis
-from tqai_core.adapters import mlx as adapter
-from tqai_core.adapters.mlx import PackedKVCache, load_prompt_cache, make_prompt_cache
+from tqai_core.hosts import mlx as adapter
+from tqai_core.hosts.mlx import PackedKVCache, load_prompt_cache, make_prompt_cache
 
 ORIGINAL = base.quantized_scaled_dot_product_attention
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tqai_core.adapters import minis
 from tqai_core.codecs import bases
+from tqai_core.hosts.diffusers import minis
 from tqai_core.modelhash import model_hash
 
 

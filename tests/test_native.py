@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqai_core.attention import native
+from tqai_core.attention.backends import native
 from tqai_core.attention.packed import attend
 from tqai_core.codecs.rows import BITS
-from tqai_core.kv import PackedKV, Plan
+from tqai_core.kv.cache import PackedKV, Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"tuned": (), "plain": ("-DTQAI_PLAIN",)}
@@ -230,7 +230,7 @@ def test_triton_in_its_interpreter_equals_torch():
 
 
 def _interpret() -> None:
-    from tqai_core.attention import triton_packed
+    from tqai_core.attention.backends import triton_packed
 
     seen = []
     inner = triton_packed.attend

@@ -313,7 +313,7 @@ def test_budget_goes_to_host_memory_first(host, model, monkeypatch):
     tight = host.compress(m, host.pipeline(), memory_budget=0)
     with host.runs([]) as runs:
         homes = []
-        x = host.sample(tight, "sd3", callback=lambda *a: homes.append(runs[0].flow.memory.home))
+        x = host.sample(tight, "sd3", callback=lambda *a: homes.append(runs[0].flow.memory.offload_device))
     assert homes[5] == torch.device("cpu")
     assert "kept in CPU memory" in host.report()["fallbacks"][0]["why"]
     assert forecasts(host.report()) == forecasts(report)

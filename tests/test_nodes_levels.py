@@ -113,7 +113,7 @@ def test_the_entropy_that_stability_wants_is_measured(host, level):
         states = []
 
         def callback(step, x0, x, total):
-            states.append(dict(runs[0].flow.gate.state))
+            states.append(dict(runs[0].flow.gate_state.state))
 
         host.sample(on, "sd3", callback=callback)
     assert any("entropy" in state for state in states)

@@ -79,7 +79,7 @@ def test_minis_draw_their_digits_as_well_as_in_diffusers(host, mini, kind, recor
         start = pipe._pack_latents(start, len(labels), 1, 16, 16)
 
     def theirs() -> torch.Tensor:
-        from tqai_core.adapters.minis import pixels
+        from tqai_core.hosts.diffusers.minis import pixels
 
         out = pipe(
             **minis.inputs(kind, labels, 2.0), num_inference_steps=STEPS, latents=start, output_type="latent", return_dict=False

@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from tqai_core.adapters import peers
-from tqai_core.bench import dit, dit_peers
-from tqai_core.bench.dit_peers import Rival, Track, duels, measure, mixing, told, verdicts
+from bench import dit, dit_peers
+from bench import dit_caches as peers
+from bench.dit_peers import Rival, Track, duels, measure, mixing, told, verdicts
+
 from tqai_core.report import dumps
 from tqai_core.types import nbytes
 
@@ -98,7 +99,7 @@ def test_a_failing_peer_is_a_row_with_its_reason_and_the_next_row_is_sound(sd3):
 
 
 def test_saving_nothing_is_said_and_help_is_what_makes_it_save(flux):
-    from tqai_core.adapters.minis import pixels
+    from tqai_core.hosts.diffusers.minis import pixels
 
     shape = lambda x: pixels("flux", x).unsqueeze(2)
     plain, helped = (

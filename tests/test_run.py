@@ -116,7 +116,7 @@ def test_divergence_is_that_of_one_plain_pass():
     """Block by block through a cache, the distributions are those of the whole text at once."""
     from transformers import DynamicCache
 
-    from tqai_core.adapters.lm_run import divergence
+    from tqai_core.hosts.transformers.run import divergence
     from tqai_core.minis import lm, lm_text
 
     model, whole = lm(), lm_text()[None, :200]
@@ -357,7 +357,7 @@ def test_bad_pipeline_input_is_one_line(capsys, picture_folder, tmp_path, monkey
     assert "divisible" in say("--height", 63)
     assert "skip_layers 7" in say("--level", "attention", "--skip-layers", 7)
     assert "level 'kv'" in say("--pipeline", '{"level": "kv"}')
-    from tqai_core.adapters import pipe_run
+    from tqai_core.hosts.diffusers import run as pipe_run
 
     monkeypatch.setattr(pipe_run, "find_spec", lambda name: None)
     assert "--video mp4 needs imageio" in say("--video", "mp4")

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import tqai_core as tqai
-from tqai_core.adapters import minis
-from tqai_core.adapters.sampler import PipelineModel, SolverScheduler, transformers_of
 from tqai_core.calibrate.multistep import Multistep, Teacher, Together, equidistributed, grid
 from tqai_core.calibrate.sampler import CalibratedSampler, Loop, calibrate, entry_hash, errors, guidance_range, truth, widen
 from tqai_core.cli import main
+from tqai_core.hosts.diffusers import minis
+from tqai_core.hosts.diffusers.sampler import PipelineModel, SolverScheduler, transformers_of
 from tqai_core.modelhash import model_hash
 
 KNOBS = {"flux": "true_cfg_scale", "sd3": "guidance_scale", "wan": "guidance_scale"}
@@ -250,7 +250,7 @@ def test_what_the_scheduler_refuses(door, tmp_path):
 
 
 def test_a_sampler_fitted_with_the_difference_wants_it_applied(door):
-    from tqai_core.adapters.sampler import DIFFERENCE
+    from tqai_core.hosts.diffusers.sampler import DIFFERENCE
 
     pipe, _ = door("sd3", difference=DIFFERENCE.to_json())
     with pytest.raises(ValueError, match=r"tqai\.apply\(pipe"):
@@ -331,7 +331,7 @@ def test_the_command(tmp_path, capsys):
 def test_results_say_what_their_rows_say():
     from pathlib import Path
 
-    from tqai_core.bench import sampler as bench
+    from bench import sampler as bench
 
     result = json.loads((Path(__file__).parents[1] / "benchmarks/results/sampler.json").read_text())
     assert [v for kind, table in result["tables"].items() for v in bench.verdicts(kind, table)] == result["verdicts"]

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqai_core.attention import block_attention, dense, flex, sparse, spherical_attention
-from tqai_core.attention.tiles import Layout, local_index, neighbours, tile_shape
+from tqai_core.attention import block_attention, dense, sparse, spherical_attention
+from tqai_core.attention.backends import flex
+from tqai_core.attention.token_order import TileOrder, local_index, neighbours, tile_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -206,15 +207,15 @@ def test_the_extra_memory_is_bounded():
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("no /proc/self/clear_refs")
     code = (
-        "from tqai_core.bench.attention import extra_memory\n"
+        "from bench.attention import extra_memory\n"
         "print(max(extra_memory(8192, 128, 'bf16', d, far) for d in (.5,) for far in (None, 'linear', 'centroid')))"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True)
     assert 0 <= float(run.stdout) < 16 * 2**20
 
 
 def test_the_bench_measures_what_it_prints(monkeypatch):
-    from tqai_core.bench import attention
+    from bench import attention
 
     monkeypatch.setattr(attention, "SIZES", {"bf16": (32, {512: 1}), "fp32": (32, {512: 1})})
     rows = [row for kind, (d, sizes) in attention.SIZES.items() for n, h in sizes.items() for row in attention.speed(kind, n, h, d)]
@@ -247,7 +248,7 @@ def test_triton_in_its_interpreter():
 
 
 def _interpret() -> None:
-    from tqai_core.attention import triton_sparse
+    from tqai_core.attention.backends import triton_sparse
 
     assert triton_sparse.wanted(torch.zeros(1))
     for seed in range(12):
@@ -322,7 +323,7 @@ def test_spherical_is_exact_in_linear_time_and_refuses_softmax_models():
 @settings(max_examples=80, deadline=None)
 def test_a_layout_is_a_permutation_that_leaves_text_alone(grid, block, text, first):
     n = math.prod(grid) + text
-    layout = Layout.of(n, block, tuple(grid), first)
+    layout = TileOrder.of(n, block, tuple(grid), first)
     assert len(layout) == n
     assert math.prod(layout.tile) <= block
     x = torch.arange(n)
@@ -338,25 +339,25 @@ def test_tiles_are_cubes_and_runs_of_them_are_whole_tiles():
     assert tile_shape((9, 8, 8), 16) == (1, 4, 4)
     assert tile_shape((9, 8, 8), 12) == (3, 2, 2)
     assert tile_shape((16, 16, 32), 64) == (4, 4, 4)
-    layout = Layout.of(16 * 16 * 32, 64, (16, 16, 32))
+    layout = TileOrder.of(16 * 16 * 32, 64, (16, 16, 32))
     place = layout.places().view(-1, 64, 3)
     assert bool(((place.amax(1) - place.amin(1)) == 3).all())
 
 
 def test_rotary_tables_are_laid_out_with_the_tokens():
     """Rotated after the layout as before it: attention knows no order."""
-    layout = Layout.of(5 + 48, 8, (3, 4, 4), text_first=True)
+    layout = TileOrder.of(5 + 48, 8, (3, 4, 4), text_first=True)
     g = torch.Generator().manual_seed(0)
     x, table = torch.randn(53, 16, generator=g), torch.randn(53, 16, generator=g)
     assert torch.equal(layout.apply(x * table, 0), layout.apply(x, 0) * layout.apply_rope(table))
-    inside = Layout(layout.grid, layout.tile)
+    inside = TileOrder(layout.grid, layout.tile)
     assert torch.equal(layout.apply_rope(table[5:]), inside.apply(table[5:], 0))
     with pytest.raises(ValueError, match="53 tokens, or the 48"):
         layout.apply_rope(table[:50])
 
 
 def test_the_local_support_is_near_on_the_grid_and_sees_all_text():
-    layout = Layout.of(4 + 64, 1, (8, 8), True)  # tiles of one token: the raster
+    layout = TileOrder.of(4 + 64, 1, (8, 8), True)  # tiles of one token: the raster
     index = local_index(layout, 4, 4, 5, torch.device("cpu"))[0, 0]
     assert bool((index == 0).any(-1).all()), "the text block"
     assert index.shape == (17, 5)
@@ -367,7 +368,7 @@ def test_the_local_support_is_near_on_the_grid_and_sees_all_text():
 
 
 def test_a_window_of_tiles():
-    layout = Layout((4, 4, 8), (2, 2, 2))
+    layout = TileOrder((4, 4, 8), (2, 2, 2))
     index = neighbours(layout, (0, 1, 1))
     assert index.shape == (1, 1, 16, 6)
     place = layout.places().view(16, 8, 3).mean(1) / 2
@@ -379,7 +380,7 @@ def test_a_window_of_tiles():
     out = block_attention(*(layout.apply(x, 2) for x in (q, k, v)), whole, 8, 8)
     assert torch.allclose(layout.undo(out, 2), F.scaled_dot_product_attention(q, k, v), atol=1e-5)
     with pytest.raises(ValueError, match="whole tiles"):
-        neighbours(Layout((5, 4, 8), (2, 2, 2)), (1, 1, 1))
+        neighbours(TileOrder((5, 4, 8), (2, 2, 2)), (1, 1, 1))
 
 
 if __name__ == "__main__":

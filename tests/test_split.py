@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
-from tqai_core.attention import native
+from tqai_core.attention.backends import native
 from tqai_core.attention.packed import attend
 from tqai_core.codecs.rows import rows
 from tqai_core.codecs.split import Split, axes, plan, reflect
-from tqai_core.kv import PackedKV, Plan
+from tqai_core.kv.cache import PackedKV, Plan
 
 CPU = torch.device("cpu")
 

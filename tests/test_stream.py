@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bench.stream import run, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tqai_core as tqai
-from tqai_core.bench.stream import run, synthetic
 from tqai_core.stream import PREDICTORS
 from tqai_core.types import Packed
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from bench import stream_report
+from bench.stream_report import BITS, CONFIGS, Plain, Reuse, Tiered, coder, fading, restless, run, scorer, verdicts
 
-from tqai_core.bench import stream_report
-from tqai_core.bench.stream_report import BITS, CONFIGS, Plain, Reuse, Tiered, coder, fading, restless, run, scorer, verdicts
 from tqai_core.report import dumps
 from tqai_core.types import Step, nbytes, tensors_in
 

@@ -25,7 +25,7 @@ from transformers import (
 
 import tqai_core as tqai
 from tqai_core import minis
-from tqai_core.attention.view import PackedView
+from tqai_core.attention.lazy import LazyKV
 
 SMALL = dict(
     vocab_size=128, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
@@ -159,10 +159,10 @@ def test_views_have_no_storage(qwen):
     cache = tqai.KVCache(qwen.config, KV)
     k, v = cache.update(torch.randn(1, 2, 60, 16), torch.randn(1, 2, 60, 16), 0)
     k, v = cache.update(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), 0)
-    assert isinstance(k, PackedView)
+    assert isinstance(k, LazyKV)
     assert k.shape == (1, 2, 61, 16)
     assert k.dtype == torch.float32
-    assert "PackedView" in repr(v)
+    assert "LazyKV" in repr(v)
     with pytest.warns(UserWarning, match="dense"):
         assert torch.equal(k + 0, cache.layers[0].kv.dense("k"))
 

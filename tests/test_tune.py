@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 import pytest
 
 import tqai_core as tqai
-from tqai_core.adapters import subjects
 from tqai_core.calibrate import page, plots, tune
 from tqai_core.calibrate.run import calibrate
 from tqai_core.cli import main
+from tqai_core.hosts import calibration_targets as subjects
 from tqai_core.types import Step
 
 optuna = pytest.importorskip("optuna")
@@ -91,7 +91,7 @@ def test_a_killed_study_loses_no_finished_trial(tmp_path):
     path = tmp_path / "k.db"
     code = """
 import os, pathlib, signal, sys
-from tqai_core.adapters import subjects
+from tqai_core.hosts import calibration_targets as subjects
 from tqai_core.calibrate import tune
 measure, calls = tune.Bench.measure, []
 def counted(self, config, seeds):

@@ -12,9 +12,11 @@ from typing import Any
 
 from . import codecs, monitors, scorers, strategies
 from .config import Config, preset
+from .errors import TqaiError
 from .handle import Handle
-from .registry import Codec, build, discover, names
+from .registry import build, discover, names
 from .report import Report
+from .roles import Codec
 from .stream import StreamCoder
 from .types import Packed
 
@@ -35,11 +37,11 @@ def apply(target: Any, config: Config | None = None, *, steps: int | None = None
     ``steps`` is the number of evaluations of a loop of your own around a bare transformer, so that the last one is
     known. Raises ValueError, with the model untouched, for what it cannot patch.
     """
-    from . import adapters
+    from . import hosts
 
     if config is not None and not isinstance(config, Config):
-        raise ValueError(f"config must be a tqai.Config, got {type(config).__name__}: use Config.from_dict or tqai.preset")
-    return adapters.apply(target, config, steps)
+        raise TqaiError(f"config must be a tqai.Config, got {type(config).__name__}: use Config.from_dict or tqai.preset")
+    return hosts.apply(target, config, steps)
 
 
 def attn_processors(transformer: Any, config: Config, *, steps: int | None = None) -> Any:
@@ -48,7 +50,7 @@ def attn_processors(transformer: Any, config: Config, *, steps: int | None = Non
     A dict of processors, with the report and the undo as its ``handle``. ``config.level`` must be ``attention``. The
     schedule is read from the pipeline that calls; in a loop of your own give ``steps``.
     """
-    from .adapters.diffusers import attn_processors
+    from .hosts.diffusers.door import attn_processors
 
     return attn_processors(transformer, config, steps)
 
@@ -65,11 +67,11 @@ def methods() -> dict[str, list[str]]:
 
 def __getattr__(name: str) -> Any:
     if name == "KVCache":  # transformers is imported when it is asked for
-        from .adapters.transformers import KVCache
+        from .hosts.transformers.door import KVCache
 
         return KVCache
     if name == "CalibratedScheduler":  # diffusers, too
-        from .adapters.sampler import CalibratedScheduler
+        from .hosts.diffusers.sampler import CalibratedScheduler
 
         return CalibratedScheduler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from typing import Any
 from . import run
 from .calibrate.cli import add_arguments, add_tune
 from .calibrate.sampler_cli import add_sampler_arguments
+from .errors import TqaiError
 from .report import dumps
 
 WHAT = (
@@ -133,7 +134,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from .calibrate import cli, sampler_cli
 
     if (args.model is None) == (args.demo is None):
-        raise ValueError("give either -m MODEL or --demo MINI to calibrate")
+        raise TqaiError("give either -m MODEL or --demo MINI to calibrate")
     if args.sampler:
         result = sampler_cli.run(args)
         _finish(args.json, result, sampler_cli.tables_of(result))
@@ -166,9 +167,9 @@ def _bench(args: argparse.Namespace) -> int:
     """A bench takes of ``kinds, seeds, peers, tell`` what it has a use for, and is as found in ``bench/``."""
     instead = {"dit": ("dit_peers", args.peers), "stream": ("stream_report", args.report), "llm": ("llm_methods", args.methods)}
     name, asked = instead.get(args.what, ("", False))
-    bench = importlib.import_module(f".bench.{name if asked else args.what}", __package__)
+    bench = _laboratory(name if asked else args.what)
     if args.plot and not hasattr(bench, "plot"):
-        raise ValueError(f"bench {args.what} draws no plot: leave --plot out, or take codec, llm or attention")
+        raise TqaiError(f"bench {args.what} draws no plot: leave --plot out, or take codec, llm or attention")
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
     given = {"kinds": args.kinds, "seeds": args.seeds, "peers": args.peers is not False, "tell": tell}
     result = bench.bench(**{name: value for name, value in given.items() if name in inspect.signature(bench.bench).parameters})
@@ -176,6 +177,18 @@ def _bench(args: argparse.Namespace) -> int:
         _write(str(args.plot), bench.plot(result))
     _finish(args.json, result, bench.tables_of(result))
     return 0 if all(v["ok"] for v in result.get("verdicts", [])) else 1
+
+
+def _laboratory(name: str) -> Any:
+    """A module of ``benchmarks/bench``: the laboratory is part of a checkout, not of what pip installs."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    if not (folder / "bench").is_dir():
+        raise TqaiError(
+            "tqai bench works in a checkout of the project, this is an installed package: clone the repository and run it there"
+        )
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return importlib.import_module(f"bench.{name}")
 
 
 def _finish(target: str | None, result: Any, tables: Iterable[tuple[str, list[str], list[list[str]]]]) -> None:

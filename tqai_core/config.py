@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .registry import Codec, Method, Monitor, Scorer, Strategy, build, parse
+from .errors import TqaiError
+from .registry import Method, build, parse
+from .roles import Codec, Monitor, Scorer, Strategy
 
 VERSION = 1
 LEVELS = ("model", "block", "attention", "kv")
@@ -48,16 +50,16 @@ class Config:
             if getattr(self, role) == "default":
                 object.__setattr__(self, role, spec)
         if not isinstance(self.version, int) or self.version > VERSION or self.version < 1:
-            raise ValueError(f"config version {self.version!r}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
+            raise TqaiError(f"config version {self.version!r}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
         if self.level not in LEVELS:
-            raise ValueError(f"level={self.level!r} is unknown; known: {', '.join(LEVELS)}")
+            raise TqaiError(f"level={self.level!r} is unknown; known: {', '.join(LEVELS)}")
         for role in ("scorer", "strategy", "monitor", "codec"):
             spec = getattr(self, role)
             absent = spec is None or (isinstance(spec, str) and spec.strip().lower() in ("", "none"))
             method = None if absent else build(role, spec)
             if method is not None and self.level not in method.levels:
                 why = f" ({method.elsewhere})" if method.elsewhere else ""
-                raise ValueError(
+                raise TqaiError(
                     f"{role} {method.name!r} works at level {', '.join(method.levels)}, asked at {self.level!r}{why}: "
                     f"give level={method.levels[0]!r} or another {role}"
                 )
@@ -73,11 +75,11 @@ class Config:
         for name, default in CACHE.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r}: give a number of {'layers' if name == 'protect' else 'tokens'}, 0 or more")
+                raise TqaiError(f"{name}={value!r}: give a number of {'layers' if name == 'protect' else 'tokens'}, 0 or more")
             if self.level != "kv" and value != default:
-                raise ValueError(f"{name} is an option of caches, asked at level {self.level!r}: give level='kv'")
+                raise TqaiError(f"{name} is an option of caches, asked at level {self.level!r}: give level='kv'")
         if self.level != "kv" and "bits_" in self.codec:
-            raise ValueError(
+            raise TqaiError(
                 f"codec {self.codec!r}: bits_k and bits_v are options of caches, asked at level {self.level!r}: give bits=, or level='kv'"
             )
 
@@ -96,20 +98,20 @@ class Config:
     def from_dict(cls, data: Mapping[str, Any]) -> Config:
         """From :meth:`to_dict`, or the pipeline dict people know, with ``scorer_kwargs`` and so on beside the names."""
         if not isinstance(data, Mapping):
-            raise ValueError(f"a config is a dict, got {type(data).__name__}")
+            raise TqaiError(f"a config is a dict, got {type(data).__name__}")
         data = dict(data)
         version = data.get("version", VERSION)
         if isinstance(version, int) and version > VERSION:  # before its unknown keys are blamed
-            raise ValueError(f"config version {version}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
+            raise TqaiError(f"config version {version}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
         for role in ("scorer", "strategy", "monitor", "codec"):
             if kwargs := data.pop(f"{role}_kwargs", None):
                 if not data.get(role):
-                    raise ValueError(f"{role}_kwargs without a {role}: name the {role} too")
+                    raise TqaiError(f"{role}_kwargs without a {role}: name the {role} too")
                 name, options = parse(data[role])
                 data[role] = {"name": name, **options, **kwargs}
         known = [f.name for f in fields(cls)]
         if unknown := sorted(data.keys() - set(known)):
-            raise ValueError(f"config has unknown {', '.join(unknown)}; known: {', '.join(known)} and <stage>_kwargs")
+            raise TqaiError(f"config has unknown {', '.join(unknown)}; known: {', '.join(known)} and <stage>_kwargs")
         return cls(**data)
 
     @classmethod
@@ -117,7 +119,7 @@ class Config:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"this is no JSON ({error}); write the file with config.to_json()") from None
+            raise TqaiError(f"this is no JSON ({error}); write the file with config.to_json()") from None
         return cls.from_dict(data)
 
 
@@ -137,7 +139,7 @@ def _layers(given: Any) -> tuple[int | str, ...]:
             elif text:
                 raise ValueError
     except (TypeError, ValueError):
-        raise ValueError(f'skip_layers={given!r}: give numbers, ranges or module names, as in (0, "2-4", -1, "blocks.3")') from None
+        raise TqaiError(f'skip_layers={given!r}: give numbers, ranges or module names, as in (0, "2-4", -1, "blocks.3")') from None
     return tuple(sorted(layers, key=lambda layer: (isinstance(layer, str), layer)))
 
 
@@ -164,8 +166,8 @@ def preset(name: str = "balanced", family: str | None = None) -> Config:
     if name in KV_PRESETS and family is None:
         return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])})
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, and for caches {', '.join(KV_PRESETS)}")
+        raise TqaiError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, and for caches {', '.join(KV_PRESETS)}")
     if family is not None and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}, or leave it out")
+        raise TqaiError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}, or leave it out")
     tau = TAUS[name][family] if family else min(TAUS[name].values())
     return Config(monitor={"name": "lyapunov", "tau": tau})

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import preset
+from .errors import TqaiError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from .bench.harness import Run
+    from .measure import Run
 
 STEPS = 24
 COUNT = {"flux": 10, "sd3": 10, "wan": 5}
@@ -27,11 +28,11 @@ def run(out: Path, kinds: Sequence[str] = ("flux", "sd3", "wan"), seed: int = 0)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .bench.harness import Mini, compare, machine, one_thread
-    from .minis import KINDS
+    from .measure import Mini, compare, machine, one_thread
+    from .minis.names import KINDS
 
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"unknown mini {', '.join(unknown)}; known: {', '.join(KINDS)}")
+        raise TqaiError(f"unknown mini {', '.join(unknown)}; known: {', '.join(KINDS)}")
     one_thread()
     out.mkdir(parents=True, exist_ok=True)
     methods = ("exact", "tqai balanced", "tqai fast", "fewer steps")

@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .errors import TqaiError
+
 
 def read_with_header(
     path: str | Path, field: str, version: int, *, what: str, make: str, again: str, device: str | torch.device = "cpu"
@@ -21,9 +23,9 @@ def read_with_header(
             header = json.loads((f.metadata() or {}).get(field, "null"))
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable {what} ({error}): {again}") from None
+        raise TqaiError(f"{path}: not a readable {what} ({error}): {again}") from None
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: field {field!r} is missing: this is no {what}; {make}")
+        raise TqaiError(f"{path}: field {field!r} is missing: this is no {what}; {make}")
     if header.get("format") != version:
-        raise ValueError(f"{path}: field 'format' is {header.get('format')!r}, this tqai reads {version}: upgrade or {again}")
+        raise TqaiError(f"{path}: field 'format' is {header.get('format')!r}, this tqai reads {version}: upgrade or {again}")
     return header, tensors

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from .config import Config
 from .guidance import Difference
-from .layout import tokens
 from .memory import Memory, Stream
 from .metrics import relative, squares
-from .registry import Monitor, Strategy
 from .report import Recorder
+from .roles import Forecaster, StepMonitor, StepScorer
+from .tokens import tokens
 from .types import Decision, Part, Step, Where, nbytes, signature
 
 
@@ -50,12 +50,13 @@ class Flow:
         recorder: Recorder,
         model: str = "transformer",
         agree: Callable[[Tensor], Tensor] | None = None,
-        late: bool = False,
+        allow_new_streams: bool = False,
     ):
-        self.scorer, strategy, monitor, self.codec = config.build()
-        self.strategy, self.monitor = cast(Strategy, strategy), cast(Monitor, monitor)
-        self.off = "no strategy is set" if strategy is None else "no monitor is set" if monitor is None else None
-        self.recorder, self.model, self.agree, self.late = recorder, model, agree or (lambda sums: sums), late
+        scorer, strategy, monitor, self.codec = config.build()
+        self.scorer = cast(StepScorer | None, scorer)
+        self.strategy, self.monitor = cast(Forecaster, strategy), cast(StepMonitor, monitor)
+        self.disabled_reason = "no strategy is set" if strategy is None else "no monitor is set" if monitor is None else None
+        self.recorder, self.model, self.agree, self.allow_new_streams = recorder, model, agree or (lambda sums: sums), allow_new_streams
         self.memory = Memory(self.codec)
         self.guidance = Difference(self.memory, strategy.cfg == "difference" if strategy else False)
         self.begin()
@@ -64,13 +65,13 @@ class Flow:
         """A new generation. ``bypass`` is the reason why everything is computed exactly, if there is one."""
         self.memory.clear()
         self.guidance.begin()
-        self.bypass = self.off or bypass
-        self.gate = Stream(self.codec)  # the state of the monitor, and of the scorer's word on steps
+        self.bypass_reason = self.disabled_reason or bypass
+        self.gate_state = Stream(self.codec)  # the state of the monitor, and of the scorer's word on steps
         self.decision = Decision(True, "start")
         self.step: Step | None = None
         self.exact: set[Where] = set()
         self.importance: float | None = None  # mean score of the last computed step
-        self._missed: list[tuple[float, float]] = []  # (sigma, width) of the steps forecast since the last computed one
+        self.skipped_steps: list[tuple[float, float]] = []  # (sigma, width) of the steps forecast since the last computed one
         self._first: set[Where] | None = None  # streams of the first evaluation; None before it
         self._pending: list[tuple[Where, bool, Tensor]] = []
         self._signals: dict[str, list[Tensor]] = {}
@@ -78,38 +79,42 @@ class Flow:
 
     @property
     def nbytes(self) -> int:
-        return self.memory.nbytes + nbytes(self.gate.state)
+        return self.memory.nbytes + nbytes(self.gate_state.state)
 
     @property
     def counted(self) -> int:
         """``nbytes``, walked stream by stream as they change instead of all at once."""
-        return self.memory.counted + nbytes(self.gate.state)
+        return self.memory.counted + nbytes(self.gate_state.state)
 
     def enter(self, step: Step) -> Decision:
         """The gate: one decision a step, for all sites and branches."""
-        if self.bypass is not None and self.step is not None:  # idle since the first one: nothing is held, nothing was judged
+        if self.bypass_reason is not None and self.step is not None:  # idle since the first one: nothing is held, nothing was judged
             self.opening, self.step = False, step
             self._entry = self.recorder.decision(self.model, step, self.decision)
             return self.decision
         self._settle()
-        if self.late and self.decision.compute and self.step is not None:
+        if self.allow_new_streams and self.decision.compute and self.step is not None:
             self.memory.keep(self.step)
         self._first = set() if self.step is None else (self._first or set())
         if self.step is None or self.decision.compute:
-            self._missed = []
+            self.skipped_steps = []
         else:
-            self._missed.append((self.step.sigma, step.sigma - self.step.sigma))
+            self.skipped_steps.append((self.step.sigma, step.sigma - self.step.sigma))
         self.opening, self.step = self.step is None, step
-        if self.opening and self.bypass is None:
-            self.bypass = self.monitor.idle(step)
-        if self.bypass is not None:
-            self.decision = Decision(True, self.bypass)
-            self.recorder.fallback(self.model, self.bypass)
+        if self.opening and self.bypass_reason is None:
+            self.bypass_reason = self.monitor.idle(step)
+        if self.bypass_reason is not None:
+            self.decision = Decision(True, self.bypass_reason)
+            self.recorder.fallback(self.model, self.bypass_reason)
         else:
-            score = self.scorer.score(None, step, self.gate) if self.scorer else None
+            score = self.scorer.score(None, step, self.gate_state) if self.scorer else None
             importance = self.importance if score is None else float(score)
-            self.decision = self.monitor.decide(step, importance, self.strategy.order, self.gate.state)
-            if self.late and not self.decision.compute and any(s.count <= self.strategy.order for s in self.memory.streams.values()):
+            self.decision = self.monitor.decide(step, importance, self.strategy.order, self.gate_state.state)
+            if (
+                self.allow_new_streams
+                and not self.decision.compute
+                and any(s.count <= self.strategy.order for s in self.memory.streams.values())
+            ):
                 self.decision = Decision(True, "a branch that came later has too short a history", self.decision.error_estimate)
         self.guidance.enter(step, self.decision)
         self._entry = self.recorder.decision(self.model, step, self.decision)
@@ -120,29 +125,29 @@ class Flow:
         self.decision = Decision(True, why, self.decision.error_estimate)
         self._entry.update(action="compute", why=why)
 
-    def through(self, where: Where, compute: Callable[[], Tensor], beside: Where | None = None) -> Tensor:
-        """One site's tensor at this step: its own exact output, or the forecast. ``beside`` is the same site of the
+    def apply(self, where: Where, compute: Callable[[], Tensor], sibling: Where | None = None) -> Tensor:
+        """One site's tensor at this step: its own exact output, or the forecast. ``sibling`` is the same site of the
         guidance branch that has run already, if there is one."""
-        if self.skips(where):
-            return self.recall(where)
-        if beside is not None and self.spares(where, beside):
-            return self.spare(where, beside)
+        if self.should_skip(where):
+            return self.forecast(where)
+        if sibling is not None and self.should_predict_from_sibling(where, sibling):
+            return self.predict_from_sibling(where, sibling)
         x = compute()
-        lack = self.lack(where, x)
-        self.observe(where, x, beside)
+        lack = self.correction(where, x)
+        self.observe(where, x, sibling)
         return x if lack is None else x + lack
 
-    def lack(self, where: Where, x: Tensor) -> Tensor | None:
+    def correction(self, where: Where, x: Tensor) -> Tensor | None:
         """What to add to ``x`` so that the sampler's step from here takes back the error of the forecasts before it."""
         step, stream = cast(Step, self.step), self.memory.streams.get(where)
-        if not self._missed or step.next is None or step.next == step.sigma or self.bypass is not None or self.guidance.on:
+        if not self.skipped_steps or step.next is None or step.next == step.sigma or self.bypass_reason is not None or self.guidance.on:
             return None
         if stream is None or stream.kind != signature(x) or where in self.exact or x.requires_grad:
             return None
-        lack = self.strategy.correction(x, stream, step, self._missed)
+        lack = self.strategy.correction(x, stream, step, self.skipped_steps)
         return None if lack is None else lack.div_(step.next - step.sigma).to(x.dtype)
 
-    def skips(self, where: Where) -> bool:
+    def should_skip(self, where: Where) -> bool:
         """Whether this site is forecast at this step."""
         if self.step is None:
             raise RuntimeError("enter(step) comes first")
@@ -151,7 +156,7 @@ class Flow:
         stream = self.memory.streams.get(where)
         return stream is not None and stream.kind is not None
 
-    def recall(self, where: Where, called: bool = True) -> Tensor:
+    def forecast(self, where: Where, called: bool = True) -> Tensor:
         """The forecast of a site that ``skips``. ``called=False`` for the second tensor of one call."""
         stream = self.memory[where]
         guess = self.strategy.forecast(stream, cast(Step, self.step))
@@ -160,19 +165,19 @@ class Flow:
             self.recorder.call(self.model, where, skipped=True)
         return guess.to(stream.kind[1], copy=True)  # type: ignore[index,union-attr]  # the host may write into what it gets
 
-    def spares(self, where: Where, beside: Where) -> bool:
-        """Whether a computed step takes this branch from ``beside`` and the forecast difference of the two."""
-        return self.bypass is None and where not in self.exact and self.guidance.due(where, beside, cast(Step, self.step))
+    def should_predict_from_sibling(self, where: Where, sibling: Where) -> bool:
+        """Whether a computed step takes this branch from ``sibling`` and the forecast difference of the two."""
+        return self.bypass_reason is None and where not in self.exact and self.guidance.due(where, sibling, cast(Step, self.step))
 
-    def spare(self, where: Where, beside: Where, called: bool = True) -> Tensor:
+    def predict_from_sibling(self, where: Where, sibling: Where, called: bool = True) -> Tensor:
         """The tensor of a branch that is spared: held from now on as if computed, but judged by nobody."""
-        x = self.guidance.other(where, beside, self.strategy, cast(Step, self.step))
+        x = self.guidance.other(where, sibling, self.strategy, cast(Step, self.step))
         if called:
             self.recorder.call(self.model, where, skipped=True)
         self._hold(where, x, cast(Step, self.step))
         return x
 
-    def observe(self, where: Where, x: Tensor, beside: Where | None = None, called: bool = True, against: Tensor | None = None) -> None:
+    def observe(self, where: Where, x: Tensor, sibling: Where | None = None, called: bool = True, against: Tensor | None = None) -> None:
         """A site computed ``x``: judge the forecast it would have had, and hold what the strategy wants of it. Its error
         counts relative to ``x``, or to ``against`` where ``x`` is only a part of the output."""
         if self.step is None or self._first is None:
@@ -181,7 +186,7 @@ class Flow:
             self._first.add(where)
         if called:
             self.recorder.call(self.model, where, skipped=False)
-        if self.bypass is not None or not self._may_hold(where, x):
+        if self.bypass_reason is not None or not self._may_hold(where, x):
             return
         stream = self.memory[where]
         if stream.kind is not None and stream.kind != signature(x):
@@ -197,18 +202,18 @@ class Flow:
             stream.decoded.clear()
             return
         self._hold(where, x, self.step)
-        if beside is not None:
-            self.guidance.observe(where, beside, x, self.strategy, self.step)
+        if sibling is not None:
+            self.guidance.observe(where, sibling, x, self.strategy, self.step)
 
     def signal(self, name: str, values: Tensor) -> None:
-        """Numbers on the device that the monitor wants beside the errors, as ``state[name]``; read once a step."""
+        """Numbers on the device that the monitor wants sibling the errors, as ``state[name]``; read once a step."""
         self._signals.setdefault(name, []).append(values.detach().flatten().float())
 
     def end(self) -> None:
         """The generation is over: nothing stays held."""
         if self.step is not None:
             self._settle()
-        self.begin(self.bypass)
+        self.begin(self.bypass_reason)
 
     def _may_hold(self, where: Where, x: Tensor) -> bool:
         if where in self.exact:
@@ -217,7 +222,7 @@ class Flow:
             why = "gradients are recorded: run under torch.no_grad() to let tqai forecast"
         elif not x.is_floating_point():
             why = f"its output is {x.dtype}, no float"
-        elif where not in (self._first or ()) and not self.late:
+        elif where not in (self._first or ()) and not self.allow_new_streams:
             why = "it appeared after the first evaluation, so its history is unknown"
         else:
             return True
@@ -252,8 +257,8 @@ class Flow:
         self._entry["error"] = error
         scores = [v for v in signals.pop("importance", []) if v == v]
         self.importance = min(max(sum(scores) / len(scores), 0.0), 1.0) if scores else None
-        self.gate.state.update(signals)
-        self.monitor.observe(self.step, error, self.strategy.order, self.gate.state)
+        self.gate_state.state.update(signals)
+        self.monitor.observe(self.step, error, self.strategy.order, self.gate_state.state)
         self._pending.clear()
         self._signals.clear()
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from .memory import Memory
-from .registry import Strategy, build
+from .registry import build
+from .roles import Forecaster
 from .types import Decision, Step, Where
 
 FIRST = 2  # computed steps that run both branches before one is spared: the difference then has a slope
@@ -22,7 +23,7 @@ class Difference:
 
     def __init__(self, memory: Memory, on: bool) -> None:
         self.memory, self.on = memory, on
-        self.line: Strategy = build("strategy", "delta2")
+        self.line: Forecaster = build("strategy", "delta2")
         self.begin()
 
     def begin(self) -> None:
@@ -39,23 +40,23 @@ class Difference:
         held = self.memory.streams.get(_key(where))
         return self.turn and held is not None and "slope" in held.parts
 
-    def due(self, where: Where, beside: Where, step: Step) -> bool:
-        """Whether ``where`` may be taken from ``beside``, which was computed at this very step."""
-        other = self.memory.streams.get(beside)
+    def due(self, where: Where, sibling: Where, step: Step) -> bool:
+        """Whether ``where`` may be taken from ``sibling``, which was computed at this very step."""
+        other = self.memory.streams.get(sibling)
         return self.ready(where) and other is not None and other.step is step and other.kind == self.memory[_key(where)].kind
 
-    def other(self, where: Where, beside: Where, strategy: Strategy, step: Step) -> Tensor:
-        """The branch ``where`` from ``beside``, as it is held at this step, and the forecast difference."""
-        gap, near = self.memory[_key(where)], self.memory[beside]
+    def other(self, where: Where, sibling: Where, strategy: Forecaster, step: Step) -> Tensor:
+        """The branch ``where`` from ``sibling``, as it is held at this step, and the forecast difference."""
+        gap, near = self.memory[_key(where)], self.memory[sibling]
         x = strategy.forecast(near, step)
         y = x - self.line.forecast(gap, step)  # type: ignore[operator]
         gap.decoded.clear()
         near.decoded.clear()
         return y.to(near.kind[1])  # type: ignore[index]
 
-    def observe(self, where: Where, beside: Where, x: Tensor, strategy: Strategy, step: Step) -> None:
+    def observe(self, where: Where, sibling: Where, x: Tensor, strategy: Forecaster, step: Step) -> None:
         """Both branches were computed: learn their difference."""
-        near = self.memory.streams.get(beside)
+        near = self.memory.streams.get(sibling)
         if not self.on or near is None or near.step is not step or near.kind != (x.shape, x.dtype, x.device) or not x.numel():
             return
         key = _key(where)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from .errors import TqaiError
 from .flow import Flow
 from .report import Recorder, Report
 
@@ -29,7 +30,7 @@ class Handle:
 
     def cache(self) -> Any:
         """A new KV cache for ``past_key_values=``; language models only."""
-        raise ValueError("this handle holds no language model: caches come from tqai.apply(lm, tqai.Config(level='kv'))")
+        raise TqaiError("this handle holds no language model: caches come from tqai.apply(lm, tqai.Config(level='kv'))")
 
     def on_remove(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
@@ -39,7 +40,7 @@ class Handle:
         while self._undo:
             self._undo.pop()()
         for flow in self.flows:
-            flow.begin(flow.bypass)
+            flow.begin(flow.bypass_reason)
 
     def __enter__(self) -> Handle:
         return self

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .codecs.bases import load
-from .codecs.vector import VectorCodec
-from .registry import Codec, build
+from .registry import build
+from .roles import Codec
 from .types import Packed, Part, Step, Where, nbytes, signature
 
 VECTOR = 128  # coordinates a vector when a tensor's own last dimension is no good one
@@ -33,7 +32,7 @@ class Stream:
     kind: tuple[torch.Size, torch.dtype, torch.device] | None = None
     decoded: dict[str, Tensor] = field(default_factory=dict)  # within one visit only: emptied before it ends
     count: int = 0  # values seen
-    home: torch.device | None = None  # where the coded parts lie; None: where they were made
+    offload_device: torch.device | None = None  # where the coded parts lie; None: where they were made
 
     def hold(self, parts: dict[str, Part], x: Tensor, step: Step) -> None:
         """Replace what is held by the parts of ``x``, the exact value at ``step``."""
@@ -50,7 +49,7 @@ class Stream:
         if name in self.decoded:
             return self.decoded[name]
         shape = self.shapes[name]
-        if self.home is not None and self.kind is not None:
+        if self.offload_device is not None and self.kind is not None:
             packed = _moved(packed, self.kind[2])
         flat = build("codec", packed.codec).decode(packed, torch.float32)
         self.decoded[name] = flat if flat.shape == shape else flat.flatten()[: shape.numel()].view(shape)
@@ -68,21 +67,8 @@ class Stream:
             flat = x.flatten()  # latents [b, c, h, w]: short rows would pay a gain each
             x = F.pad(flat, (0, -flat.numel() % VECTOR)).view(-1, VECTOR)
             codec = _changed(codec, mean="never")  # vectors cut from a latent have no common mean
-        packed = self._coded(codec, x)
-        return packed if self.home is None else _moved(packed, self.home)
-
-    def _coded(self, codec: Codec, x: Tensor) -> Packed:
-        """``x`` on the calibrated axes of this stream (``attn.3/out``) where the codec's file has them at this width, else on
-        the random rotation: files of ``tqai calibrate`` are of keys and values."""
-        file = getattr(codec, "basis", "hadamard")
-        if file == "hadamard":
-            return codec.encode(x)
-        name = f"{self.where.site}/{self.where.kind}" if self.where else ""
-        bases = load(file)
-        known = bases.streams.get(name, ())
-        if bases.bits != getattr(codec, "bits", 0) or not known or any(b is not None and b.matrix.shape[-1] != x.shape[-1] for b in known):
-            return _changed(codec, basis="hadamard").encode(x)
-        return cast(VectorCodec, codec).encode(x, stream=name)
+        packed = codec.encode_stream(f"{self.where.site}/{self.where.kind}" if self.where else "", x)
+        return packed if self.offload_device is None else _moved(packed, self.offload_device)
 
 
 class Memory:
@@ -91,13 +77,13 @@ class Memory:
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.grid: tuple[int, ...] = ()
-        self.laid: Any = None  # the Layout in which the tokens of the call under way lie, if not as a raster
-        self.home: torch.device | None
+        self.token_order: Any = None  # the TileOrder in which the tokens of the call under way lie, if not as a raster
+        self.offload_device: torch.device | None
         self.clear()
 
     def __getitem__(self, where: Where) -> Stream:
         if where not in self.streams:
-            self.streams[where] = Stream(self.codec, where, self.grid, home=self.home)
+            self.streams[where] = Stream(self.codec, where, self.grid, offload_device=self.offload_device)
         return self.streams[where]
 
     def count(self, where: Where, copies: int) -> int:
@@ -121,11 +107,11 @@ class Memory:
         for where in [where for where, s in self.streams.items() if s.step is None or s.step.index != step.index]:
             self.drop(where)
 
-    def offload(self, home: torch.device) -> None:
-        """Keep the coded parts on ``home`` until :meth:`clear`; they visit the model's device to be decoded."""
-        self.home = home
+    def offload(self, device: torch.device) -> None:
+        """Keep the coded parts on ``device`` until :meth:`clear`; they visit the model's device to be decoded."""
+        self.offload_device = device
         for stream in self.streams.values():
-            stream.home, stream.parts = home, {name: _moved(packed, home) for name, packed in stream.parts.items()}
+            stream.offload_device, stream.parts = device, {name: _moved(packed, device) for name, packed in stream.parts.items()}
 
     def __iter__(self) -> Iterator[Where]:
         return iter(self.streams)
@@ -134,7 +120,7 @@ class Memory:
         self.streams: dict[Where, Stream] = {}
         self._bytes: dict[Where, tuple[int, int]] = {}
         self.counted = self.exact = 0  # bytes held, and what fp16 copies would take
-        self.home = None
+        self.offload_device = None
 
     @property
     def nbytes(self) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import TqaiError
+
 SAMPLES = 64  # values looked at in each parameter
 
 
@@ -25,14 +27,14 @@ def model_hash(module: nn.Module) -> str:
     names = 0
     for name, x in sorted(module.named_parameters()):
         if x.device.type == "meta":
-            raise ValueError(f"parameter {name!r} of {type(module).__name__} has no values (meta device): load the weights first")
+            raise TqaiError(f"parameter {name!r} of {type(module).__name__} has no values (meta device): load the weights first")
         digest.update(json.dumps([name, list(x.shape)]).encode())
         if x.numel():
             at = torch.arange(SAMPLES, device=x.device) * x.numel() // SAMPLES
             digest.update(bytes((x.detach().reshape(-1)[at] < 0).tolist()))
         names += 1
     if not names:
-        raise ValueError(f"{type(module).__name__} has no parameters to hash: give the model itself")
+        raise TqaiError(f"{type(module).__name__} has no parameters to hash: give the model itself")
     return digest.hexdigest()[:16]
 
 

@@ -9,23 +9,17 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, field, fields
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from torch import Tensor
-
-from .types import Decision, Packed, Part, Step
-
-if TYPE_CHECKING:
-    from .kv_methods import Flush
-    from .memory import Stream
+from .errors import TqaiError
 
 ROLES = ("scorer", "strategy", "monitor", "codec")
 REGISTRY: dict[str, dict[str, type[Method]]] = {role: {} for role in ROLES}
-M = TypeVar("M", bound="Method")
+ALIASES: dict[str, dict[str, str]] = {role: {} for role in ROLES}  # other names that configs may use
 
 
 def param(
@@ -43,30 +37,35 @@ class Method:
     role: ClassVar[str]
     name: ClassVar[str]
     paper: ClassVar[str]
-    levels: ClassVar[tuple[str, ...]] = ("model", "block", "attention")
+    levels: ClassVar[tuple[str, ...]] = ()  # where it acts: its bases' levels, unless ``levels=`` says otherwise
     elsewhere: ClassVar[str] = ""  # why it works at no other level
 
-    def __init_subclass__(cls, *, name: str | None = None, role: str | None = None, paper: str = "", **kw: Any) -> None:
+    def __init_subclass__(
+        cls, *, name: str | None = None, role: str | None = None, levels: tuple[str, ...] = (), paper: str = "",
+        aliases: tuple[str, ...] = (), **kw: Any,
+    ) -> None:  # fmt: skip
         super().__init_subclass__(**kw)
         if role:
             cls.role = role
-        elif name:
+        cls.levels = levels or tuple(dict.fromkeys(level for base in cls.__bases__ for level in getattr(base, "levels", ())))
+        if name:
             taken = REGISTRY[cls.role].get(name)
             if taken is not None and taken.__module__ != cls.__module__:
-                raise ValueError(f"{cls.role} {name!r} is already taken by {taken.__module__}: choose another name")
+                raise TqaiError(f"{cls.role} {name!r} is already taken by {taken.__module__}: choose another name")
             cls.name, cls.paper = name, paper
             REGISTRY[cls.role][name] = cls
+            ALIASES[cls.role].update(dict.fromkeys(aliases, name))
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
             value, low, high = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("high")
             asked = f"{self.role} {self.name!r}: {f.name}={value!r}"
             if f.metadata.get("choices") and value not in f.metadata["choices"]:
-                raise ValueError(f"{asked} is no choice; choose one of {', '.join(map(str, f.metadata['choices']))}")
+                raise TqaiError(f"{asked} is no choice; choose one of {', '.join(map(str, f.metadata['choices']))}")
             if (low is not None or high is not None) and not isinstance(value, (int, float)):
-                raise ValueError(f"{asked} must be a number from {low} to {high}")
+                raise TqaiError(f"{asked} must be a number from {low} to {high}")
             if (low is not None and not value >= low) or (high is not None and not value <= high):
-                raise ValueError(f"{asked} is out of range; give a value from {low} to {high}")
+                raise TqaiError(f"{asked} is out of range; give a value from {low} to {high}")
 
     def check(self, level: str) -> None:
         """Raises ValueError for options that mean nothing at ``level``."""
@@ -94,127 +93,6 @@ class Method:
         return self.name + (":" + ",".join(changed) if changed else "")
 
 
-class Scorer(Method, role="scorer"):
-    """Says what matters."""
-
-    def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | float | None:
-        """Importance in [0, 1] of the tokens ``x [b, n, d]``: ``[b, n]``, or one number.
-
-        At the gate ``x`` is None, since nothing is computed yet: a number for the coming step, or None, and the mean
-        score of the last computed step stands. ``stream.state`` is the scorer's own; tensors kept in it are counted.
-        No host synchronisation: what is needed stays on the device.
-        """
-        raise NotImplementedError
-
-    # level kv
-    queries: ClassVar[int] = 0  # recent queries it looks at
-    centroids: ClassVar[bool] = False  # ranks blocks by what queries want of their centroids
-
-    def weigh(self, flush: Flush) -> Tensor | None:
-        """Importance in [0, 1] of the tokens that a cache is about to pack, ``[b, n]``; None where it has no word on them.
-        ``flush.state`` is the scorer's own; tensors in it begin with the batch and are counted."""
-        return None
-
-    def units(self, layer: int, layers: int, share: float) -> tuple[bool, bool] | None:
-        """Whether keys and values of a layer are among the ``share`` of all that matter most and get one size more; None
-        where it speaks of tokens."""
-        return None
-
-
-@dataclass(frozen=True)
-class Strategy(Method, role="strategy"):
-    """Predicts a stream from its history and says what to keep of it. ``order`` is the order of the prediction."""
-
-    cfg: str = param(
-        "none", "difference = forecast cond - uncond on half of the computed steps", choices=("none", "difference"), kw_only=True
-    )
-
-    name: ClassVar[str] = "none"
-    order: ClassVar[int] = 0
-    kernel: ClassVar[bool] = False  # acts inside attention, on queries, keys and values
-
-    # level kv
-    terms: ClassVar[int] = 0  # lines of a block that keys are predicted by: 1 its mean, 2 its slope too
-    sorts: ClassVar[bool] = False  # sorts tokens into tiers without a scorer too
-    reads: ClassVar[bool] = False  # reads a part of the blocks
-
-    @property
-    def span(self) -> int:
-        """Tokens of a block: they are packed together."""
-        return 1
-
-    def tiers(self, bits: int) -> tuple[float, int]:
-        """Share of the fine tier and its bits, where the codec has ``bits``: the scorer's best eighth gets one size more."""
-        return 0.125, {2: 4, 3: 4}.get(bits, 8)
-
-    def lines(self, k: Tensor) -> Tensor:
-        """Mean, and slope if ``terms`` is 2, of the blocks of ``k [b, h, n, d]``: ``[b, h, blocks, terms, d]``."""
-        raise NotImplementedError
-
-    def kept(self, blocks: int) -> int:
-        """How many of so many blocks a step reads."""
-        return blocks
-
-    def check(self, level: str) -> None:
-        if level == "kv" and self.cfg != "none":
-            raise ValueError(f"{self.name!r}: cfg={self.cfg} is about guidance, and a language model has none: leave it out at level 'kv'")
-
-    # levels model, block and attention
-
-    def forecast(self, stream: Stream, step: Step) -> Tensor | None:
-        """The stream's value at ``step`` from what is held, fp32, or None when the history is too short."""
-        raise NotImplementedError
-
-    def correction(self, x: Tensor, stream: Stream, step: Step, missed: Sequence[tuple[float, float]]) -> Tensor | None:
-        """What the forecasts since the last value lack, summed over the ``missed`` steps as (sigma, width) and judged by the
-        new value ``x``; None where nothing is to be taken back."""
-        return None
-
-    def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
-        """The parts to hold from now on, given the exact new value ``x``; they replace the old ones."""
-        raise NotImplementedError
-
-
-class Monitor(Method, role="monitor"):
-    """Closes the loop: sees forecasts beside the truth and decides each step once, for all sites and branches."""
-
-    probes: ClassVar[tuple[str, ...]] = ()  # signals that the door must measure for it: entropy
-
-    def idle(self, step: Step) -> str | None:
-        """Why nothing of the generation that begins will be forecast, or None: nothing is watched or held then."""
-        least = getattr(self, "min_steps", 0)
-        if step.total is not None and step.total < least:
-            return f"{step.total} steps are too few to forecast (min_steps={least})"
-        return None
-
-    def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
-        """Compute or forecast ``step``. ``importance`` is the scorer's word on the step, ``order`` the strategy's."""
-        raise NotImplementedError
-
-    def observe(self, step: Step, error: float | None, order: int, state: dict[str, Any]) -> None:
-        """``error`` is |forecast - truth| / |truth| over all streams of a computed step, None without a forecast. What the
-        door signalled is in ``state`` by its name, as ``state["entropy"]``: a list of floats."""
-        raise NotImplementedError
-
-    # level kv
-    queries: ClassVar[int] = 0  # recent queries it looks at
-
-    def judge(self, flush: Flush) -> tuple[Decision, float | None]:
-        """Whether the tokens that a cache is about to pack are all held in the fine tier (``compute``), and the error that was
-        measured, if it was. ``flush.state`` is the monitor's own: plain numbers."""
-        raise NotImplementedError
-
-
-class Codec(Method, role="codec"):
-    """Tensor <-> packed bytes. ``encode`` reads vectors along the last dimension."""
-
-    def encode(self, x: Tensor) -> Packed:
-        raise NotImplementedError
-
-    def decode(self, packed: Packed, dtype: Any = None) -> Tensor:
-        raise NotImplementedError
-
-
 def discover(package: ModuleType) -> None:
     """Import every module of ``package`` so that its methods register themselves."""
     for info in pkgutil.iter_modules(package.__path__):
@@ -230,16 +108,16 @@ def parse(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, Mapping):
         options = dict(spec)
         if "name" not in options:
-            raise ValueError(f"{dict(spec)!r} names no method: add 'name', as in {{'name': 'snr'}}")
+            raise TqaiError(f"{dict(spec)!r} names no method: add 'name', as in {{'name': 'snr'}}")
         return str(options.pop("name")), options
     if not isinstance(spec, str):
-        raise ValueError(f"{spec!r} is no method: give 'name', 'name:key=value' or {{'name': ..., key: value}}")
+        raise TqaiError(f"{spec!r} is no method: give 'name', 'name:key=value' or {{'name': ..., key: value}}")
     name, _, tail = spec.partition(":")
     options = {}
     for pair in re.split(r",(?=\s*\w+\s*=)", tail) if tail.strip() else []:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"{spec!r}: {pair!r} has no '='; write {name}:key=value,key=value")
+            raise TqaiError(f"{spec!r}: {pair!r} has no '='; write {name}:key=value,key=value")
         options[key.strip()] = value.strip()
     return name.strip(), options
 
@@ -253,15 +131,16 @@ def build(role: str, spec: str | Mapping[str, Any] | Method) -> Any:
 def _build(role: str, spec: Any) -> Any:
     if isinstance(spec, Method):
         if spec.role != role:
-            raise ValueError(f"{spec.name!r} is a {spec.role}, asked for a {role}; known: {', '.join(names(role))}")
+            raise TqaiError(f"{spec.name!r} is a {spec.role}, asked for a {role}; known: {', '.join(names(role))}")
         return spec
     name, given = parse(spec)
+    name = ALIASES[role].get(name, name)
     cls = REGISTRY[role].get(name)
     if cls is None:
-        raise ValueError(f"unknown {role} {name!r}; known: {', '.join(names(role))}")
+        raise TqaiError(f"unknown {role} {name!r}; known: {', '.join(names(role))}")
     known = cls.options()
     if unknown := sorted(given.keys() - known.keys()):
-        raise ValueError(f"{role} {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+        raise TqaiError(f"{role} {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
     return cls(**{key: _cast(role, name, key, value, known[key]["default"]) for key, value in given.items()})
 
 
@@ -281,7 +160,7 @@ def _cast(role: str, name: str, key: str, value: Any, default: Any) -> Any:
             raise ValueError
         return wanted(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{role} {name!r}: {key}={value!r} is no {wanted.__name__}; default is {default!r}") from None
+        raise TqaiError(f"{role} {name!r}: {key}={value!r} is no {wanted.__name__}; default is {default!r}") from None
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .config import Config
+from .errors import TqaiError
 from .registry import ROLES, parse
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -61,31 +62,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     try:
         return _run(args)
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"out of memory ({_line(error)}): a smaller --dtype, fewer tokens or pixels, or --device cpu needs less") from None
+        raise TqaiError(f"out of memory ({_line(error)}): a smaller --dtype, fewer tokens or pixels, or --device cpu needs less") from None
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.prompt.strip():
-        raise ValueError("the prompt is empty: give some text, as in `tqai run 'Once upon' -m MODEL`")
+        raise TqaiError("the prompt is empty: give some text, as in `tqai run 'Once upon' -m MODEL`")
     pipe = not args.demo and _is_pipeline(args.model)
     foreign = [name for name in (LM_ONLY if pipe else PIPE_ONLY) if getattr(args, name) is not None]
     if foreign:
         asked = ", ".join("--" + name.replace("_", "-") for name in foreign)
-        raise ValueError(f"{asked} asked, but this is a {'diffusers pipeline' if pipe else 'language model'}: leave it out")
+        raise TqaiError(f"{asked} asked, but this is a {'diffusers pipeline' if pipe else 'language model'}: leave it out")
     if not args.demo:
         _installed("diffusers" if pipe else "transformers")
     config = config_of(args, "model" if pipe else "kv")
     device = _device(args.device)
     if pipe:
-        from .adapters import pipe_run
+        from .hosts.diffusers import run as pipe_run
 
         return pipe_run.run(args, config, device)
     if args.max_tokens is not None and args.max_tokens < 1:
-        raise ValueError(f"--max-tokens {args.max_tokens}: give 1 or more")
+        raise TqaiError(f"--max-tokens {args.max_tokens}: give 1 or more")
     if args.temperature is not None and not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature {args.temperature}: give 0 (greedy) or more")
+        raise TqaiError(f"--temperature {args.temperature}: give 0 (greedy) or more")
     _installed("transformers")
-    from .adapters import lm_run
+    from .hosts.transformers import run as lm_run
 
     assert config is not None
     return lm_run.run(args, config, device)
@@ -97,7 +98,7 @@ def config_of(args: argparse.Namespace, level: str) -> Config | None:
     was = data.setdefault("level", getattr(args, "level", None) or level)
     if (was == "kv") != (level == "kv"):
         thing = "a language model (level 'kv')" if level == "kv" else "a diffusers pipeline (level 'model', 'block' or 'attention')"
-        raise ValueError(f"--pipeline has level {was!r}, but MODEL is {thing}: take 'level' out of it, or give another MODEL")
+        raise TqaiError(f"--pipeline has level {was!r}, but MODEL is {thing}: take 'level' out of it, or give another MODEL")
     if getattr(args, "level", None):
         data["level"] = args.level
     for role in ROLES:
@@ -121,15 +122,13 @@ def _pipeline(given: str) -> dict[str, Any]:
         try:
             text = Path(given).expanduser().read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"--pipeline {given}: {getattr(error, 'strerror', None) or 'no text'}: give a JSON file, or its text"
-            ) from None
+            raise TqaiError(f"--pipeline {given}: {getattr(error, 'strerror', None) or 'no text'}: give a JSON file, or its text") from None
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"--pipeline {given}: no JSON ({error}); write the file with config.to_json()") from None
+        raise TqaiError(f"--pipeline {given}: no JSON ({error}); write the file with config.to_json()") from None
     if not isinstance(data, dict):
-        raise ValueError(f'--pipeline {given}: a {type(data).__name__}, expected an object such as {{"strategy": "delta2"}}')
+        raise TqaiError(f'--pipeline {given}: a {type(data).__name__}, expected an object such as {{"strategy": "delta2"}}')
     return data
 
 
@@ -140,12 +139,12 @@ def _is_pipeline(model: str) -> bool:
         if (folder / "model_index.json").exists():
             return True
         if not (folder / "config.json").exists():
-            raise ValueError(f"{model} has neither config.json (a language model) nor model_index.json (a diffusers pipeline)")
+            raise TqaiError(f"{model} has neither config.json (a language model) nor model_index.json (a diffusers pipeline)")
         return False
     if folder.exists():
-        raise ValueError(f"{model} is a file: give the folder that holds config.json or model_index.json")
+        raise TqaiError(f"{model} is a file: give the folder that holds config.json or model_index.json")
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or "\\" in model or not model.strip():
-        raise ValueError(f"no such folder: {model!r}; give an existing one, a hub id such as 'Qwen/Qwen3-0.6B', or --demo")
+        raise TqaiError(f"no such folder: {model!r}; give an existing one, a hub id such as 'Qwen/Qwen3-0.6B', or --demo")
     return False
 
 
@@ -153,7 +152,7 @@ def _installed(library: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(library) is None:
-        raise ValueError(f"{library} is not installed: pip install 'tqai-core[{library}]'")
+        raise TqaiError(f"{library} is not installed: pip install 'tqai-core[{library}]'")
 
 
 def _device(name: str | None) -> torch.device:
@@ -163,7 +162,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: {_line(error)}; this torch ({torch.__version__}) can always use cpu") from None
+        raise TqaiError(f"--device {name}: {_line(error)}; this torch ({torch.__version__}) can always use cpu") from None
     return device
 
 

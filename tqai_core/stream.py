@@ -17,6 +17,7 @@ from torch import Tensor
 from .codecs.bases import NMSE, Bases, hadamard, klt
 from .codecs.packing import pack, unpack
 from .codecs.vector import VectorCodec
+from .errors import TqaiError
 from .registry import build
 from .types import Packed, nbytes
 
@@ -58,21 +59,21 @@ class StreamCoder:
         basis: str = "hadamard",
     ) -> None:
         if predictor not in PREDICTORS:
-            raise ValueError(f"unknown predictor {predictor!r}; known: {', '.join(PREDICTORS)}")
+            raise TqaiError(f"unknown predictor {predictor!r}; known: {', '.join(PREDICTORS)}")
         built = build("codec", codec)
         if not isinstance(built, VectorCodec):
-            raise ValueError(f"codec {built.name!r} codes no residuals; give turbo or trellis")
+            raise TqaiError(f"codec {built.name!r} codes no residuals; give turbo or trellis")
         widths = (bits,) if isinstance(bits, int) else tuple(bits)
         if not widths or any(not isinstance(b, int) or not 0 <= b <= 8 for b in widths) or widths[0] == 0:
-            raise ValueError(f"bits={bits!r}: give widths from 0 to 8, one a step, the first at least 1")
+            raise TqaiError(f"bits={bits!r}: give widths from 0 to 8, one a step, the first at least 1")
         if nmse is not None and not 0 < nmse < 1:
-            raise ValueError(f"nmse={nmse!r}: give the relative squared error a step may have, between 0 and 1")
+            raise TqaiError(f"nmse={nmse!r}: give the relative squared error a step may have, between 0 and 1")
         if basis not in ("hadamard", "adaptive"):
-            raise ValueError(f"unknown basis {basis!r}; known: hadamard, adaptive")
+            raise TqaiError(f"unknown basis {basis!r}; known: hadamard, adaptive")
         if basis == "adaptive" and predictor != "none":
-            raise ValueError("basis='adaptive' is for predictor='none': residuals have no stable axes (measured up to 30x worse)")
+            raise TqaiError("basis='adaptive' is for predictor='none': residuals have no stable axes (measured up to 30x worse)")
         if key_every < 0:
-            raise ValueError(f"key_every={key_every}: give 0 (never) or a number of steps")
+            raise TqaiError(f"key_every={key_every}: give 0 (never) or a number of steps")
         self.predictor, self.codec, self.key_every, self.basis = predictor, built, key_every, basis
         self.bits, self.nmse = widths, nmse
         self.bytes_sent = 0
@@ -92,7 +93,7 @@ class StreamCoder:
         """The next step of the stream, ``x [..., heads, tokens, d]``; ``step`` is its sigma (default: minus its index)."""
         past = self._past
         if past.values and past.values[0][1].shape != x.shape:
-            raise ValueError(f"the stream has shape {tuple(past.values[0][1].shape)}, this step {tuple(x.shape)}: reset() for another one")
+            raise TqaiError(f"the stream has shape {tuple(past.values[0][1].shape)}, this step {tuple(x.shape)}: reset() for another one")
         at = -float(past.count) if step is None else float(step)
         bits, key = self._width(past)
         exact = x.float()
@@ -122,7 +123,7 @@ class StreamCoder:
         out: list[Tensor] = []
         for packed in steps:
             if not out and not packed.meta.get("key", False):
-                raise ValueError("the first packed step needs the ones before it: start at the first or at a key step")
+                raise TqaiError("the first packed step needs the ones before it: start at the first or at a key step")
             guess = None if packed.meta["key"] else self._predict(past, packed.meta["at"], None, dict(packed.tensors), packed.shape)
             value = self._advance(past, packed, guess)
             out.append(value.to(getattr(torch, packed.meta["dtype"])))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import TqaiError
+
 FORMAT = 1  # of a saved Packed; a reader refuses newer ones
 
 
@@ -87,18 +89,18 @@ class Packed:
     def load(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Packed:
         """The reverse of :meth:`save`. Raises ValueError naming the field that is missing or wrong."""
         if not metadata or "tqai" not in metadata:
-            raise ValueError("metadata field 'tqai' is missing: this is no tensor packed by tqai; save it with Packed.save()")
+            raise TqaiError("metadata field 'tqai' is missing: this is no tensor packed by tqai; save it with Packed.save()")
         try:
             header = json.loads(metadata["tqai"])
             version, codec, shape, meta = (header[k] for k in ("format", "codec", "shape", "meta"))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"metadata field 'tqai' is damaged ({error}): save the tensor again") from None
+            raise TqaiError(f"metadata field 'tqai' is damaged ({error}): save the tensor again") from None
         if not isinstance(version, int) or version > FORMAT:
-            raise ValueError(f"field 'format' is {version!r}, this tqai reads up to {FORMAT}: upgrade tqai-core")
+            raise TqaiError(f"field 'format' is {version!r}, this tqai reads up to {FORMAT}: upgrade tqai-core")
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(f"field 'shape' is {shape!r}: expected a list of sizes; save the tensor again")
+            raise TqaiError(f"field 'shape' is {shape!r}: expected a list of sizes; save the tensor again")
         if not isinstance(codec, str) or not isinstance(meta, dict):
-            raise ValueError("field 'codec' or 'meta' has the wrong type: save the tensor again")
+            raise TqaiError("field 'codec' or 'meta' has the wrong type: save the tensor again")
         return Packed(codec, tuple(shape), dict(tensors), meta)
 
     def write(self, path: str | Path) -> None:
@@ -124,7 +126,7 @@ class Packed:
             size = int.from_bytes(blob[:8], "little")
             metadata = json.loads(blob[8 : 8 + size]).get("__metadata__")
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-            raise ValueError(f"not a readable safetensors file ({error}): save the tensor again") from None
+            raise TqaiError(f"not a readable safetensors file ({error}): save the tensor again") from None
         return Packed.load(tensors, metadata)
 
 

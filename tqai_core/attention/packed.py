@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..codecs.rows import Rows, Scratch
-from ..kv import PackedKV, Segment
-from . import native as kernel
-from . import triton_packed
+from ..errors import TqaiError
+from ..kv.cache import PackedKV, Segment
+from .backends import native as kernel
+from .backends import triton_packed
 from .products import FEW, Queries, add_values
 
 GROUP = 1 << 15  # scores that one softmax sees at a time
@@ -42,7 +43,7 @@ def attend(
     assert kv.values is not None
     b, heads, count, _ = query.shape
     if heads % kv.keys.shape[1] or b != kv.keys.shape[0]:
-        raise ValueError(f"query has batch {b} and {heads} heads, the cache {list(kv.keys.shape[:2])}: heads must be a multiple")
+        raise TqaiError(f"query has batch {b} and {heads} heads, the cache {list(kv.keys.shape[:2])}: heads must be a multiple")
     out = query.new_empty(b, heads, count, kv.values.shape[-1])
     block = max(SCORES // (b * heads * min(max(kv.length, 1), 1024)), 1)
     scratch = scratch_for(query)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import TqaiError
+
 FAR = ("centroid", "linear")
 BACKENDS = ("torch", "flex", "triton")
 CHUNK = 5 << 19  # bytes of gathered keys, values and scores at a time: what a core's cache holds, and the bound of the extra memory
@@ -43,7 +45,7 @@ def block_attention(
     check(q, k, v, index, block_q, block_k, far, keys, backend)
     if q.numel() == 0 or v.numel() == 0 or index.numel() == 0:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
-    from . import flex, triton_sparse
+    from .backends import flex, triton_sparse
 
     blocks = Blocks.of(q, k, index, block_q, block_k, keys)
     if backend is None:
@@ -59,7 +61,7 @@ def block_attention(
         return triton_sparse.attend(q, k, v, blocks, far)
     if backend == "flex":
         if far is not None:
-            raise ValueError(f"backend 'flex' has no far field, asked for far={far!r}: give backend='torch' or 'triton'")
+            raise TqaiError(f"backend 'flex' has no far field, asked for far={far!r}: give backend='torch' or 'triton'")
         return flex.attend(q, k, v, blocks)
     return _gather(q, k, v, blocks, far)
 
@@ -69,15 +71,15 @@ def check(
 ) -> None:  # fmt: skip
     """What :func:`block_attention` promises to refuse."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3] or k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: all must be [b, h, tokens, d] with b, h, d alike")
+        raise TqaiError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: all must be [b, h, tokens, d] with b, h, d alike")
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
-        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: give three of one floating type")
+        raise TqaiError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: give three of one floating type")
     if block_q < 1 or block_k < 1:
-        raise ValueError(f"block_q={block_q}, block_k={block_k}: give numbers of tokens, 1 or more")
+        raise TqaiError(f"block_q={block_q}, block_k={block_k}: give numbers of tokens, 1 or more")
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; give None, {' or '.join(map(repr, BACKENDS))}")
+        raise TqaiError(f"backend={backend!r} is unknown; give None, {' or '.join(map(repr, BACKENDS))}")
     if far is not None and far not in FAR:
-        raise ValueError(f"far={far!r} is unknown; give None, {' or '.join(map(repr, FAR))}")
+        raise TqaiError(f"far={far!r} is unknown; give None, {' or '.join(map(repr, FAR))}")
     (b, h, n, _), m = q.shape, k.shape[2]
     nq, nk = -(-n // block_q), -(-m // block_k)
     last = nk if index.dtype == torch.bool else "kept"
@@ -85,19 +87,19 @@ def check(
         index.ndim != 4 or index.shape[0] not in (1, b) or index.shape[1] not in (1, h) or index.shape[2] != nq
         or (index.dtype == torch.bool and index.shape[3] != nk)
     ):  # fmt: skip
-        raise ValueError(
+        raise TqaiError(
             f"index {tuple(index.shape)}: expected [{b} or 1, {h} or 1, {nq}, {last}], key blocks of {block_k} for every {block_q} queries"
         )
     if index.is_floating_point() or index.is_complex():
-        raise ValueError(f"index is {index.dtype}: give numbers of blocks as integers, or a bool mark for each block")
+        raise TqaiError(f"index is {index.dtype}: give numbers of blocks as integers, or a bool mark for each block")
     if keys is not None and (keys.dtype != torch.bool or keys.ndim != 2 or keys.shape[0] not in (1, b) or keys.shape[1] != m):
-        raise ValueError(f"keys is {keys.dtype} {tuple(keys.shape)}: expected bool [{b} or 1, {m}], True for keys that may be seen")
+        raise TqaiError(f"keys is {keys.dtype} {tuple(keys.shape)}: expected bool [{b} or 1, {m}], True for keys that may be seen")
     if index.dtype == torch.bool or index.numel() == 0:
         return
     low, high = index.aminmax()
     if index.device.type == "cpu":
         if int(low) < 0 or int(high) >= nk:
-            raise ValueError(f"index names blocks {int(low)} to {int(high)}, there are 0 to {nk - 1} of {block_k} keys")
+            raise TqaiError(f"index names blocks {int(low)} to {int(high)}, there are 0 to {nk - 1} of {block_k} keys")
     else:  # asking would make the host wait
         torch._assert_async((low >= 0) & (high < nk), f"index names blocks that are not there: 0 to {nk - 1} of {block_k} keys")
 

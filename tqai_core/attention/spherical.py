@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import TqaiError
+
 EPS = 1e-12
 
 
@@ -20,12 +22,12 @@ def spherical_attention(q: Tensor, k: Tensor, v: Tensor, trained: bool = False) 
     and for unfit shapes.
     """
     if not trained:
-        raise ValueError(
+        raise TqaiError(
             "spherical attention asked for a model that is not known to be trained with it: its outputs would have an NMSE of .42; give "
             "trained=True if it was, or block_attention(.., far='linear') for a softmax model"
         )
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(
+        raise TqaiError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: all must be [.., tokens, d] with the dimensions before alike"
         )
     wide, k32 = q.float(), k.float()

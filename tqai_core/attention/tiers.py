@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kv import PackedKV
-from ..kv_methods import Policy
+from ..errors import TqaiError
+from ..kv.cache import PackedKV
+from ..kv.policy import Policy
 from . import packed
 
 CHOICE = 64  # queries that together choose blocks; calls of more read all of them
@@ -29,9 +30,9 @@ def attend(
     b, heads, count, d = query.shape
     h = kv.keys.shape[1]
     if heads % h or b != kv.keys.shape[0]:
-        raise ValueError(f"query has batch {b} and {heads} heads, the cache {list(kv.keys.shape[:2])}: heads must be a multiple")
+        raise TqaiError(f"query has batch {b} and {heads} heads, the cache {list(kv.keys.shape[:2])}: heads must be a multiple")
     out = query.new_empty(b, heads, count, kv.values.shape[-1])
-    ordered = mask is not None or count > 1 or kv.policy.gate or kv.policy.strategy.reads  # else nobody asks which row is whose
+    ordered = mask is not None or count > 1 or kv.policy.gate or kv.policy.reads  # else nobody asks which row is whose
     places, scratch = kv.policy.places(kv) if ordered else [None, None], packed.scratch_for(query)
     step = max(packed.SCORES // (b * heads * kv.length), 1)
     for i in range(0, count, step):
@@ -62,7 +63,7 @@ def _part(policy: Policy, band: PackedKV, q: Tensor, places: Tensor | None, coun
     if not band.packed:
         return packed.ALL
     added = policy.shift(q, places, band.packed)
-    read = policy.reading(q, places, band.packed, weight) if policy.strategy.reads and count <= CHOICE else None
+    read = policy.reading(q, places, band.packed, weight) if policy.reads and count <= CHOICE else None
     return packed.ALL if added is None and read is None else packed.Part(added, read, policy.span)
 
 

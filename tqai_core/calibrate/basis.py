@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.subjects import Subject
 from ..codecs.bases import Bases, BasesFile, Basis, hadamard, klt_of
 from ..codecs.vector import MEAN_FROM
+from ..hosts.calibration_targets import Subject
 from ..registry import build
 
 KINDS = ("k", "v")

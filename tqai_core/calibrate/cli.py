@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import TqaiError
+
 if TYPE_CHECKING:
-    from ..adapters.subjects import Subject
+    from ..hosts.calibration_targets import Subject
     from .file import Calibration
     from .run import Tell
 
@@ -54,8 +56,8 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 
 def tune(args: argparse.Namespace) -> dict[str, Any]:
-    from ..adapters.subjects import Diffusion
     from ..config import Config
+    from ..hosts.calibration_targets import Diffusion
     from . import plots
     from .tune import Budget, tune
 
@@ -63,7 +65,7 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     with progress("tuning") as tell:
         subject = subject_of(args)
         if not isinstance(subject, Diffusion):
-            raise ValueError("tune searches pipelines of diffusion models; for a language model give Config(level='kv') a scorer or bits")
+            raise TqaiError("tune searches pipelines of diffusion models; for a language model give Config(level='kv') a scorer or bits")
         found = tune(subject, budget, args.study, args.trials, args.sampler, args.levels, tell=tell)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(Config.from_dict(found["config"]).to_json() + "\n")
@@ -92,14 +94,14 @@ def tune_tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[s
 
 def subject_of(args: argparse.Namespace, bands: int = 3) -> Subject:
     """ValueError for a folder that is no model, and for text or prompts that are not there."""
-    from ..adapters import subjects
+    from ..hosts import calibration_targets as subjects
 
     steps = 24 if args.steps is None else args.steps
     if args.demo:
         return subjects.demo(args.demo, args.batch, steps, bands)
     for given in (args.prompts, args.text):
         if given is not None and not given.is_file():
-            raise ValueError(f"{given} is not there: give a text file")
+            raise TqaiError(f"{given} is not there: give a text file")
     lines = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else []
     text = args.text.read_text() if args.text else ""
     return subjects.folder(Path(args.model), lines, text, steps, bands, args.part, args.batch or 1)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..codecs.bases import BasesFile
+from ..errors import TqaiError
 from ..files import read_with_header
 from ..modelhash import model_hash
 
@@ -41,7 +42,7 @@ class Calibration:
         """ValueError if this was measured on another model."""
         given = model_hash(model)
         if self.header.get("model") != given:
-            raise ValueError(
+            raise TqaiError(
                 f"this calibration belongs to model {self.header.get('model')}, {type(model).__name__} here is {given}: "
                 "on another model it is worse than none; run tqai calibrate on this one"
             )
@@ -58,17 +59,17 @@ class Calibration:
         """Read a file of :meth:`save`. ValueError for a file that is missing, partial, damaged, newer or of another model."""
         header, tensors = read(path)
         if not header.get("complete"):
-            raise ValueError(f"{path} is a calibration that was stopped: run the same tqai calibrate command again to finish it")
+            raise TqaiError(f"{path} is a calibration that was stopped: run the same tqai calibrate command again to finish it")
         found = {}
         for name, ndim in SHAPES.items():
             x = tensors.get(name)
             if x is None and name in ("mean", "scale"):
                 continue
             if x is None or x.ndim != ndim or (x.is_floating_point() and not bool(torch.isfinite(x).all())):
-                raise ValueError(f"{path}: field {name!r} is missing or damaged: calibrate again")
+                raise TqaiError(f"{path}: field {name!r} is missing or damaged: calibrate again")
             found[name] = x
         if any(found[name].shape[:4] != found["fisher"].shape for name in ("error", "damage", "bits")):
-            raise ValueError(f"{path}: fields 'fisher', 'error', 'damage' and 'bits' speak of different units: calibrate again")
+            raise TqaiError(f"{path}: fields 'fisher', 'error', 'damage' and 'bits' speak of different units: calibrate again")
         made = Calibration(header, found, BasesFile.load(path))
         if model is not None:
             made.check(model)
@@ -86,5 +87,5 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, s
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a calibration, finished or not. ValueError says what is wrong with the file."""
     if not Path(path).is_file():
-        raise ValueError(f"calibration {str(path)!r} is not there: run `tqai calibrate -m MODEL -o {path}`")
+        raise TqaiError(f"calibration {str(path)!r} is not there: run `tqai calibrate -m MODEL -o {path}`")
     return read_with_header(path, "tqai-calibration", FORMAT, what="calibration", make="run tqai calibrate", again="calibrate again")

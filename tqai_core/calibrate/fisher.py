@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import taps
-from ..adapters.subjects import Subject
+from ..hosts import attention_interceptor as taps
+from ..hosts.calibration_targets import Subject
 from .file import WIDTHS
 
 

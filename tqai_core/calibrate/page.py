@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import TqaiError
 from . import plots
 from .file import Calibration
 
@@ -20,7 +21,7 @@ table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #ccc;padding
 def page(path: Path) -> str:
     """HTML of a file of ``tqai calibrate``, a study of ``tqai tune`` (.db) or its ``--json``. ValueError for anything else."""
     if not path.is_file():
-        raise ValueError(f"{path} is not there: give a file of tqai calibrate or tqai tune")
+        raise TqaiError(f"{path} is not there: give a file of tqai calibrate or tqai tune")
     head = path.read_bytes()[:16]
     if head.startswith(b"SQLite format"):
         from .tune import load_study
@@ -30,9 +31,9 @@ def page(path: Path) -> str:
         try:
             found = json.loads(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}): give what tqai tune --json wrote") from None
+            raise TqaiError(f"{path} is no JSON ({error}): give what tqai tune --json wrote") from None
         if found.get("what") != "study":
-            raise ValueError(f"{path} is JSON, but no study: give what tqai tune --json wrote")
+            raise TqaiError(f"{path} is JSON, but no study: give what tqai tune --json wrote")
         return _page(f"tqai tune: {path.name}", _study(found))
     return _page(f"tqai calibrate: {path.name}", _calibration(Calibration.load(path)))
 

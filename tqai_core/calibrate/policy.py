@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.subjects import Subject
+from ..errors import TqaiError
+from ..hosts.calibration_targets import Subject
 from ..registry import build
 from .file import WIDTHS
 
@@ -28,7 +29,7 @@ def water_fill(damage: Tensor, average: float, weight: Tensor | None = None, low
     without. Units are alike in size, so that bits times calls are bytes.
     """
     if not low <= average <= high:
-        raise ValueError(f"average of {average} bits: give {low} to {high}")
+        raise TqaiError(f"average of {average} bits: give {low} to {high}")
     bands = damage.shape[-2]
     calls = [1] * bands if weight is None else [int(w) for w in weight]
     flat = damage.flatten(0, 3).double().cummin(-1).values  # more bits never cost more

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters import taps
-from ..adapters.subjects import Diffusion, Subject
+from ..errors import TqaiError
+from ..hosts import attention_interceptor as taps
+from ..hosts.calibration_targets import Diffusion, Subject
 from ..modelhash import model_hash
 from ..registry import build
 from . import basis, policy
@@ -42,12 +43,12 @@ def calibrate(
     whose errors are weighed. Raises ValueError for settings that cannot be, and a model whose attention is not found.
     """
     if len(set(seeds)) != len(seeds) or not seeds:
-        raise ValueError(f"seeds {list(seeds)}: give one or more, each once")
+        raise TqaiError(f"seeds {list(seeds)}: give one or more, each once")
     if taken := set(seeds) & {HELD_OUT, *CHOICE, *VALIDATION}:
-        raise ValueError(f"seeds {sorted(taken)} are kept for the verdicts: give others")
+        raise TqaiError(f"seeds {sorted(taken)} are kept for the verdicts: give others")
     probes = subject.probes if probes is None else probes
     if probes < 1:
-        raise ValueError(f"probes={probes}: give 1 or more")
+        raise TqaiError(f"probes={probes}: give 1 or more")
     name = model_hash(subject.model)
     settings = {
         "model": name, "class": type(subject.model).__name__, "kind": subject.kind,
@@ -68,7 +69,7 @@ def calibrate(
         if sums is None:
             heads = {len(moments.sums[f"{layer}/mean"]) for layer in moments.layers}
             if moments.layers != list(range(len(taps.blocks_of(subject.model)))) or len(heads) != 1:
-                raise ValueError(
+                raise TqaiError(
                     f"{type(subject.model).__name__}: attention was seen in layers {moments.layers} with {sorted(heads)} heads; "
                     "calibration needs one self-attention a layer through scaled_dot_product_attention, alike in all"
                 )
@@ -108,7 +109,7 @@ def _keep(partial: Path, settings: dict[str, Any], moments: basis.Moments, sums:
 def _resume(partial: Path, settings: dict[str, Any], subject: Subject) -> tuple[basis.Moments, Sums, int]:
     header, tensors = read(partial)
     if differing := [key for key, value in settings.items() if header.get(key) != value]:
-        raise ValueError(
+        raise TqaiError(
             f"{partial} was begun with other settings ({', '.join(f'{k}={header.get(k)!r}' for k in differing)}): "
             "give the same ones to go on, or delete it"
         )
@@ -117,7 +118,7 @@ def _resume(partial: Path, settings: dict[str, Any], subject: Subject) -> tuple[
     sums = Sums(1, 1, 1)
     for name in list(vars(sums)):
         if f"sums/{name}" not in tensors:
-            raise ValueError(f"{partial}: field {name!r} is missing: delete it and calibrate again")
+            raise TqaiError(f"{partial}: field {name!r} is missing: delete it and calibrate again")
         setattr(sums, name, tensors[f"sums/{name}"])
     subject.sigmas = tuple(header["sigmas"])
     return moments, sums, header["done"]

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import TqaiError
 from ..metrics import nmse
 from .multistep import TERMS, Fit, Multistep, Teacher, Together, equidistributed, grid
 
@@ -69,10 +70,10 @@ class CalibratedSampler:
         object.__setattr__(self, "theta", tuple(tuple(float(w) for w in row) for row in self.theta))
         ends = (*self.nodes, 0.0)
         if not self.nodes or ends[0] > 1.001 or any(not a > b for a, b in pairwise(ends)):
-            raise ValueError(f"sampler nodes {list(self.nodes)} do not fall from 1 towards 0: the file is damaged, calibrate again")
+            raise TqaiError(f"sampler nodes {list(self.nodes)} do not fall from 1 towards 0: the file is damaged, calibrate again")
         weights = [w for row in self.theta for w in row]
         if len(self.theta) != self.steps or any(len(row) != TERMS for row in self.theta) or not all(map(math.isfinite, weights)):
-            raise ValueError(f"sampler has no {self.steps} x {TERMS} finite weights: the file is damaged, calibrate again")
+            raise TqaiError(f"sampler has no {self.steps} x {TERMS} finite weights: the file is damaged, calibrate again")
 
     @property
     def steps(self) -> int:
@@ -86,20 +87,20 @@ class CalibratedSampler:
         from ..modelhash import model_hash
 
         if steps is not None and steps != self.steps:
-            raise ValueError(
+            raise TqaiError(
                 f"{steps} steps asked, but this sampler was calibrated for {self.steps}: set num_inference_steps={self.steps}, or make "
                 f"a file for {steps} (tqai calibrate --sampler --steps {steps})"
             )
         if guidance is not None and not self.guidance["low"] <= guidance <= self.guidance["high"]:
             g = self.guidance
-            raise ValueError(
+            raise TqaiError(
                 f"{g['name']}={guidance:g} asked, but this sampler was calibrated at {g['made']:g} and is good for {g['low']:g} to "
                 f"{g['high']:g}: stay in that range, or calibrate at {guidance:g}"
             )
         if models is not None:
             found = {name: model_hash(module) for name, module in models.items()}
             if found != self.models:
-                raise ValueError(
+                raise TqaiError(
                     f"this sampler was calibrated for {self.model_class} {self.models}, the model at hand is {found}: calibrate this "
                     "model (tqai calibrate --sampler). Loaded LoRAs change a model; load or fuse them before calibrating, too"
                 )
@@ -111,7 +112,7 @@ class CalibratedSampler:
         if self.entry is None or found is None:
             return False
         if found != self.entry:
-            raise ValueError(
+            raise TqaiError(
                 f"this sampler was calibrated for a {self.model_class} with first-layer weights {self.entry}, the model at hand has "
                 f"{found}: load the model it was made for, or calibrate this one (tqai calibrate --sampler)"
             )
@@ -123,19 +124,19 @@ class CalibratedSampler:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CalibratedSampler:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            raise ValueError("this is no calibrated sampler: make one with tqai calibrate --sampler")
+            raise TqaiError("this is no calibrated sampler: make one with tqai calibrate --sampler")
         if data.get("version") != VERSION:
-            raise ValueError(
+            raise TqaiError(
                 f"sampler file version {data.get('version')!r}: this tqai reads {VERSION}; upgrade tqai-core or calibrate again"
             )
         content = {k: v for k, v in data.items() if k not in ("format", "version")}
         names = set(cls.__dataclass_fields__)
         if missing := sorted(names - {"difference"} - set(content)):
-            raise ValueError(f"sampler file lacks {', '.join(missing)}: it is damaged, calibrate again")
+            raise TqaiError(f"sampler file lacks {', '.join(missing)}: it is damaged, calibrate again")
         try:
             return cls(**{k: v for k, v in content.items() if k in names})
         except TypeError as error:
-            raise ValueError(f"sampler file is damaged ({error}): calibrate again") from error
+            raise TqaiError(f"sampler file is damaged ({error}): calibrate again") from error
 
     def save(self, path: str | Path) -> None:
         """Write the file in one go: a broken-off save leaves the old one."""
@@ -149,13 +150,13 @@ class CalibratedSampler:
     def load(cls, path: str | Path) -> CalibratedSampler:
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"no sampler file {str(path)!r}: make one with tqai calibrate --sampler -o {path}")
+            raise TqaiError(f"no sampler file {str(path)!r}: make one with tqai calibrate --sampler -o {path}")
         if path.stat().st_size > MOST:
-            raise ValueError(f"{str(path)!r} is larger than a sampler can be ({MOST:,} bytes)")
+            raise TqaiError(f"{str(path)!r} is larger than a sampler can be ({MOST:,} bytes)")
         try:
             data = json.loads(path.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{str(path)!r} is no whole JSON file ({error}): calibrate again") from error
+            raise TqaiError(f"{str(path)!r} is no whole JSON file ({error}): calibrate again") from error
         return cls.from_dict(data)
 
 
@@ -241,10 +242,10 @@ class Loop:
         return solvers
 
     def stock(self, name: str, shift: float, steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
-        raise ValueError(f"a loop of your own has no solver {name!r}: give calibrate(stock=('ab2',))")
+        raise TqaiError(f"a loop of your own has no solver {name!r}: give calibrate(stock=('ab2',))")
 
     def guided(self, guidance: float) -> AbstractContextManager[None]:
-        raise ValueError(f"guidance {guidance:g}: a loop of your own has one guidance, calibrate again for another")
+        raise TqaiError(f"guidance {guidance:g}: a loop of your own has one guidance, calibrate again for another")
 
     def header(self) -> dict[str, Any]:
         from ..modelhash import model_hash
@@ -376,7 +377,7 @@ def calibrate(
     if form == "last":  # its rival is the same solver on the same grid
         best = {"name": "ab2", "shift": shift or tuned["ab2"], **errors(model, held_out, unseen, nodes)}
     if not figures["error"] <= MARGIN * best["error"]:
-        raise ValueError(
+        raise TqaiError(
             f"no file was made: with {steps} steps the calibrated sampler has NMSE {figures['error']:.3g} on held-out seeds, "
             f"{best['name']} at shift {best['shift']:g} has {best['error']:.3g}, and less than a quarter below it is not worth a file. "
             "Use that solver, or calibrate with more steps or more seeds"
@@ -441,10 +442,10 @@ def _grids(teacher: Truth, steps: int, form: str, shift: float | None, tuned: fl
 
 def _sane(steps: int, seeds: Sequence[int], held_out: Sequence[int], form: str, teacher: int) -> None:
     if form not in ("all", "last"):
-        raise ValueError(f"form={form!r}: give 'all' (every step) or 'last' (the step to 0 alone)")
+        raise TqaiError(f"form={form!r}: give 'all' (every step) or 'last' (the step to 0 alone)")
     if steps < 3:
-        raise ValueError(f"{steps} steps: a calibrated sampler takes 3 or more")
+        raise TqaiError(f"{steps} steps: a calibrated sampler takes 3 or more")
     if teacher < 4 * steps:
-        raise ValueError(f"a teacher of {teacher} calls is too coarse for {steps} steps: give {max(4 * steps, TEACHER)} or more")
+        raise TqaiError(f"a teacher of {teacher} calls is too coarse for {steps} steps: give {max(4 * steps, TEACHER)} or more")
     if not seeds or not held_out or set(seeds) & set(held_out):
-        raise ValueError(f"seeds {list(seeds)} and held-out seeds {list(held_out)}: give at least one each, and none twice")
+        raise TqaiError(f"seeds {list(seeds)} and held-out seeds {list(held_out)}: give at least one each, and none twice")

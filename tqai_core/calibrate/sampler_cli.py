@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import TqaiError
+
 PROMPTS = (
     "a portrait of an old fisherman, studio light",
     "a city street at night in the rain, neon signs",
@@ -50,12 +52,12 @@ def _guidances(text: str) -> tuple[float, ...]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Make the file and return its content with what it cost."""
-    from ..adapters.sampler import PipelineModel
+    from ..hosts.diffusers.sampler import PipelineModel
     from .sampler import calibrate, widen
 
     args.steps = 12 if args.steps is None else args.steps
     if args.samples < 1 or args.held_out < 1:
-        raise ValueError(f"--samples {args.samples} --held-out {args.held_out}: give 1 or more")
+        raise TqaiError(f"--samples {args.samples} --held-out {args.held_out}: give 1 or more")
     pipe, inputs = _demo(args) if args.demo else _pipeline(args)
     model = PipelineModel(pipe, inputs, batch=args.batch or (args.samples if args.demo else 1), difference=args.difference)
     began = time.process_time()
@@ -83,26 +85,26 @@ def tables_of(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[st
 
 def _demo(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict[str, Any]]]:
     """A mini; its labels are 0 to 4 alone, so that 5 to 9 stay unseen."""
-    from ..adapters import minis
+    from ..hosts.diffusers import minis
 
     guidance = 2.0 if args.guidance is None else args.guidance
     return minis.pipeline(args.demo), lambda seeds: minis.inputs(args.demo, [seed % 5 for seed in seeds], guidance)
 
 
 def _pipeline(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict[str, Any]]]:
-    from ..adapters.sampler import load_pipeline
+    from ..hosts.diffusers.sampler import load_pipeline
 
     prompts = PROMPTS
     if args.prompts is not None:
         prompts = tuple(line.strip() for line in args.prompts.read_text().splitlines() if line.strip())
         if not prompts:
-            raise ValueError(f"{args.prompts} has no prompts: write one a line")
+            raise TqaiError(f"{args.prompts} has no prompts: write one a line")
     fixed: dict[str, Any] = {}
     if args.size is not None:
         try:
             fixed = dict(zip(("width", "height", "num_frames"), map(int, args.size.lower().split("x")), strict=False))
         except ValueError:
-            raise ValueError(f"--size {args.size}: give WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, as in 1024x1024") from None
+            raise TqaiError(f"--size {args.size}: give WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, as in 1024x1024") from None
     pipe, guidance = load_pipeline(args.model, args.dtype, args.device)
     if args.guidance is not None:
         fixed[guidance] = args.guidance

@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.subjects import Diffusion
 from ..config import FAMILIES, Config, preset
+from ..errors import TqaiError
+from ..hosts.calibration_targets import Diffusion
 from ..modelhash import model_hash
 
 SEEDS, CHOICE, PROOF = (100, 101), (102, 103), (104, 105, 106)  # of the search, of the pick among its best, of the proof
@@ -43,9 +44,9 @@ class Budget:
         try:
             made = Budget(what.strip(), float(value))
         except ValueError:
-            raise ValueError(f"budget {text!r}: give calls=0.5, time=0.6 or bytes=100000") from None
+            raise TqaiError(f"budget {text!r}: give calls=0.5, time=0.6 or bytes=100000") from None
         if made.what not in BUDGETS or not made.limit > 0 or (made.what != "bytes" and made.limit > 1):
-            raise ValueError(f"budget {text!r}: give calls= or time= with a share of the exact run from 0 to 1, or bytes= held at the peak")
+            raise TqaiError(f"budget {text!r}: give calls= or time= with a share of the exact run from 0 to 1, or bytes= held at the peak")
         return made
 
 
@@ -120,7 +121,7 @@ def candidate(trial: Any, steps: int, budget: Budget, levels: Sequence[str], fra
 
 def fragile_layers(bench: Bench, seed: int, tell: Tell = lambda text, part: None) -> list[tuple[int, float]]:
     """(layer, error) of forecasting every second step of one layer alone, worst first: what to propose as ``skip_layers``."""
-    from ..adapters import taps
+    from ..hosts import attention_interceptor as taps
 
     depth = len(taps.blocks_of(bench.subject.model))
     found = []
@@ -153,15 +154,15 @@ def tune(
     """Search until ``trials`` are finished, those of a resumed study counted, then choose and prove. Plain data."""
     optuna = _optuna()
     if trials < 1:
-        raise ValueError(f"trials={trials}: give 1 or more")
+        raise TqaiError(f"trials={trials}: give 1 or more")
     if unknown := [level for level in levels if level not in ("model", "block", "attention")]:
-        raise ValueError(f"levels {unknown}: give model, block, attention")
+        raise TqaiError(f"levels {unknown}: give model, block, attention")
     makers = {
         "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=12, seed=seed),
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, group=True),
     }
     if sampler not in makers:
-        raise ValueError(f"sampler {sampler!r} is unknown; known: {', '.join(makers)}")
+        raise TqaiError(f"sampler {sampler!r} is unknown; known: {', '.join(makers)}")
     study_file.parent.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=f"sqlite:///{study_file}", study_name="tqai", sampler=makers[sampler](), load_if_exists=True,
@@ -174,7 +175,7 @@ def tune(
     had = study.user_attrs.get("settings")
     if had is not None and had != settings:
         differing = ", ".join(f"{k}={had.get(k)!r}" for k in settings if had.get(k) != settings[k])
-        raise ValueError(f"study {study_file} was begun with other settings ({differing}): give the same ones, or another --study")
+        raise TqaiError(f"study {study_file} was begun with other settings ({differing}): give the same ones, or another --study")
     study.set_user_attr("settings", settings)
     bench = Bench(subject)
     fragile: list[tuple[int, float]] = [tuple(pair) for pair in study.user_attrs.get("layers", [])]
@@ -250,11 +251,11 @@ def load_study(path: Path) -> Row:
     """What a study file holds, as far as :func:`tune` came. ValueError for a file that is none."""
     optuna = _optuna()
     if not path.is_file():
-        raise ValueError(f"study {path} is not there: tqai tune --study {path} makes it")
+        raise TqaiError(f"study {path} is not there: tqai tune --study {path} makes it")
     try:
         study = optuna.load_study(study_name="tqai", storage=f"sqlite:///{path}")
     except Exception as error:  # SQLAlchemy has many
-        raise ValueError(f"{path} is no study of tqai tune ({type(error).__name__})") from None
+        raise TqaiError(f"{path} is no study of tqai tune ({type(error).__name__})") from None
     settings = study.user_attrs.get("settings", {})
     what, limit = settings.get("budget", ["calls", 0.5])
     rows = rows_of(study)
@@ -282,7 +283,7 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ValueError("tuning needs Optuna: pip install 'tqai-core[tune]'") from None
+        raise TqaiError("tuning needs Optuna: pip install 'tqai-core[tune]'") from None
     optuna.logging.set_verbosity(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..errors import TqaiError
 from ..modelhash import model_hash
 from . import rotation
 from .scalar import run_bytes
@@ -185,12 +186,12 @@ def calibrate(
 
     codec = codec or build("codec", {"name": "trellis", "bits": bits})
     if codec.bits != bits:
-        raise ValueError(f"the codec has {codec.bits} bits, the bases are for {bits}: give both the same")
+        raise TqaiError(f"the codec has {codec.bits} bits, the bases are for {bits}: give both the same")
     streams: dict[str, tuple[Basis | None, ...]] = {}
     verdicts: dict[str, list[dict[str, Any]]] = {}
     for name, x in samples.items():
         if x.ndim != 3 or not x.is_floating_point():
-            raise ValueError(f"samples of {name!r} have shape {tuple(x.shape)}: give floats [heads, n, d]")
+            raise TqaiError(f"samples of {name!r} have shape {tuple(x.shape)}: give floats [heads, n, d]")
         cut = int(x.shape[1] * (1 - held_out))
         d = x.shape[-1]
         chosen: list[Basis | None] = []
@@ -234,23 +235,23 @@ class BasesFile:
         """The bases of a stream. Raises ValueError for an unknown stream, another width, size or number of heads."""
         if stream is None or stream not in self.streams:
             known = ", ".join(list(self.streams)[:4])
-            raise ValueError(f"the file of bases has no stream {stream!r}; it has {known}, ...: give encode(x, stream=...)")
+            raise TqaiError(f"the file of bases has no stream {stream!r}; it has {known}, ...: give encode(x, stream=...)")
         if bits != self.bits:
-            raise ValueError(f"the file of bases is for {self.bits} bits, asked for {bits}: calibrate again or use bits={self.bits}")
+            raise TqaiError(f"the file of bases is for {self.bits} bits, asked for {bits}: calibrate again or use bits={self.bits}")
         found = self.streams[stream]
         if heads is not None and heads % len(found):
-            raise ValueError(f"stream {stream!r} has {len(found)} heads in the file, the tensor has {heads}: give [..., heads, tokens, d]")
+            raise TqaiError(f"stream {stream!r} has {len(found)} heads in the file, the tensor has {heads}: give [..., heads, tokens, d]")
         plain = hadamard(d, bits, seed).heads[0]
         out = tuple(plain if basis is None else basis for basis in found)
         if any(basis.matrix.shape[-1] != d for basis in out if basis is not plain):
-            raise ValueError(f"stream {stream!r} has vectors of another size in the file than {d}")
+            raise TqaiError(f"stream {stream!r} has vectors of another size in the file than {d}")
         return Bases(out)
 
     def check(self, model: nn.Module) -> None:
         """ValueError if these bases were calibrated on another model, or nobody knows on which."""
         given = model_hash(model)
         if self.model != given:
-            raise ValueError(
+            raise TqaiError(
                 f"these bases belong to model {self.model or '(none written)'}, {type(model).__name__} here is {given}: "
                 "on another model they are worse than none; calibrate on this one"
             )
@@ -279,9 +280,9 @@ class BasesFile:
             with safe_open(str(path), framework="pt") as f:
                 header = json.loads((f.metadata() or {}).get("tqai-bases", "null"))
                 if not isinstance(header, dict):
-                    raise ValueError(f"{path}: field 'tqai-bases' is missing: this is no file of tqai bases; run tqai calibrate")
+                    raise TqaiError(f"{path}: field 'tqai-bases' is missing: this is no file of tqai bases; run tqai calibrate")
                 if header.get("format") != FORMAT:
-                    raise ValueError(
+                    raise TqaiError(
                         f"{path}: field 'format' is {header.get('format')!r}, this tqai reads {FORMAT}: upgrade or calibrate again"
                     )
                 streams: dict[str, tuple[Basis | None, ...]] = {}
@@ -292,7 +293,7 @@ class BasesFile:
                     )
                 return BasesFile(streams, int(header["bits"]), str(header["model"]))
         except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a readable file of bases ({error}): calibrate again") from None
+            raise TqaiError(f"{path}: not a readable file of bases ({error}): calibrate again") from None
 
 
 def _basis(matrix: Tensor, scale: Tensor, runs: Any) -> Basis:
@@ -300,9 +301,9 @@ def _basis(matrix: Tensor, scale: Tensor, runs: Any) -> Basis:
     runs = tuple((int(a), int(b), int(bits)) for a, b, bits in runs)
     joined = all(left[1] == right[0] for left, right in pairwise(runs))
     if matrix.shape != (d, d) or not runs or runs[0][0] != 0 or runs[-1][1] != d or not joined:
-        raise ValueError(f"field 'runs' does not cover the {d} coordinates of the basis: calibrate again")
+        raise TqaiError(f"field 'runs' does not cover the {d} coordinates of the basis: calibrate again")
     if any(not 0 <= bits <= 8 for _, _, bits in runs):
-        raise ValueError("field 'runs' has bits outside 0 to 8: calibrate again")
+        raise TqaiError("field 'runs' has bits outside 0 to 8: calibrate again")
     return Basis(matrix.float(), runs, scale.float())
 
 

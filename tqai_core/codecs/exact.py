@@ -7,15 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..registry import Codec
+from ..roles import CacheCodec
 from ..types import Packed
 
 
 @dataclass(frozen=True)
-class Exact(Codec, name="exact"):
+class Exact(CacheCodec, name="exact"):
     """Keeps a copy in the tensor's own dtype. Error 0, 16 bits a coordinate for bf16 and fp16."""
-
-    levels = (*Codec.levels, "kv")
 
     def encode(self, x: Tensor) -> Packed:
         return Packed(self.spec, tuple(x.shape), {"x": x.detach().clone()})

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import TqaiError
+
 REACH = 8.0  # standard deviations; beyond lies 1e-15 of a Gaussian
 GRID = 1 << 17
 
@@ -61,7 +63,7 @@ class Grid:
 def lloyd_max(bits: int, d: int | None = None) -> Tensor:
     """Levels ``fp32 [2 ** bits]``, ascending and symmetric, for unit-variance coordinates of dimension ``d``."""
     if not 1 <= bits <= 8:
-        raise ValueError(f"bits={bits} asked; levels exist for 1 to 8 bits")
+        raise TqaiError(f"bits={bits} asked; levels exist for 1 to 8 bits")
     t, p = _density(d)
     mass = np.concatenate([[0.0], np.cumsum(p)])
     first = np.concatenate([[0.0], np.cumsum(p * t)])

@@ -24,6 +24,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..errors import TqaiError
 from . import packing
 from .levels import lloyd_max
 from .rotation import matrix
@@ -38,9 +39,9 @@ class Rows:
 
     def __init__(self, d: int, bits: int, seed: int, device: torch.device) -> None:
         if bits not in BITS:
-            raise ValueError(f"a KV cache of {bits} bits asked; it has {', '.join(map(str, BITS))} bits")
+            raise TqaiError(f"a KV cache of {bits} bits asked; it has {', '.join(map(str, BITS))} bits")
         if d % 8 or not 16 <= d <= 1024:
-            raise ValueError(f"head dimension {d} cannot be packed: it must be a multiple of 8 from 16 to 1024; leave those layers exact")
+            raise TqaiError(f"head dimension {d} cannot be packed: it must be a multiple of 8 from 16 to 1024; leave those layers exact")
         self.d, self.bits, self.device = d, bits, device
         self.runs, self.basis = (self,), None
         self.step = 0.0  # of levels that are bytes: level = step * byte, at 8 bits step * (byte + 1/2)

@@ -7,13 +7,15 @@ quantiser, a run of coordinates at a time -> bytes, and one log gain a vector, r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..registry import Codec, param
+from ..errors import TqaiError
+from ..registry import param
+from ..roles import Codec
 from ..types import Packed
 from . import gain, rotation
 from .bases import Bases, Basis, hadamard_at, load
@@ -37,7 +39,7 @@ class Quantiser(Protocol):
 
 
 @dataclass(frozen=True)
-class VectorCodec(Codec, role="codec"):
+class VectorCodec(Codec):
     """Base of the codecs of vectors; see the module for the way of a tensor."""
 
     bits: int = param(4, "bits a coordinate", low=1, high=8)
@@ -56,6 +58,17 @@ class VectorCodec(Codec, role="codec"):
         if self.basis != "hadamard":
             load(self.basis, model)
 
+    def encode_stream(self, name: str, x: Tensor) -> Packed:
+        """``x`` on the calibrated bases of this stream where the file has them at this width, else on the random rotation: files of
+        ``tqai calibrate`` are of keys and values."""
+        if self.basis == "hadamard":
+            return self.encode(x)
+        bases = load(self.basis)
+        known = bases.streams.get(name, ())
+        if bases.bits != self.bits or not known or any(b is not None and b.matrix.shape[-1] != x.shape[-1] for b in known):
+            return replace(self, basis="hadamard").encode(x)
+        return self.encode(x, stream=name)
+
     def encode(self, x: Tensor, stream: str | None = None, bases: Bases | None = None) -> Packed:
         """Code the vectors of ``x [..., heads, tokens, d]`` (bf16, fp16 or fp32; any strides; may be empty).
 
@@ -63,7 +76,7 @@ class VectorCodec(Codec, role="codec"):
         Raises ValueError for scalars, integer tensors, NaN and inf, and a stream that the file does not know.
         """
         if x.ndim == 0 or not x.is_floating_point():
-            raise ValueError(
+            raise TqaiError(
                 f"{self.name} codes vectors of floats [..., d]; got {x.dtype} of shape {tuple(x.shape)}: add a dimension or cast"
             )
         d, device = x.shape[-1], x.device
@@ -105,7 +118,7 @@ class VectorCodec(Codec, role="codec"):
             if not (low > 1e-12 and high < 1e15):  # squares left fp32, or a zero vector
                 top = max(float(chunk.abs().max()), 1e-37)
                 if not math.isfinite(top):
-                    raise ValueError(f"{self.name} cannot code NaN or inf, and the tensor has some: drop or repair them first")
+                    raise TqaiError(f"{self.name} cannot code NaN or inf, and the tensor has some: drop or repair them first")
         else:  # a question to the device would wait for it: always scaled
             chunk = chunk.nan_to_num(0.0, 0.0, 0.0)
             top = chunk.abs().amax().clamp_min(1e-37) if chunk.numel() else None
@@ -150,13 +163,13 @@ class VectorCodec(Codec, role="codec"):
         if len(plan) == 1:
             return plan[0].forward(q.reshape(-1, d).float()).view(q.shape)
         if q.ndim < 3 or q.shape[-3] != len(plan):
-            raise ValueError(f"q has shape {tuple(q.shape)}; the basis has {len(plan)} heads: give [..., {len(plan)}, tokens, d]")
+            raise TqaiError(f"q has shape {tuple(q.shape)}; the basis has {len(plan)} heads: give [..., {len(plan)}, tokens, d]")
         out = [plan[h].forward(q[..., h, :, :].reshape(-1, d).float()).view(q[..., h, :, :].shape) for h in range(len(plan))]
         return torch.stack(out, dim=-3)
 
     def _decode(self, packed: Packed, dtype: torch.dtype | None, bases: Bases | None, rotated: bool) -> Tensor:
         if packed.codec != self.spec:
-            raise ValueError(f"packed by {packed.codec!r}, this codec is {self.spec!r}: decode with tqai.codec(packed.codec)")
+            raise TqaiError(f"packed by {packed.codec!r}, this codec is {self.spec!r}: decode with tqai.codec(packed.codec)")
         n, tokens, d = _sizes(packed.shape)
         heads = max(n // max(tokens, 1), 1)
         _check(packed, n, heads, d)
@@ -164,7 +177,7 @@ class VectorCodec(Codec, role="codec"):
         dtype = dtype or DTYPES[packed.meta["dtype"]]
         plan = self._plan(bases, packed.meta.get("stream"), d, heads, codes.device)
         if codes.shape[1] != plan[0].row_bytes:
-            raise ValueError(f"field 'codes' has rows of {codes.shape[1]} bytes, expected {plan[0].row_bytes}: save the tensor again")
+            raise TqaiError(f"field 'codes' has rows of {codes.shape[1]} bytes, expected {plan[0].row_bytes}: save the tensor again")
         gains = gain.decode(packed.tensors["gain"], packed.tensors["span"])[:, None]
         mean = None if rotated else packed.tensors.get("mean")
         room = Room(codes.device)
@@ -274,7 +287,7 @@ def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None
 def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """(vectors, tokens a head, d) of a tensor of this shape."""
     if not shape:
-        raise ValueError("field 'shape' is empty: vectors have at least one dimension")
+        raise TqaiError("field 'shape' is empty: vectors have at least one dimension")
     return math.prod(shape[:-1]), shape[-2] if len(shape) > 1 else 1, shape[-1]
 
 
@@ -290,12 +303,12 @@ def _check(packed: Packed, n: int, heads: int, d: int) -> None:
     for name, (shape, dtypes) in wanted.items():
         tensor = packed.tensors.get(name)
         if tensor is None:
-            raise ValueError(f"field {name!r} is missing: save the tensor again")
+            raise TqaiError(f"field {name!r} is missing: save the tensor again")
         sizes = tuple(b if a is ... else a for a, b in zip(shape, tensor.shape, strict=False))
         if tuple(tensor.shape) != sizes or tensor.dtype not in dtypes:
-            raise ValueError(f"field {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtypes[0]} {shape}: save the tensor again")
+            raise TqaiError(f"field {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtypes[0]} {shape}: save the tensor again")
     if packed.meta.get("kind") not in KINDS or packed.meta.get("dtype") not in DTYPES:
-        raise ValueError(
+        raise TqaiError(
             f"field 'kind' or 'dtype' is unknown ({packed.meta.get('kind')!r}, {packed.meta.get('dtype')!r}): save the tensor again"
         )
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-KINDS = ("flux", "sd3", "wan")
-LM_VARIANTS = ("plain", "outlier", "bias")
+from .names import KINDS, LM_VARIANTS
+
+__all__ = ["KINDS", "LM_VARIANTS", "inputs", "lm", "lm_text", "pipeline"]
 
 
 def pipeline(kind: str, scheduler: Any = None) -> Any:
@@ -20,14 +21,14 @@ def pipeline(kind: str, scheduler: Any = None) -> Any:
     ``scheduler`` is any flow-matching scheduler; FlowMatchEulerDiscreteScheduler(shift=1) without one. Call it as
     ``pipe(**minis.inputs(kind, [3, 7]), num_inference_steps=24)``. Needs diffusers.
     """
-    from ..adapters.minis import pipeline
+    from ..hosts.diffusers.minis import pipeline
 
     return pipeline(kind, scheduler)
 
 
 def inputs(kind: str, labels: Sequence[int], guidance: float = 2.0) -> dict[str, Any]:
     """Keyword arguments that make the pipeline draw ``labels`` (0 to 9), guided by ``guidance``."""
-    from ..adapters.minis import inputs
+    from ..hosts.diffusers.minis import inputs
 
     return inputs(kind, labels, guidance)
 
@@ -38,13 +39,13 @@ def lm(variant: str = "plain") -> Any:
     Tokens are bytes: ``torch.tensor([list(b"def ")])``. ``outlier`` and ``bias`` compute the same function with key channels
     10 to 50 times as large, or key biases of +-40, as large models have them. Needs transformers.
     """
-    from ..adapters.lm import model
+    from ..hosts.transformers.minis import model
 
     return model(variant)
 
 
 def lm_text() -> Any:
     """128 KiB of source code that the language model was not trained on, ``int64 [131072]``."""
-    from ..adapters.lm import held_out
+    from ..hosts.transformers.minis import held_out
 
     return held_out()

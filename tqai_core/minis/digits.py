@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import TqaiError
+
 if TYPE_CHECKING:
     import numpy as np
     from sklearn.svm import SVC
@@ -24,7 +26,7 @@ def _raw() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError("the digits of the minis need scikit-learn: pip install 'tqai-core[demo]'") from error
+        raise TqaiError("the digits of the minis need scikit-learn: pip install 'tqai-core[demo]'") from error
     data = load_digits()
     return torch.tensor(data.images / 16.0, dtype=torch.float32)[:, None], torch.tensor(data.target)
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..registry import Monitor, param
+from ..registry import param
+from ..roles import Batch, PackMonitor, StepMonitor
 from ..types import Decision, Step
 from . import forced
-
-if TYPE_CHECKING:
-    from ..kv_methods import Flush
 
 
 @dataclass(frozen=True)
 class Lyapunov(
-    Monitor, name="lyapunov", paper="step-size control of multistep ODE solvers (Hairer, Norsett, Wanner, Solving ODEs I, III.5)"
+    StepMonitor,
+    PackMonitor,
+    name="lyapunov",
+    aliases=("error_control",),
+    paper="step-size control of multistep ODE solvers (Hairer, Norsett, Wanner, Solving ODEs I, III.5)",
 ):
     """At every computed step the forecast is compared with the truth, which is free. The error found is carried over to
     the coming step by the remainder of interpolation, and the step is forecast while that stays below the tolerance.
@@ -35,8 +37,7 @@ class Lyapunov(
     max_gap: int = param(6, "most evaluations forecast in a row", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
 
-    levels = (*Monitor.levels, "kv")
-    queries = 4
+    recent_queries = 4
 
     def idle(self, step: Step) -> str | None:
         return "tau=0 allows no forecast" if self.tau == 0 else super().idle(step)
@@ -74,11 +75,11 @@ class Lyapunov(
         del nodes[: -order - 1]
         state["gap"] = 0
 
-    def judge(self, flush: Flush) -> tuple[Decision, float | None]:
+    def judge(self, batch: Batch) -> tuple[Decision, float | None]:
         """Level kv: the error that packing these tokens makes in the recent queries' attention, measured against the exact rows
         while both are there: at the first ``warmup`` flushes, every ``max_gap``-th one, and whenever the last error, grown by its
         exponent, would pass tau. Held finer where the measured error does."""
-        state = flush.state
+        state = batch.state
         seen = state["seen"] = state.get("seen", 0) + 1
         gap = state["gap"] = state.get("gap", 0) + 1
         estimate = None
@@ -86,9 +87,9 @@ class Lyapunov(
             estimate = state["error"] * math.exp(min(max(state.get("exponent", 0.0), 0.0) * gap, 50.0))
         if seen > self.warmup and gap < self.max_gap and estimate is not None and estimate <= self.tau:
             return Decision(False, "estimate within the tolerance", estimate), None
-        if flush.error is None:
+        if batch.error is None:
             return Decision(False, "this attention hides its queries", estimate), None
-        error = float(flush.error)
+        error = float(batch.error)
         if state.get("error") and error > 0:
             state["exponent"] = math.log(error / state["error"]) / gap
         state["error"], state["gap"] = error, 0

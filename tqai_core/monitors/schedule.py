@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..registry import Monitor, param
+from ..errors import TqaiError
+from ..registry import param
+from ..roles import StepMonitor
 from ..types import Decision, Step
 
 
 @dataclass(frozen=True)
-class Schedule(Monitor, name="schedule"):
+class Schedule(StepMonitor, name="schedule"):
     """Computes the evaluations that are listed, the first and the last, and forecasts the others, whatever the error. Made by
     ``tqai tune`` for one model and number of steps: a list found on other seeds has .33 (Flux) and .44 (SD3) of the balanced
     preset's error at half the calls; on WAN none that was found beats it. A run with another number of steps is left exact.
@@ -24,7 +26,7 @@ class Schedule(Monitor, name="schedule"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(0 <= step < self.total for step in self.steps):
-            raise ValueError(f"monitor 'schedule': steps={self.steps} of {self.total}: give numbers from 0 to {self.total - 1}")
+            raise TqaiError(f"monitor 'schedule': steps={self.steps} of {self.total}: give numbers from 0 to {self.total - 1}")
 
     def idle(self, step: Step) -> str | None:
         if step.total != self.total:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..registry import Monitor, param
+from ..registry import param
+from ..roles import Batch, EntropyMonitor, PackMonitor
 from ..types import Decision, Step
 from . import forced
 
-if TYPE_CHECKING:
-    from ..kv_methods import Flush
-
 
 @dataclass(frozen=True)
-class Stability(Monitor, name="stability", paper="attention entropy as a sign of stability, Zhai et al. 2303.06296"):
+class Stability(EntropyMonitor, PackMonitor, name="stability", paper="attention entropy as a sign of stability, Zhai et al. 2303.06296"):
     """Watches the entropy of attention, head by head, on a few queries of a few layers (1 = looks everywhere, 0 = at one
     token). A step is forecast while the entropy, going on at its measured pace, would move less than ``tau``; a head that
     collapses by ``collapse`` below its running mean forces the next two evaluations. A signal on video, none on the image
@@ -35,9 +33,7 @@ class Stability(Monitor, name="stability", paper="attention entropy as a sign of
 
     flush_tau: float = param(0.02, "level kv: the same between two flushes that base bits may miss", low=0.0, high=1.0, level="kv")
 
-    levels = (*Monitor.levels, "kv")
-    probes = ("entropy",)
-    queries = 4
+    recent_queries = 4
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         seen = state["seen"] = state.get("seen", 0) + 1
@@ -75,14 +71,14 @@ class Stability(Monitor, name="stability", paper="attention entropy as a sign of
             state["mean"] = list(now)
         state["before"], state["at"] = now, step.sigma
 
-    def judge(self, flush: Flush) -> tuple[Decision, float | None]:
+    def judge(self, batch: Batch) -> tuple[Decision, float | None]:
         """Level kv: the entropy of the recent queries' attention to the exact tokens. A flush is held finer while a layer's
         attention moves, and so are two after a head has collapsed."""
-        state = flush.state
-        if flush.q is None:
+        state = batch.state
+        if batch.q is None:
             return Decision(False, "this attention hides its queries"), None
-        k, v, _ = flush.near()
-        p = flush.attention(k, v)[0]
+        k, v, _ = batch.near()
+        p = batch.attention(k, v)[0]
         entropy = torch.special.entr(p).sum(-1).mean((0, 2)) / math.log(max(p.shape[-1], 2))  # [heads]
         now, before = entropy.tolist(), state.get("before")
         state["before"] = now

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..registry import Scorer, param
+from ..registry import param
+from ..roles import Batch, BlockScorer, History, StepScorer
 from ..types import Step
-
-if TYPE_CHECKING:
-    from ..kv_methods import Flush
-    from ..memory import Stream
-
 
 PARTS = 4  # mean queries a block: one alone picks worse blocks on WAN, means of keys on Flux
 ROOM = 1 << 22  # bytes of weights at a time on a CPU
 
 
 @dataclass(frozen=True)
-class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01085 and Quest 2406.10774"):
+class Bsa(StepScorer, BlockScorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01085 and Quest 2406.10774"):
     """Attention mass between blocks, by four mean queries a block against all keys: with ``window`` it chooses the blocks that stay
     exact, and they err as those of the exact mass do (one step of the minis, within 3 %), where the means of keys alone would pick
     blocks that err 1.4 (WAN) and 2.2 times (Flux) as much. As a score of tokens, the mass that their block's mean receives; as a
@@ -31,13 +26,11 @@ class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01
     of equal bytes); with ``window`` its blocks lose least of all scorers' (.87 of the nearest blocks' KL).
     """
 
-    levels = (*Scorer.levels, "kv")
-    queries = 4
-    centroids = True
+    recent_queries = 4
 
     block: int = param(16, "tokens a block", low=1, high=1024)
 
-    def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | None:
+    def score(self, x: Tensor | None, step: Step, stream: History) -> Tensor | None:
         if x is None:
             return None
         n, d = x.shape[1:]
@@ -46,14 +39,14 @@ class Bsa(Scorer, name="bsa", paper="block-centroid selection, as in BSA 2509.01
         mass = (means @ means.mT * d**-0.5).softmax(-1).mean(1)  # [b, blocks], what each block receives
         return (mass / mass.amax(-1, keepdim=True).clamp_min(1e-12)).repeat_interleave(self.block, 1)[:, :n]
 
-    def weigh(self, flush: Flush) -> Tensor | None:
+    def weigh(self, batch: Batch) -> Tensor | None:
         """Level kv: what the recent queries give to a token's block, by its centroid, and in the block to the token. None where an
         attention hides its queries."""
-        if flush.q is None:
+        if batch.q is None:
             return None
-        n, pad = flush.k.shape[2], -flush.k.shape[2] % self.block
-        blocks = (flush.q @ centroids(flush.k, self.block).transpose(-1, -2)).softmax(-1).mean(2)  # [b, h, blocks]
-        own = F.pad(flush.q @ flush.k.transpose(-1, -2), (0, pad), value=float("-inf")).unflatten(3, (-1, self.block)).softmax(-1).mean(2)
+        n, pad = batch.k.shape[2], -batch.k.shape[2] % self.block
+        blocks = (batch.q @ centroids(batch.k, self.block).transpose(-1, -2)).softmax(-1).mean(2)  # [b, h, blocks]
+        own = F.pad(batch.q @ batch.k.transpose(-1, -2), (0, pad), value=float("-inf")).unflatten(3, (-1, self.block)).softmax(-1).mean(2)
         score = (blocks[..., None] * own).flatten(2)[..., :n].mean(1)
         return score / score.amax(-1, keepdim=True).clamp_min(1e-30)
 

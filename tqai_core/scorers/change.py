@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from ..registry import Scorer, param
+from ..registry import param
+from ..roles import History, StepScorer
 from ..sketch import sketch
 from ..types import Step
 
-if TYPE_CHECKING:
-    from ..kv_methods import Flush
-    from ..memory import Stream
-
 
 @dataclass(frozen=True)
-class Change(Scorer, name="change", paper="last relative change, the signal of TeaCache 2411.19108 and FirstBlockCache"):
+class Change(StepScorer, name="change", paper="last relative change, the signal of TeaCache 2411.19108 and FirstBlockCache"):
     """Relative change of a token since its last computed value, r / (r + 1). The best cheap predictor of the next step's
     reuse error on the minis: rank correlation .45 to .71 by token and .73 to .82 by step. As a weight of the tolerance it
     loses to its absence: 1.2 to 1.7 times the error at 12 of 24 calls.
-    At level kv (a token against the one before it) it loses: 1.4 to 3.4 times the KL of a plain cache of equal bytes.
     """
 
-    levels = (*Scorer.levels, "kv")
+    elsewhere = "in caches it lost to plain ones of equal bytes, 1.4 to 3.4 times the KL"
 
     width: int = param(16, "coordinates of the sketch kept of a token", low=1, high=256)
 
-    def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | None:
+    def score(self, x: Tensor | None, step: Step, stream: History) -> Tensor | None:
         if x is None:
             return None
         now = sketch(x, self.width)
@@ -38,12 +32,4 @@ class Change(Scorer, name="change", paper="last relative change, the signal of T
         if before is None or before.shape != now.shape:
             return now.new_ones(now.shape[:-1])
         moved = (now - before.float()).norm(dim=-1) / now.norm(dim=-1).clamp_min(1e-12)
-        return moved / (moved + 1)
-
-    def weigh(self, flush: Flush) -> Tensor:
-        """Level kv: of a token's keys against those of the token before it."""
-        before = flush.state.get("last", flush.k[:, :, :1])
-        flush.state["last"] = flush.k[:, :, -1:].clone()
-        size = lambda x: x.square().sum((1, 3)).sqrt()  # noqa: E731
-        moved = size(flush.k - torch.cat([before, flush.k[:, :, :-1]], 2)) / size(flush.k).clamp_min(1e-12)
         return moved / (moved + 1)

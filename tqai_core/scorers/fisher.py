@@ -6,40 +6,37 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import TqaiError
 from ..modelhash import model_hash
-from ..registry import Scorer, param
+from ..registry import param
+from ..roles import History, LayerScorer, StepScorer
 from ..types import Step
-
-if TYPE_CHECKING:
-    from ..memory import Stream
 
 
 @dataclass(frozen=True)
-class Fisher(Scorer, name="fisher", paper="Gauss-Newton Fisher by Hutchinson probes (Martens 1412.1193; Hutchinson 1989)"):
+class Fisher(StepScorer, LayerScorer, name="fisher", paper="Gauss-Newton Fisher by Hutchinson probes (Martens 1412.1193; Hutchinson 1989)"):
     """A table of true gradient sensitivities, layer x head x K/V x sigma, made offline by ``tqai calibrate`` and tied to its
     model. The one real importance signal: rank correlation .91 to .93 with true damage by unit. Importance of a step is the
     sensitivity of its sigma band, of a layer that of its heads, both against the largest of the table.
     At level kv the keys or values of the layers that matter most get one size more.
     """
 
-    levels = (*Scorer.levels, "kv")
-
     file: str = param("", "the table that tqai calibrate wrote")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.file:
-            raise ValueError(
+            raise TqaiError(
                 "scorer 'fisher' needs its table: run `tqai calibrate -m MODEL -o FILE` once and give fisher:file=FILE, "
                 "or take scorer 'change', which needs none"
             )
 
-    def score(self, x: Tensor | None, step: Step, stream: Stream) -> float:
+    def score(self, x: Tensor | None, step: Step, stream: History) -> float:
         table, sigmas = load(self.file)
         band = min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - step.sigma))
         by_layer = table.sum((1, 2))  # [layers, bands]
@@ -48,22 +45,22 @@ class Fisher(Scorer, name="fisher", paper="Gauss-Newton Fisher by Hutchinson pro
             return float(by_step[band] / by_step.max())
         layer = int(stream.where.site.rsplit(".", 1)[1])
         if layer >= len(by_layer):
-            raise ValueError(f"fisher table {self.file!r} has {len(by_layer)} layers, asked for layer {layer}: calibrate this model")
+            raise TqaiError(f"fisher table {self.file!r} has {len(by_layer)} layers, asked for layer {layer}: calibrate this model")
         return float(by_layer[layer, band] / by_layer.max())
 
-    def units(self, layer: int, layers: int, share: float) -> tuple[bool, bool]:
+    def finer(self, layer: int, layers: int, share: float) -> tuple[bool, bool]:
         """Level kv: keys and values of a layer apart, by the damage that 4 bits do to them where the table tells it, else by
         their sensitivity."""
         worth = load_units(self.file)
         if len(worth) != layers:
-            raise ValueError(f"fisher table {self.file!r} has {len(worth)} layers, this model {layers}: calibrate this model")
+            raise TqaiError(f"fisher table {self.file!r} has {len(worth)} layers, this model {layers}: calibrate this model")
         best = worth.flatten().argsort(descending=True)[: round(share * worth.numel())]
         raised = torch.zeros(worth.numel(), dtype=torch.bool).scatter_(0, best, True).view_as(worth)[layer]
         return bool(raised[0]), bool(raised[1])
 
     def belongs(self, model: Any) -> None:
         if (given := origin(self.file)) is not None and given != model_hash(model):
-            raise ValueError(
+            raise TqaiError(
                 f"fisher table {self.file!r} belongs to model {given}, {type(model).__name__} here is {model_hash(model)}: "
                 "run tqai calibrate on this one"
             )
@@ -83,9 +80,9 @@ def origin(file: str, field: str = "model") -> str | None:
         with safe_open(file, framework="pt") as f:
             header = json.loads((f.metadata() or {}).get("tqai-calibration", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"fisher table {file!r} is not readable ({error}): run `tqai calibrate -m MODEL -o {file}`") from None
+        raise TqaiError(f"fisher table {file!r} is not readable ({error}): run `tqai calibrate -m MODEL -o {file}`") from None
     if header and not header.get("complete"):
-        raise ValueError(f"{file!r} is a calibration that was stopped: run the same tqai calibrate command again to finish it")
+        raise TqaiError(f"{file!r} is a calibration that was stopped: run the same tqai calibrate command again to finish it")
     return header.get(field)
 
 
@@ -96,16 +93,16 @@ def load(file: str) -> tuple[Tensor, list[float]]:
     from safetensors.torch import load_file
 
     if not Path(file).is_file():
-        raise ValueError(f"fisher table {file!r} is not there: run `tqai calibrate -m MODEL -o {file}`")
+        raise TqaiError(f"fisher table {file!r} is not there: run `tqai calibrate -m MODEL -o {file}`")
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"fisher table {file!r} is damaged ({error}): calibrate again") from None
+        raise TqaiError(f"fisher table {file!r} is damaged ({error}): calibrate again") from None
     table, sigmas = tensors.get("fisher"), tensors.get("sigmas")
     if table is None or table.ndim != 4 or table.shape[2] != 2 or not bool(torch.isfinite(table).all()) or not bool((table >= 0).all()):
-        raise ValueError(f"field 'fisher' of {file!r} is no table [layers, heads, 2, bands] of finite sensitivities: calibrate again")
+        raise TqaiError(f"field 'fisher' of {file!r} is no table [layers, heads, 2, bands] of finite sensitivities: calibrate again")
     if sigmas is None or sigmas.shape != table.shape[3:]:
-        raise ValueError(f"field 'sigmas' of {file!r} must give the sigma of each of the {table.shape[3]} bands: calibrate again")
+        raise TqaiError(f"field 'sigmas' of {file!r} must give the sigma of each of the {table.shape[3]} bands: calibrate again")
     return table.float(), sigmas.tolist()
 
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..registry import Scorer, param
+from ..registry import param
+from ..roles import Batch, History, StepScorer, TokenScorer
 from ..sketch import sketch
 from ..types import Step
-
-if TYPE_CHECKING:
-    from ..kv_methods import Flush
-    from ..memory import Stream
 
 PAST = 32  # tokens of a text that share a running mean
 
 
 @dataclass(frozen=True)
-class Palm(Scorer, name="palm"):
+class Palm(StepScorer, TokenScorer, name="palm"):
     """Novelty of a token: its distance from a running mean in units of a running spread, squashed to [0, 1]. Kept on a
     small sketch of each token. Predicts the next reuse error less well than ``change`` on the minis (rank correlation .39
     to .54 by token, .55 to .73 by step). At 12 of 24 calls it changes nothing on SD3 and WAN and loses to its absence on Flux
@@ -29,12 +25,10 @@ class Palm(Scorer, name="palm"):
     the KL of a plain cache of equal bytes, and at 4 bits nothing (.99 alone, 1.06 with ``tiered``).
     """
 
-    levels = (*Scorer.levels, "kv")
-
     alpha: float = param(0.5, "weight of the newest value in the running mean and spread", low=0.01, high=1.0)
     width: int = param(16, "coordinates of the sketch kept of a token", low=1, high=256)
 
-    def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | None:
+    def score(self, x: Tensor | None, step: Step, stream: History) -> Tensor | None:
         if x is None:
             return None
         now = sketch(x, self.width)
@@ -52,10 +46,10 @@ class Palm(Scorer, name="palm"):
         novelty = (squared / scale).sqrt()
         return novelty / (novelty + 1)
 
-    def weigh(self, flush: Flush) -> Tensor:
+    def weigh(self, batch: Batch) -> Tensor:
         """Level kv: the same of keys along the text, ``PAST`` tokens at a time against what came before them."""
-        out, state = [], flush.state
-        for k in flush.k.split(PAST, 2):
+        out, state = [], batch.state
+        for k in batch.k.split(PAST, 2):
             if "mean" not in state:
                 state["mean"] = k.mean(2, keepdim=True)
                 state["spread"] = (k - state["mean"]).square().mean((2, 3), keepdim=True)

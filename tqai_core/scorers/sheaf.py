@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..layout import grid_of
-from ..registry import Scorer
+from ..roles import Batch, History, StepScorer, TokenScorer
+from ..tokens import grid_of
 from ..types import Step
-
-if TYPE_CHECKING:
-    from ..kv_methods import Flush
-    from ..memory import Stream
 
 
 @dataclass(frozen=True)
-class Sheaf(Scorer, name="sheaf", paper="sheaf Laplacian, Hansen and Ghrist 1808.01513; restriction maps are the identity here"):
+class Sheaf(
+    StepScorer, TokenScorer, name="sheaf", paper="sheaf Laplacian, Hansen and Ghrist 1808.01513; restriction maps are the identity here"
+):
     """Laplacian energy of a token on its grid (1-D text, 2-D image, 3-D video): the sum of |x - neighbour|^2 over its edges
     divided by the largest value it can take; a constant field scores 0, a checkerboard 1. Says little on the minis: rank
     correlation with the next reuse error .04 to .16 by token, .25 to .53 by step. At 12 of 24 calls: nothing changes on the
@@ -26,19 +23,17 @@ class Sheaf(Scorer, name="sheaf", paper="sheaf Laplacian, Hansen and Ghrist 1808
     At level kv it loses: 1.3 to 2.8 times the KL of a plain cache of equal bytes.
     """
 
-    levels = (*Scorer.levels, "kv")
-
-    def score(self, x: Tensor | None, step: Step, stream: Stream) -> Tensor | None:
+    def score(self, x: Tensor | None, step: Step, stream: History) -> Tensor | None:
         if x is None:
             return None
         return harmonicity(x, grid_of(x, stream.grid))
 
-    def weigh(self, flush: Flush) -> Tensor:
+    def weigh(self, batch: Batch) -> Tensor:
         """Level kv: of keys on the line of the text; the last token of a flush does not see the one after it."""
-        k = flush.k if (last := flush.state.get("last")) is None else torch.cat([last, flush.k], 2)
-        flush.state["last"] = flush.k[:, :, -1:].clone()
+        k = batch.k if (last := batch.state.get("last")) is None else torch.cat([last, batch.k], 2)
+        batch.state["last"] = batch.k[:, :, -1:].clone()
         x = k.transpose(1, 2).flatten(2)
-        return harmonicity(x, (x.shape[1],))[:, -flush.k.shape[2] :]
+        return harmonicity(x, (x.shape[1],))[:, -batch.k.shape[2] :]
 
 
 def harmonicity(x: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..registry import Scorer, param
+from ..registry import param
+from ..roles import History, StepScorer
 from ..types import Step
-
-if TYPE_CHECKING:
-    from ..memory import Stream
 
 
 @dataclass(frozen=True)
-class Snr(Scorer, name="snr"):
+class Snr(StepScorer, name="snr"):
     """Importance of a step grows as noise falls: the monitor's tolerance becomes tau * (.4 + .9 sigma). Loses to its
     absence on the minis now that the monitor weighs a step by its width: WAN, 12 of 24 Euler calls, NMSE 3.9 / 4.2 / 3.9
     / 8.0 e-4 with it and 3.1 / 4.2 / 2.0 / 2.7 e-4 without (four seeds). The presets leave it out.
@@ -26,6 +23,6 @@ class Snr(Scorer, name="snr"):
 
     schedule: str = param("linear", "shape over sigma", choices=("linear", "cosine"))
 
-    def score(self, x: Tensor | None, step: Step, stream: Stream) -> float:
+    def score(self, x: Tensor | None, step: Step, stream: History) -> float:
         sigma = min(max(step.sigma, 0.0), 1.0)
         return 1 - sigma if self.schedule == "linear" else math.cos(sigma * math.pi / 2)

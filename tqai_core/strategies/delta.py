@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..registry import Strategy, param
+from ..registry import param
+from ..roles import BlockPredictor, Forecaster, History
 from ..types import Part, Step
-
-if TYPE_CHECKING:
-    from ..memory import Stream
 
 
 @dataclass(frozen=True)
-class Delta(Strategy, name="delta"):
+class Delta(Forecaster, BlockPredictor, name="delta"):
     """Forecast = the last value (plain reuse). On the same schedule it has 28 (Flux), 5 (SD3) and 7 (WAN) times the error of
     ``delta2`` (minis, 24 Euler steps, half of them computed). Holds one tensor a stream.
     At level kv keys are residuals against the mean of their block (values are not: theirs share too little), in the layers where
@@ -26,19 +23,17 @@ class Delta(Strategy, name="delta"):
     block: int = param(32, "level kv: tokens that share an anchor", choices=(16, 32, 64, 128), level="kv")
 
     order = 0
-    levels = (*Strategy.levels, "kv")
-    terms = 1
 
-    def forecast(self, stream: Stream, step: Step) -> Tensor | None:
+    def forecast(self, stream: History, step: Step) -> Tensor | None:
         return stream.value("value")
 
-    def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
+    def plan(self, x: Tensor, score: Tensor | float | None, stream: History, step: Step) -> dict[str, Part]:
         return {"value": Part(x)}
 
     @property
     def span(self) -> int:
         return self.block
 
-    def lines(self, k: Tensor) -> Tensor:
+    def fit(self, k: Tensor) -> Tensor:
         """Level kv: the mean of each block of keys."""
         return k.unflatten(2, (-1, self.block)).mean(3, keepdim=True)

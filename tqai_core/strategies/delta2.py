@@ -4,35 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..registry import Strategy, param
+from ..registry import param
+from ..roles import BlockPredictor, Forecaster, History, Strategy
 from ..types import Part, Step
-
-if TYPE_CHECKING:
-    from ..memory import Stream
 
 BEND = 0.1  # below this sigma an output bends too sharply for a parabola: taking back would put in more than it takes
 
 
 @dataclass(frozen=True)
-class Line(Strategy, role="strategy"):
+class LinearForecast(Strategy):
     """The line through the last two computed values, held as value and slope."""
 
     slope_bits: int = param(3, "bits a coordinate of the slope", low=1, high=8)
 
     order = 1
 
-    def forecast(self, stream: Stream, step: Step) -> Tensor | None:
+    def forecast(self, stream: History, step: Step) -> Tensor | None:
         value, slope = stream.value("value"), stream.value("slope")
         if value is None or slope is None or stream.step is None:
             return value
         return torch.add(value, slope, alpha=step.sigma - stream.step.sigma)
 
-    def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
+    def plan(self, x: Tensor, score: Tensor | float | None, stream: History, step: Step) -> dict[str, Part]:
         parts = {"value": Part(x)}
         before = stream.value("value")
         if self.order and before is not None and stream.step is not None and step.sigma != stream.step.sigma:
@@ -44,7 +41,13 @@ class Line(Strategy, role="strategy"):
 
 
 @dataclass(frozen=True)
-class Delta2(Line, name="delta2", paper="linear multistep prediction, as in Adams-Bashforth and TaylorSeer 2503.06923"):
+class Delta2(
+    LinearForecast,
+    Forecaster,
+    BlockPredictor,
+    name="delta2",
+    paper="linear multistep prediction, as in Adams-Bashforth and TaylorSeer 2503.06923",
+):
     """Forecast = last value + slope x (change of sigma), the line through the last two computed values. Held as value and
     slope: the slope is taken from the exact new value against the decoded old one, so that it stands a few bits: at 8 + 3 bits
     the final error is .96 to 1.1 times that of uncoded copies, at .35 of the bytes of fp16 ones. With ``correct`` an Euler
@@ -60,21 +63,20 @@ class Delta2(Line, name="delta2", paper="linear multistep prediction, as in Adam
     block: int = param(64, "level kv: tokens that share a line", choices=(16, 32, 64, 128), level="kv")
     correct: bool = param(True, "after forecasts take back what they put wrong, where the sampler is Euler (level model)")
 
-    levels = (*Line.levels, "kv")
     terms = 2
 
-    def correction(self, x: Tensor, stream: Stream, step: Step, missed: Sequence[tuple[float, float]]) -> Tensor | None:
+    def correction(self, x: Tensor, stream: History, step: Step, skipped: Sequence[tuple[float, float]]) -> Tensor | None:
         value, slope, before = stream.value("value"), stream.value("slope"), stream.state.get("before")
         if not self.correct or value is None or slope is None or stream.step is None or before is None:
             return None
         now, at = step.sigma, stream.step.sigma
         if step.last or now < BEND or now in (at, before):
             return None
-        # parabola through (before, at, now) less the line that was forecast, at each missed sigma
-        weight = sum((sigma - at) * (sigma - before) * width for sigma, width in missed) / (now - before)
+        # parabola through (before, at, now) less the line that was forecast, at each skipped sigma
+        weight = sum((sigma - at) * (sigma - before) * width for sigma, width in skipped) / (now - before)
         return ((x.float() - value) / (now - at) - slope).mul_(weight)
 
-    def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
+    def plan(self, x: Tensor, score: Tensor | float | None, stream: History, step: Step) -> dict[str, Part]:
         stream.state["before"] = None if stream.step is None else stream.step.sigma
         return super().plan(x, score, stream, step)
 
@@ -82,7 +84,7 @@ class Delta2(Line, name="delta2", paper="linear multistep prediction, as in Adam
     def span(self) -> int:
         return self.block
 
-    def lines(self, k: Tensor) -> Tensor:
+    def fit(self, k: Tensor) -> Tensor:
         """Level kv: mean and slope of each block of keys, by least squares over its tokens."""
         blocks = k.unflatten(2, (-1, self.block))
         at = torch.linspace(-1, 1, self.block, device=k.device)[:, None]

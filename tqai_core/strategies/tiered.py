@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..codecs import packing
 from ..codecs.rows import BITS
-from ..layout import tokens, untokens
-from ..registry import Strategy, param
+from ..errors import TqaiError
+from ..registry import param
+from ..roles import Forecaster, History, TokenSorter
+from ..tokens import tokens, untokens
 from ..types import Part, Step
-
-if TYPE_CHECKING:
-    from ..memory import Stream
 
 
 @dataclass(frozen=True)
-class Tiered(Strategy, name="tiered"):
+class Tiered(Forecaster, TokenSorter, name="tiered"):
     """The best scored tokens are held with more bits, the others with fewer; forecast as ``delta2`` does. Without a scorer
     the tokens that changed most are the best. On the minis no score is sharp enough: at equal bytes 7/5 bits have .97 to 1.4
     times the error of uniform 6, so prefer ``delta2``. It pays where few tokens are restless (planted ones: .22 of the error).
@@ -29,9 +27,6 @@ class Tiered(Strategy, name="tiered"):
 
     Costs one bit a token for the tier beside the codes.
     """
-
-    levels = (*Strategy.levels, "kv")
-    sorts = True
 
     share: float = param(0.25, "part of the tokens in the fine tier", low=0.0, high=1.0)
     high: int = param(8, "bits a coordinate in the fine tier", low=1, high=8)
@@ -43,11 +38,11 @@ class Tiered(Strategy, name="tiered"):
         if level != "kv":
             return
         if self.low != 6:
-            raise ValueError(
+            raise TqaiError(
                 f"'tiered': low={self.low}; at level 'kv' the coarse tier has the codec's bits: give codec='turbo:bits={self.low}'"
             )
         if self.high not in BITS:
-            raise ValueError(f"'tiered': high={self.high}; rows of a KV cache have {', '.join(map(str, BITS))} bits: give one of these")
+            raise TqaiError(f"'tiered': high={self.high}; rows of a KV cache have {', '.join(map(str, BITS))} bits: give one of these")
 
     def tiers(self, bits: int) -> tuple[float, int]:
         """Level kv: the codec's bits below, ``high`` above."""
@@ -57,13 +52,13 @@ class Tiered(Strategy, name="tiered"):
     def order(self) -> int:  # type: ignore[override]
         return 1 if self.slope_bits else 0
 
-    def forecast(self, stream: Stream, step: Step) -> Tensor | None:
+    def forecast(self, stream: History, step: Step) -> Tensor | None:
         value, slope = self._value(stream), stream.value("slope")
         if value is None or slope is None or stream.step is None:
             return value
         return torch.add(value, slope, alpha=step.sigma - stream.step.sigma)
 
-    def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
+    def plan(self, x: Tensor, score: Tensor | float | None, stream: History, step: Step) -> dict[str, Part]:
         before = self._value(stream)
         parts: dict[str, Part] = {}
         if self.slope_bits and before is not None and stream.step is not None and step.sigma != stream.step.sigma:
@@ -84,7 +79,7 @@ class Tiered(Strategy, name="tiered"):
             parts["low"] = Part(ranked[:, count:], self.low)
         return parts
 
-    def _value(self, stream: Stream) -> Tensor | None:
+    def _value(self, stream: History) -> Tensor | None:
         pieces = [piece for name in ("high", "low") if (piece := stream.value(name)) is not None]
         if not pieces or stream.kind is None:
             return None

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..attention import dense
 from ..attention.sparse import block_attention
-from ..attention.tiles import Layout, local_index
+from ..attention.token_order import TileOrder, local_index
+from ..errors import TqaiError
 from ..metrics import squares
 from ..registry import param
-from .delta2 import Line
+from ..roles import AttentionForecaster, BlockReader, BlockScorer, History
+from .delta2 import LinearForecast
 
 if TYPE_CHECKING:
     from ..flow import Flow
-    from ..memory import Stream
     from ..types import Part, Step, Where
 
 LONG = 4096  # tokens from which blocks are as large as the kernels like them
 
 
 @dataclass(frozen=True)
-class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08552; frozen support and order 1 are ours"):
+class Window(
+    LinearForecast,
+    AttentionForecaster,
+    BlockReader,
+    name="window",
+    paper="residual sharing of DiTFastAttn 2406.08552; frozen support and order 1 are ours",
+):
     """Between full computations attention sees the nearest blocks of keys, or those that scorer ``bsa`` chooses, the others through
     a far field, and the residual full - sparse is carried on over sigma, each token's slope as far as it came true at the last full
     attention. The support stays as it was first chosen, since a slope has a meaning over one support alone: without far field, order 1
@@ -59,10 +66,6 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
     )
     queries: int = param(0, "tokens a tile whose mean query sees every key, in place of a window; 0 = off", low=0, high=1024)
 
-    levels: ClassVar[tuple[str, ...]] = ("attention", "kv")
-    kernel: ClassVar[bool] = True
-    terms = 0
-    reads = True
     elsewhere = "it acts inside attention"
 
     @property
@@ -76,19 +79,19 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
     def check(self, level: str) -> None:
         super().check(level)
         if level == "kv" and self.block not in (0, 16, 32, 64):
-            raise ValueError(f"'window': block={self.block}; at level 'kv' a block has 16, 32 or 64 tokens: give one of these")
+            raise TqaiError(f"'window': block={self.block}; at level 'kv' a block has 16, 32 or 64 tokens: give one of these")
         if level == "kv" and (self.far, self.queries, self.fade) != (Window.far, Window.queries, Window.fade):
-            raise ValueError(
+            raise TqaiError(
                 f"'window': far={self.far!r}, queries={self.queries}, fade={self.fade:g} act on images and clips, asked at level 'kv': "
                 "leave them out"
             )
 
-    def kept(self, blocks: int) -> int:
+    def num_blocks(self, blocks: int) -> int:
         """Level kv: how many of the packed blocks a step reads."""
         return min(max(round(self.density * blocks), 1), blocks)
 
-    def forecast(self, stream: Stream, step: Step) -> Tensor | None:
-        value, slope, came = stream.value("value"), stream.value("slope"), stream.state.get("came")
+    def forecast(self, stream: History, step: Step) -> Tensor | None:
+        value, slope, came = stream.value("value"), stream.value("slope"), stream.state.get("trend_gain")
         if value is None or came is None or stream.step is None:
             return super().forecast(stream, step)
         ahead = step.sigma - stream.step.sigma
@@ -96,15 +99,17 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
             return value * came.float().mul_(ahead).add_(1).clamp_min_(0)
         return torch.addcmul(value, slope, came.float(), value=ahead)
 
-    def plan(self, x: Tensor, score: Tensor | float | None, stream: Stream, step: Step) -> dict[str, Part]:
+    def plan(self, x: Tensor, score: Tensor | float | None, stream: History, step: Step) -> dict[str, Part]:
         value, slope = stream.value("value"), stream.value("slope")
-        stream.state.pop("came", None)
+        stream.state.pop("trend_gain", None)
         line = slope if self.residual else value if self.fade else None
         if value is not None and line is not None and stream.step is not None and step.sigma != stream.step.sigma:
             # how each token's residual has gone along its slope, or along itself, since the last full attention: least squares
             gone = (x.float() - value) / (step.sigma - stream.step.sigma)
             came = ((gone * line).sum(-1, keepdim=True) / line.square().sum(-1, keepdim=True).clamp_min(1e-30)).nan_to_num_(0.0)
-            stream.state["came"] = (came.clamp_(0.0, 1.0) if self.residual else self._fading(came, step.sigma - stream.step.sigma)).half()
+            stream.state["trend_gain"] = (
+                came.clamp_(0.0, 1.0) if self.residual else self._fading(came, step.sigma - stream.step.sigma)
+            ).half()
         return super().plan(x, score, stream, step)
 
     def _fading(self, rate: Tensor, span: float) -> Tensor:
@@ -115,10 +120,10 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
         """Queries and keys a block for ``n`` tokens."""
         return (self.block, self.block) if self.block else (256, 64) if n >= LONG else (16, 16)
 
-    def layout_of(self, n: int, grid: tuple[int, ...], text_first: bool = False) -> Layout:
+    def layout_of(self, n: int, grid: tuple[int, ...], text_first: bool = False) -> TileOrder:
         """The order in which ``n`` tokens are cut into blocks."""
         size = math.prod(grid) if grid else n
-        return Layout.of(n, self.queries or self.blocks(size)[1], grid, text_first)
+        return TileOrder.of(n, self.queries or self.blocks(size)[1], grid, text_first)
 
     def near(self, flow: Flow, where: Where, q: Tensor, k: Tensor, v: Tensor, text_first: bool, out: Tensor | None = None) -> Tensor:
         """The cheap attention of ``q, k, v [b, h, n, d]``, to which the residual of the stream ``where`` belongs. ``out`` is the exact one
@@ -126,7 +131,9 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
         stream, n = flow.memory[where], q.shape[-2]
         layout = self.layout_of(n, stream.grid, text_first)
         apply, undo = (
-            (lambda x: x, lambda x: x) if flow.memory.laid is not None else (lambda x: layout.apply(x, 2), lambda x: layout.undo(x, 2))
+            (lambda x: x, lambda x: x)
+            if flow.memory.token_order is not None
+            else (lambda x: layout.apply(x, 2), lambda x: layout.undo(x, 2))
         )
         if self.queries:
             return undo(self.means(apply(q), k, v, layout))
@@ -143,29 +150,29 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
             flow.signal(f"far/{where}", torch.stack([squares(x, out)[0] for x in pair]))
         return near
 
-    def _far(self, flow: Flow, where: Where, stream: Stream, computed: bool) -> str | None:
+    def _far(self, flow: Flow, where: Where, stream: History, computed: bool) -> str | None:
         """The far field that this stream uses: it changes only where a full attention starts the residual anew."""
         if self.far == "none":
             return None
         if computed:
-            words = flow.gate.state.get(f"far/{where}")  # squared errors of the last full attention, with and without
+            words = flow.gate_state.state.get(f"far/{where}")  # squared errors of the last full attention, with and without
             use = words is None or words[0] <= words[1]
             if words is not None:
                 flow.recorder.far(flow.model, where, (words[0] / max(words[1], 1e-30)) ** 0.5)
             if use != stream.state.get("far", True):
-                stream.state.pop("came", None)
+                stream.state.pop("trend_gain", None)
                 stream.parts.clear()  # a residual over another approximation is no history of this one
             stream.state["far"] = use
         return self.far if stream.state.get("far", True) else None
 
-    def _support(self, q: Tensor, k: Tensor, bq: int, bk: int, flow: Flow, stream: Stream, layout: Layout) -> Tensor:
+    def _support(self, q: Tensor, k: Tensor, bq: int, bk: int, flow: Flow, stream: History, layout: TileOrder) -> Tensor:
         """Key blocks of every query block, ``int64 [b or 1, h or 1, nq, kept]``."""
         held = stream.state.get("support")
         if held is not None and self.frozen:
             return held.long()
         blocks = -(-k.shape[-2] // bk)
         keep = max(round(self.density * blocks), 1)
-        if flow.scorer is not None and hasattr(flow.scorer, "mass"):
+        if isinstance(flow.scorer, BlockScorer):
             index = flow.scorer.mass(q, k, bq, bk).topk(keep, dim=-1).indices.sort(-1).values
         else:
             index = local_index(layout, bq, bk, keep, q.device)
@@ -173,7 +180,7 @@ class Window(Line, name="window", paper="residual sharing of DiTFastAttn 2406.08
             stream.state["support"] = index.short() if blocks < 2**15 else index.int()
         return index
 
-    def means(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    def means(self, q: Tensor, k: Tensor, v: Tensor, layout: TileOrder) -> Tensor:
         """Every tile's output is that of its mean query, ``q`` in tile order; text keeps its own queries."""
         n = q.shape[-2]
         first, grid, last = q.split([layout.before, n - layout.before - layout.after, layout.after], 2)

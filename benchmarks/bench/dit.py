@@ -1,0 +1,227 @@
+"""``tqai bench dit``: forecast-skipping on the three minis against honest baselines.
+
+Three tables a mini, medians over the seeds: (1) Euler, 24 steps, against plain reuse and fewer steps; (2) the multistep
+schedulers at shift 3, skipping against half the steps; (3) at equal calls, solvers on a well-chosen grid against the
+true ODE, which is Adams-Bashforth 2 with 240 calls at shift 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+from tqai_core.config import Config, preset
+from tqai_core.metrics import nmse
+from tqai_core.monitors.fixed import Fixed
+from tqai_core.types import Step
+
+from .harness import Mini, Run, compare, machine, one_thread, promises
+
+STEPS, SHIFT, TRUTH = 24, 3.0, 240
+SHIFTS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)  # grids a well-chosen solver may take; chosen on the calibration seed
+CALIBRATION = 77
+SAMPLES = {"flux": 10, "sd3": 10, "wan": 6}
+FLOORS = {"flux": 50.0, "sd3": 45.0, "wan": 40.0}  # dB, what the presets promise
+Row = dict[str, Any]
+
+
+def labels_of(kind: str, seed: int, count: int | None = None) -> list[int]:
+    return [(i + 3 * seed) % 10 for i in range(count or SAMPLES[kind])]
+
+
+def bench(kinds: Sequence[str], seeds: Sequence[int], tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Everything, as plain data. ``tell`` hears of progress."""
+    one_thread()
+    tables: dict[str, Any] = {}
+    for kind in kinds:
+        mini = Mini(kind)
+        tell(f"{kind}: true ODE, {TRUTH} calls a seed")
+        truth = {seed: _truth(mini, seed) for seed in seeds}
+        tell(f"{kind}: Euler, {STEPS} steps")
+        euler = _median([_euler(mini, seed) for seed in seeds])
+        tell(f"{kind}: UniPC and DPM++ at shift {SHIFT:g}")
+        multistep, nodes = _multistep(mini, seeds, truth)
+        tell(f"{kind}: solvers on a well-chosen grid")
+        tables[kind] = {"euler": euler, "multistep": multistep, "solvers": _solvers(mini, seeds, truth, nodes, multistep)}
+    return {
+        "bench": "dit", "machine": machine(), "seeds": list(seeds), "steps": STEPS, "guidance": 2.0, "samples": SAMPLES,
+        "tables": tables, "verdicts": [v for kind in kinds for v in verdicts(kind, tables[kind])],
+    }  # fmt: skip
+
+
+def _truth(mini: Mini, seed: int, count: int | None = None) -> Run:
+    mini.schedule("ab2", 2.0)
+    return mini.run(labels_of(mini.kind, seed, count), seed, TRUTH)
+
+
+def _row(mini: Mini, name: str, run: Run, exact: Run, evaluations: int) -> Row:
+    report = run.report
+    per_step = exact.calls / STEPS
+    return {
+        "method": name, "calls": run.calls / per_step, "skipped": 1 - run.calls / exact.calls if evaluations == STEPS else 0.0,
+        "cpu": exact.seconds / run.seconds, "held": report.bytes_held_peak if report else 0,
+        "fp16": report.bytes_exact if report else 0, **compare(mini, run, exact),
+    }  # fmt: skip
+
+
+def _euler(mini: Mini, seed: int) -> list[Row]:
+    labels = labels_of(mini.kind, seed)
+    mini.schedule("euler", 1.0)
+    configs = {name: preset(name, mini.kind) for name in ("quality", "balanced", "fast")}
+    go = lambda config=None, steps=STEPS: mini.run(labels, seed, steps, config)  # noqa: E731
+    go(steps=2)  # warm caches are part of no figure
+    repeats = [(go(), go(configs["balanced"])) for _ in range(3)]  # interleaved: the machine's mood hits both
+    exact, balanced = repeats[0]
+    exact.seconds = median(e.seconds for e, _ in repeats)
+    balanced.seconds = median(b.seconds for _, b in repeats)
+    calls = round(balanced.calls / exact.calls * STEPS)
+    reuse = Config(scorer=None, strategy="delta", monitor=Fixed(interval=interval_for(calls)), codec="exact")
+    line = Config(scorer=None, strategy="delta2", monitor=Fixed(interval=interval_for(calls)), codec="exact")
+    whole = replace(configs["balanced"], codec="exact")
+    return [
+        _row(mini, "exact", exact, exact, STEPS),
+        _row(mini, "tqai quality", go(configs["quality"]), exact, STEPS),
+        _row(mini, "tqai balanced", balanced, exact, STEPS),
+        _row(mini, "tqai balanced, uncoded", go(whole), exact, STEPS),
+        _row(mini, "tqai fast", go(configs["fast"]), exact, STEPS),
+        _row(mini, "plain reuse, same calls", go(reuse), exact, STEPS),
+        _row(mini, "fixed schedule, order 1, same calls", go(line), exact, STEPS),
+        _row(mini, "fewer Euler steps, same calls", go(steps=calls), exact, calls),
+    ]
+
+
+def _multistep(mini: Mini, seeds: Sequence[int], truth: dict[int, Run]) -> tuple[list[Row], dict[int, list[float]]]:
+    rows: list[list[Row]] = []
+    nodes: dict[int, list[float]] = {}
+    config = preset("balanced", mini.kind)
+    for seed in seeds:
+        labels, ode = labels_of(mini.kind, seed), truth[seed].latents
+        out: list[Row] = []
+        for name in ("unipc", "dpm++"):
+            mini.schedule(name, SHIFT)
+            exact = mini.run(labels, seed, STEPS)
+            skip = mini.run(labels, seed, STEPS, config)
+            half = mini.run(labels, seed, STEPS // 2)
+            for what, run, steps in (
+                (f"{STEPS} steps", exact, STEPS),
+                (f"{STEPS} steps, tqai", skip, STEPS),
+                (f"{STEPS // 2} steps", half, 12),
+            ):
+                out.append(_row(mini, f"{name} shift {SHIFT:g}, {what}", run, exact, steps) | {"ode": nmse(run.latents, ode)})
+            if name == "unipc" and skip.report:
+                nodes[seed] = [d["sigma"] for d in skip.report.decisions if d["action"] == "compute"]
+        rows.append(out)
+    return _median(rows), nodes
+
+
+def _solvers(mini: Mini, seeds: Sequence[int], truth: dict[int, Run], nodes: dict[int, list[float]], multistep: list[Row]) -> list[Row]:
+    """The honest baseline: as many calls as skipping took, on the grid that suits the solver best."""
+    calls = round(next(r["calls"] for r in multistep if r["method"].startswith("unipc") and "tqai" in r["method"]))
+    few = labels_of(mini.kind, CALIBRATION, 4)
+    ideal = _truth(mini, CALIBRATION, 4).latents
+    best: dict[str, float] = {}
+    for name in ("unipc", "ab2"):
+        errors = {}
+        for shift in SHIFTS:
+            mini.schedule(name, shift)
+            errors[shift] = nmse(mini.run(few, CALIBRATION, calls).latents, ideal)
+        best[name] = min(errors, key=errors.__getitem__)
+    rows: list[list[Row]] = []
+    config = preset("balanced", mini.kind)
+    for seed in seeds:
+        labels, ode = labels_of(mini.kind, seed), truth[seed].latents
+        out: list[Row] = []
+
+        def add(what: str, run: Run, out: list[Row] = out, ode: Any = ode, per: float = truth[seed].calls / TRUTH) -> None:
+            out.append({"method": what, "calls": run.calls / per, "ode": nmse(run.latents, ode)})
+
+        for name in ("unipc", "ab2"):
+            mini.schedule(name, best[name])
+            add(f"{name} shift {best[name]:g} (tuned), {calls} steps", mini.run(labels, seed, calls))
+        mini.schedule("unipc", best["unipc"])
+        add(f"unipc shift {best['unipc']:g}, {STEPS} steps, tqai", mini.run(labels, seed, STEPS, config))
+        mini.schedule("unipc", SHIFT)
+        add(f"unipc shift {SHIFT:g}, {STEPS} steps, tqai", mini.run(labels, seed, STEPS, config))
+        mini.schedule("ab2", 1.0, nodes[seed])
+        add("ab2 on the nodes that tqai computed", mini.run(labels, seed, len(nodes[seed])))
+        mini.schedule("unipc", SHIFT)
+        add(f"unipc shift {SHIFT:g}, {STEPS} steps, exact", mini.run(labels, seed, STEPS))
+        rows.append(out)
+    return _median(rows)
+
+
+def interval_for(calls: int, steps: int = STEPS) -> float:
+    """The interval at which the ``fixed`` monitor computes ``calls`` of ``steps`` evaluations (or one more)."""
+    for tenth in range(10, 200):
+        monitor, state = Fixed(interval=tenth / 10), {}  # type: ignore[var-annotated]
+        count = sum(monitor.decide(Step(i, 0.0, steps, i == steps - 1), None, 0, state).compute for i in range(steps))
+        if count <= calls:
+            return tenth / 10
+    return 20.0
+
+
+def _median(runs: list[list[Row]]) -> list[Row]:
+    """Row by row, median over the seeds of every figure."""
+    out = []
+    for rows in zip(*runs, strict=True):
+        figures = {k: median(r[k] for r in rows) for k, v in rows[0].items() if not isinstance(v, str)}
+        out.append({"method": rows[0]["method"], **figures})
+    return out
+
+
+def verdicts(kind: str, tables: dict[str, list[Row]]) -> list[Row]:
+    """What the project promises, beside what was measured."""
+    row = {r["method"]: r for r in tables["euler"]}
+    ours, reuse, fewer = row["tqai balanced"], row["plain reuse, same calls"], row["fewer Euler steps, same calls"]
+    out: list[Row] = []
+    need = promises(out, mini=kind)
+    need("calls skipped, Euler 24, balanced", ours["skipped"], least=0.48)
+    need("latent PSNR, dB", ours["psnr"], least=FLOORS[kind])
+    if kind == "wan":
+        need("frame-label agreement", ours["agreement"], least=0.95)
+    need("CPU-time ratio", ours["cpu"], least=1.9)
+    need("NMSE / plain reuse at equal calls", ours["nmse"] / reuse["nmse"], most=1 / 3)
+    need("NMSE / fewer Euler steps at equal calls", ours["nmse"] / fewer["nmse"], most=1 / 3)
+    multi = {r["method"]: r for r in tables["multistep"]}
+    for name in ("unipc", "dpm++"):
+        skip, half = (multi[f"{name} shift {SHIFT:g}, {what}"] for what in (f"{STEPS} steps, tqai", f"{STEPS // 2} steps"))
+        need(f"{name}: calls", skip["calls"], most=STEPS / 2)
+        need(f"{name}: own NMSE / half the steps", skip["nmse"] / half["nmse"], most=1 / 3)
+        need(f"{name}: ODE error / half the steps", skip["ode"] / half["ode"], most=2 / 3)
+    return out
+
+
+def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows) for a terminal or Markdown."""
+    pct, e4 = (lambda v: f"{v:.0%}"), (lambda v: f"{v * 1e4:.2f}")
+    for kind, tables in result["tables"].items():
+        yield (
+            f"{kind}: Euler, shift 1, 24 steps, guidance 2 (error against the exact run)",
+            ["method", "calls", "skipped", "CPU ratio", "PSNR dB", "NMSE e-4", "labels", "held B", "fp16 B"],
+            [
+                [
+                    r["method"], f"{r['calls']:g}", pct(r["skipped"]), f"{r['cpu']:.2f}",
+                    "inf" if math.isinf(r["psnr"]) else f"{r['psnr']:.1f}", e4(r["nmse"]), f"{r['agreement']:.3f}",
+                    f"{r['held']:,.0f}", f"{r['fp16']:,.0f}",
+                ]
+                for r in tables["euler"]
+            ],
+        )  # fmt: skip
+        yield (
+            f"{kind}: multistep schedulers (own: against their 24 steps; ODE: against {TRUTH} calls)",
+            ["method", "calls", "own NMSE e-4", "ODE NMSE e-4", "labels"],
+            [[r["method"], f"{r['calls']:g}", e4(r["nmse"]), e4(r["ode"]), f"{r['agreement']:.3f}"] for r in tables["multistep"]],
+        )
+        yield (
+            f"{kind}: at equal calls against the true ODE: parity is what skipping can promise here",
+            ["method", "calls", "ODE NMSE e-4"],
+            [[r["method"], f"{r['calls']:g}", e4(r["ode"])] for r in tables["solvers"]],
+        )
+    yield (
+        "promises",
+        ["mini", "what", "measured", "needed", "ok"],
+        [[v["mini"], v["what"], f"{v['measured']:.4g}", v["needed"], "yes" if v["ok"] else "NO"] for v in result["verdicts"]],
+    )

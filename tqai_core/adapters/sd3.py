@@ -1,5 +1,0 @@
-"""Stable Diffusion 3 and 3.5: guidance is one batch of [uncond; cond]."""
-
-from .families import Family
-
-FAMILY = Family("sd3", ("SD3Transformer2DModel",), ("transformer_blocks",), 1000.0, tokens="pos_embed")

@@ -1,0 +1,1 @@
+"""Kernels: each equals the eager form."""

@@ -1,0 +1,111 @@
+"""What a packed cache gives to a model that asks for its keys and values: tensors without storage.
+
+Our own attention knows them and reads the packed rows. Anything else that computes on one gets dense values, so every
+model and every attention still works; it is only slower.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..kv.cache import PackedKV
+
+# asked of a tensor without computing on it
+PASSIVE = {
+    "__get__",
+    "size",
+    "dim",
+    "stride",
+    "numel",
+    "is_floating_point",
+    "is_complex",
+    "element_size",
+    "__len__",
+    "__repr__",
+    "get_device",
+}
+
+
+class Layer(Protocol):
+    kv: PackedKV
+
+    def made_dense(self) -> None: ...
+
+
+class LazyKV(Tensor):
+    """Keys (``which="k"``) or values (``"v"``) ``[B, H, tokens, D]`` of a layer. ``fresh``: the same tokens as they came, where the
+    model computed all of them just now."""
+
+    layer: Layer
+    which: str
+    fresh: Tensor | None
+
+    @staticmethod
+    def __new__(cls, layer: Layer, which: str, like: Tensor, length: int, fresh: Tensor | None) -> LazyKV:
+        shape = (*like.shape[:2], length, like.shape[3])
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+
+    def __init__(self, layer: Layer, which: str, like: Tensor, length: int, fresh: Tensor | None) -> None:
+        self.layer, self.which, self.fresh = layer, which, fresh
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"LazyKV({self.which}, {tuple(self.shape)}, {self.dtype})"
+
+    def dense(self) -> Tensor:
+        """The values, decoded."""
+        if self.fresh is not None:
+            return self.fresh
+        if self.layer.kv.packed:
+            self.layer.made_dense()
+        return self.layer.kv.dense(self.which)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in PASSIVE:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        change = lambda x: (_watch(x) if x.which == "k" else x.dense()) if isinstance(x, LazyKV) else x  # noqa: E731
+        return func(*tree_map(change, args), **tree_map(change, kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        change = lambda x: x.dense() if isinstance(x, LazyKV) else x  # noqa: E731
+        return func(*tree_map(change, args), **tree_map(change, kwargs or {}))
+
+
+class Watched(Tensor):
+    """Dense keys that wait for the queries they meet: an attention that is not ours never shows them otherwise."""
+
+    kv: PackedKV
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        plain = lambda x: x.as_subclass(Tensor) if isinstance(x, Watched) else x  # noqa: E731
+        flat = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
+        kv = next((x.kv for x in flat if isinstance(x, Watched) and hasattr(x, "kv")), None)
+        if func.__name__ in PASSIVE or kv is None or kv.keys is None:
+            return out
+        b, h, _, d = kv.keys.shape
+        for x in flat:
+            if not isinstance(x, Watched) and x.ndim == 4 and x.shape[0] == b and x.shape[1] % h == 0 and x.shape[3] == d:
+                kv.observe(x)
+                return out
+        if isinstance(out, Tensor) and out.is_floating_point() and d in out.shape:  # still the keys: a view, a repeat
+            out = out.as_subclass(Watched)
+            out.kv = kv
+        return out
+
+
+def _watch(view: LazyKV) -> Tensor:
+    dense = view.dense()
+    if not view.layer.kv.wants_queries:
+        return dense
+    watched = dense.as_subclass(Watched)
+    watched.kv = view.layer.kv
+    return watched

@@ -1,0 +1,235 @@
+"""What calibration needs of a model: calls it makes on the way, to be made again with gradients, and what an error is."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..errors import TqaiError
+from ..report import Report
+from . import attention_interceptor as taps
+
+Run = Callable[[], Tensor]
+PROMPTS = (
+    "a red fox in the snow, photograph", "an old harbour at dusk, oil painting", "portrait of a violin maker in his workshop",
+    "a glass of water on a wooden table", "a street market in the rain, seen from above", "a mountain lake with fog, wide shot",
+    "two children flying a kite on a beach", "macro photograph of a dandelion",
+)  # fmt: skip
+
+
+class Subject(Protocol):
+    """A model with its calibration data. ``sigmas``: the noise levels that sensitivity is told for ([0] for language)."""
+
+    model: nn.Module
+    kind: str
+    sigmas: tuple[float, ...]
+    band: int  # of the call under way
+    probes: int  # a call, where nobody says how many
+
+    def record(self, seed: int, change: taps.Change | None = None) -> list[tuple[int, Run]]:
+        """(band, call) of the model's calls with this seed. ``change`` is shown all attention on the way."""
+
+    def probe(self, out: Tensor, generator: torch.Generator) -> Tensor:
+        """A random cotangent whose second moment is the output's metric."""
+
+    def damage(self, out: Tensor, exact: Tensor) -> float:
+        """What is lost where ``out`` stands for ``exact``."""
+
+    def size(self, exact: Tensor) -> float:
+        """What ``damage`` is relative to."""
+
+    def final(self, seed: int, change: taps.Change | None = None) -> Tensor:
+        """The end result with this seed, attention changed all the way."""
+
+
+@dataclass
+class Diffusion:
+    """A pipeline of diffusers. ``inputs`` gives the keyword arguments of a run by its seed."""
+
+    pipe: Any
+    inputs: Callable[[int], dict[str, Any]]
+    steps: int = 24
+    bands: int = 3
+    part: str = "transformer"
+    kind: str = "diffusion"
+    sigmas: tuple[float, ...] = ()
+    band: int = 0
+    probes: int = 1
+
+    def __post_init__(self) -> None:
+        self.model: Any = getattr(self.pipe, self.part, None)
+        if self.model is None:
+            raise TqaiError(f"{type(self.pipe).__name__} has no {self.part}: give --part transformer")
+        if not 1 <= self.bands <= self.steps:
+            raise TqaiError(f"bands={self.bands}: give 1 to {self.steps}, the number of steps")
+        from .diffusers.door import family_of
+
+        self.family = family_of(self.model)
+        self.model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def final(self, seed: int, change: taps.Change | None = None) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        given = {"num_inference_steps": self.steps, "output_type": "latent", "return_dict": False, **self.inputs(seed)}
+        hook = self.model.register_forward_pre_hook(self._look, with_kwargs=True)
+        try:
+            with taps.tapped(self.model, change or (lambda layer, q, k, v: (k, v))):
+                return self.pipe(**given, generator=generator)[0].float()
+        finally:
+            hook.remove()
+
+    def run(self, seed: int, config: Config | None = None) -> tuple[Tensor, float, Report | None]:
+        """The end result with a pipeline of tqai, CPU seconds, and its report."""
+        import tqai_core
+
+        handle = tqai_core.apply(self.pipe, config) if config is not None else None
+        generator, began = torch.Generator("cpu").manual_seed(seed), time.process_time()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a candidate that skips nothing is a result like others
+                given = {"num_inference_steps": self.steps, "output_type": "latent", "return_dict": False, **self.inputs(seed)}
+                out = self.pipe(**given, generator=generator)[0].float()
+            return out, time.process_time() - began, handle.report() if handle else None
+        finally:
+            if handle:
+                handle.remove()
+
+    def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        sigma = self.family.sigma(kwargs["timestep"])
+        self.band = min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigma), default=0)
+
+    def record(self, seed: int, change: taps.Change | None = None) -> list[tuple[int, Run]]:
+        calls: list[tuple[float, dict[str, Any]]] = []
+
+        def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            latents = kwargs["hidden_states"].detach().clone()  # samplers may write into these; all else is the same at every step
+            calls.append((self.family.sigma(kwargs["timestep"]), {**kwargs, "hidden_states": latents}))
+
+        hook = self.model.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self.final(seed, change)
+        finally:
+            hook.remove()
+        if not calls:
+            raise TqaiError(f"the pipeline made no call of its {self.part}: give --part of the expert that runs")
+        seen = sorted({sigma for sigma, _ in calls}, reverse=True)
+        chosen = [seen[round((i + 0.5) / self.bands * (len(seen) - 1))] for i in range(self.bands)]
+        self.sigmas = self.sigmas or tuple(chosen)
+        return [(chosen.index(sigma), self._again(kwargs)) for sigma, kwargs in calls if sigma in chosen]
+
+    def _again(self, kwargs: dict[str, Any]) -> Run:
+        return lambda: self.model(**{**kwargs, "return_dict": False})[0]
+
+    def probe(self, out: Tensor, generator: torch.Generator) -> Tensor:
+        signs = torch.randint(0, 2, out.shape, generator=generator, dtype=torch.int8)
+        return (signs * 2 - 1).to(out.device, out.dtype)
+
+    def damage(self, out: Tensor, exact: Tensor) -> float:
+        return float((out.float() - exact.float()).square().sum())
+
+    def size(self, exact: Tensor) -> float:
+        return float(exact.float().square().sum())
+
+
+@dataclass
+class Language:
+    """A causal language model of transformers; ``windows(seed)`` gives token ids ``[batch, length]``."""
+
+    model: Any
+    windows: Callable[[int], Tensor]
+    kind: str = "lm"
+    sigmas: tuple[float, ...] = (0.0,)
+    band: int = 0
+    probes: int = 4  # one window is one sample, whose positions all share a probe
+
+    def __post_init__(self) -> None:
+        self.model.requires_grad_(False).eval()
+
+    def _run(self, ids: Tensor) -> Tensor:
+        return self.model(ids.to(self.model.device), use_cache=False).logits.float().log_softmax(-1)
+
+    @torch.no_grad()
+    def final(self, seed: int, change: taps.Change | None = None) -> Tensor:
+        with taps.tapped(self.model, change or (lambda layer, q, k, v: (k, v))):
+            return self._run(self.windows(seed))
+
+    def record(self, seed: int, change: taps.Change | None = None) -> list[tuple[int, Run]]:
+        ids = self.windows(seed)
+        if change is not None:
+            self.final(seed, change)
+        return [(0, partial(self._run, row)) for row in ids.split(1)]
+
+    def probe(self, out: Tensor, generator: torch.Generator) -> Tensor:
+        """Gradient of the log likelihood of tokens drawn from the model itself: the Fisher information of softmax."""
+        p = out.detach().exp()
+        drawn = torch.multinomial(p.flatten(0, -2).cpu(), 1, generator=generator).view(out.shape[:-1]).to(out.device)
+        return torch.zeros_like(out).scatter_(-1, drawn[..., None], 1.0)
+
+    def damage(self, out: Tensor, exact: Tensor) -> float:
+        """KL divergence in nats, summed over positions."""
+        return float((exact.exp() * (exact - out)).sum())
+
+    def size(self, exact: Tensor) -> float:
+        return float(exact[..., 0].numel())
+
+
+def demo(kind: str, count: int | None = None, steps: int = 24, bands: int = 3) -> Subject:
+    """A mini that ships with tqai: flux, sd3, wan or lm."""
+    from .. import minis as public
+
+    if kind == "lm":
+        text = public.lm_text()[: 2**16]  # the other half is for benches
+
+        def windows(seed: int) -> Tensor:
+            g = torch.Generator().manual_seed(seed)
+            at = torch.randint(0, len(text) - 512, (count or 4,), generator=g).tolist()
+            return torch.stack([text[i : i + 512] for i in at])
+
+        return Language(public.lm(), windows)
+    if kind not in public.KINDS:
+        raise TqaiError(f"unknown mini {kind!r}; known: {', '.join(public.KINDS)}, lm")
+    many = count or {"flux": 8, "sd3": 6, "wan": 2}[kind]
+    inputs = lambda seed: public.inputs(kind, [(i + 3 * seed) % 10 for i in range(many)])  # noqa: E731
+    return Diffusion(public.pipeline(kind), inputs, steps, bands)
+
+
+def folder(path: Path, prompts: Sequence[str] = (), text: str = "", steps: int = 24, bands: int = 3, part: str = "transformer",
+           count: int = 1, length: int = 512) -> Subject:  # fmt: skip
+    """A diffusers pipeline or a transformers causal LM in a folder. Raises ValueError where it is neither."""
+    if (path / "model_index.json").is_file():
+        from .diffusers.load import pipeline
+
+        pipe = pipeline(path, local_files_only=True)
+        if torch.cuda.is_available():
+            pipe.to("cuda")
+        pipe.set_progress_bar_config(disable=True)
+        lines = list(prompts) or list(PROMPTS)
+        inputs = lambda seed: {"prompt": [lines[(seed * count + i) % len(lines)] for i in range(count)]}  # noqa: E731
+        return Diffusion(pipe, inputs, steps, bands, part)
+    if (path / "config.json").is_file():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if not text:
+            raise TqaiError(f"{path} is a language model: give text it shall be calibrated on, --text FILE")
+        lm = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+        if torch.cuda.is_available():
+            lm.to("cuda")
+        ids = AutoTokenizer.from_pretrained(path, local_files_only=True)(text, return_tensors="pt")["input_ids"][0]
+        if len(ids) <= length:
+            raise TqaiError(f"the text has {len(ids)} tokens, calibration reads windows of {length}: give a longer one")
+
+        def windows(seed: int) -> Tensor:
+            g = torch.Generator().manual_seed(seed)
+            return torch.stack([ids[i : i + length] for i in torch.randint(0, len(ids) - length, (count,), generator=g).tolist()])
+
+        return Language(lm, windows)
+    raise TqaiError(f"{path} holds neither model_index.json (a diffusers pipeline) nor config.json (a language model): give such a folder")

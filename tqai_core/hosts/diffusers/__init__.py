@@ -1,0 +1,1 @@
+"""diffusers: step skipping, blocks and attention."""

@@ -1,0 +1,30 @@
+"""Opening a diffusers pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ...errors import TqaiError
+from ...run import _line
+
+
+def pipeline(name: str | Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    """A pipeline by folder or name. ValueError in one line for whatever the loading code meets.
+
+    Parts that a folder's index leaves empty (an SD3 without T5) are told to diffusers, which takes their absence for an error.
+    """
+    index = Path(name).expanduser() / "model_index.json"
+    try:
+        parts = json.loads(index.read_text()) if index.is_file() else {}
+        absent = {part: None for part, kind in parts.items() if kind == [None, None]}
+        pipe = DiffusionPipeline.from_pretrained(str(index.parent if parts else name), dtype=dtype, **absent, **options)
+    except Exception as error:
+        raise TqaiError(f"cannot load {name}: {_line(error)}; give a folder or name that DiffusionPipeline.from_pretrained loads") from None
+    if getattr(pipe, "transformer", None) is None:
+        raise TqaiError(f"{type(pipe).__name__} has no transformer: tqai works on SD3, Flux and WAN pipelines")
+    return pipe

@@ -1,0 +1,82 @@
+"""The trained mini language model, and two variants that compute the same function and are hard to quantise."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from ...errors import TqaiError
+from ...minis import names
+
+FACTORS = (10.0, 20.0, 35.0, 50.0)  # of the outlier channels, a rotary pair each
+BIAS = 40.0  # of the two slowest rotary pairs, which hardly turn
+
+
+@lru_cache(maxsize=1)
+def _file() -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(str(Path(names.__file__).parent / "lm.safetensors"), framework="pt") as f:
+        return f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - no mapping
+
+
+def model(variant: str = "plain") -> Any:
+    if variant not in names.LM_VARIANTS:
+        raise TqaiError(f"unknown variant {variant!r}; known: {', '.join(names.LM_VARIANTS)}")
+    header, weights = _file()
+    lm = Qwen2ForCausalLM(Qwen2Config(**json.loads(header["config"])))
+    lm.load_state_dict({name: w.float() for name, w in weights.items() if name != "held_out"})
+    if variant == "outlier":
+        _outliers(lm)
+    elif variant == "bias":
+        _bias(lm)
+    return lm.eval().requires_grad_(False)
+
+
+def held_out() -> Tensor:
+    return _file()[1]["held_out"].long()
+
+
+def _outliers(lm: Any, seed: int = 0) -> None:
+    """Rotary pairs of the keys times 10 to 50, the queries divided by the same: every score stays what it was."""
+    g = torch.Generator().manual_seed(seed)
+    d, group = lm.config.hidden_size // lm.config.num_attention_heads, lm.config.num_attention_heads // lm.config.num_key_value_heads
+    for layer in lm.model.layers:
+        q, k = layer.self_attn.q_proj, layer.self_attn.k_proj
+        for head in range(lm.config.num_key_value_heads):
+            factor = torch.ones(d)
+            for pair, value in zip(torch.randperm(d // 2, generator=g)[: len(FACTORS)].tolist(), FACTORS, strict=True):
+                factor[[pair, pair + d // 2]] = value
+            rows = slice(head * d, (head + 1) * d)
+            k.weight.data[rows] *= factor[:, None]
+            k.bias.data[rows] *= factor
+            for other in range(head * group, (head + 1) * group):
+                rows = slice(other * d, (other + 1) * d)
+                q.weight.data[rows] /= factor[:, None]
+                q.bias.data[rows] /= factor
+
+
+def _bias(lm: Any) -> None:
+    """Key biases of +-40, as the first and last layers of Qwen2 have them: nearly one number added to all scores of a query."""
+    d = lm.config.hidden_size // lm.config.num_attention_heads
+    for layer in lm.model.layers:
+        bias = layer.self_attn.k_proj.bias.data
+        for head in range(lm.config.num_key_value_heads):
+            for pair in (d // 2 - 1, d // 2 - 2):
+                bias[head * d + pair] += BIAS
+                bias[head * d + pair + d // 2] -= BIAS
+
+
+def random_qwen2() -> Any:
+    """For timing: 4 layers, 8 query and 2 key heads of 64, fp32."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=256, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+        max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Packed caches of keys and values: torch alone, no model library."""

@@ -1,0 +1,102 @@
+"""Runs minis and counts: shared by the demo and the benches."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .handle import Handle
+from .metrics import nmse, psnr
+from .minis import digits
+from .report import Report
+
+
+@dataclass
+class Run:
+    """One generation. ``calls`` are model calls that really ran."""
+
+    latents: Tensor
+    calls: int
+    seconds: float
+    report: Report | None = None
+
+
+class Mini:
+    """A mini pipeline with a call counter of its own, independent of tqai's report."""
+
+    def __init__(self, kind: str) -> None:
+        from .hosts.diffusers import minis
+
+        self.kind, self.pipe, self._minis = kind, minis.pipeline(kind), minis
+        self.calls = 0
+        inner = self.pipe.transformer
+        block = (getattr(inner, "blocks", None) or inner.transformer_blocks)[0]
+        block.register_forward_pre_hook(lambda *_: self._count())
+
+    def _count(self) -> None:
+        self.calls += 1
+
+    def schedule(self, name: str, shift: float, nodes: Sequence[float] | None = None) -> None:
+        from .hosts.diffusers.schedulers import scheduler
+
+        self.pipe.scheduler = scheduler(name, shift, self.kind, nodes)
+
+    def run(self, labels: Sequence[int], seed: int, steps: int, config: Config | None = None, guidance: float = 2.0) -> Run:
+        import tqai_core  # the public door, as users go through it
+
+        handle: Handle | None = tqai_core.apply(self.pipe, config) if config is not None else None
+        inputs = self._minis.inputs(self.kind, labels, guidance)
+        generator = torch.Generator().manual_seed(seed)
+        self.calls, began = 0, time.process_time()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                latents = self.pipe(**inputs, num_inference_steps=steps, generator=generator, output_type="latent", return_dict=False)[0]
+            seconds = time.process_time() - began
+            report = handle.report() if handle else None
+        finally:
+            if handle:
+                handle.remove()
+        return Run(latents.float(), self.calls, seconds, report)
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        return self._minis.pixels(self.kind, latents)
+
+    def labels(self, latents: Tensor) -> Tensor:
+        """What the judge reads in them, frame by frame for clips."""
+        return digits.read(self.pixels(latents))
+
+
+def compare(mini: Mini, run: Run, exact: Run) -> dict[str, float]:
+    """Error of a run against the exact run of the same seed and schedule."""
+    agree = (mini.labels(run.latents) == mini.labels(exact.latents)).float().mean()
+    return {"nmse": nmse(run.latents, exact.latents), "psnr": psnr(run.latents, exact.latents), "agreement": float(agree)}
+
+
+def machine() -> dict[str, Any]:
+    """What a figure's reader must know of the place it was measured."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as f:
+            name = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "torch": torch.__version__, "diffusers": version("diffusers"),
+    }  # fmt: skip
+
+
+def one_thread() -> None:
+    """Two threads on a loaded machine make CPU time meaningless."""
+    torch.set_num_threads(1)

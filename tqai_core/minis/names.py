@@ -1,0 +1,4 @@
+"""What the minis are called."""
+
+KINDS = ("flux", "sd3", "wan")
+LM_VARIANTS = ("plain", "outlier", "bias")
