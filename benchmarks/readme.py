@@ -260,9 +260,9 @@ def summary(dit: dict[str, Any]) -> str:
     step = {r["method"]: r for r in llm["step"] if r["tokens"] == 16384}
     own = next(r for r in llm["quality"] if (r["variant"], r["cache"]) == ("plain", "tqai k4v4"))
     packed, dense = step["packed, native"], step["best dense"]
-    gains = [next(v["value"] for v in made["verdicts"] if v["mini"] == kind and v["what"].startswith("12 calls: best")) for kind in KINDS]
+    gains = [next(v["measured"] for v in made["verdicts"] if v["mini"] == kind and v["what"].startswith("12 calls: best")) for kind in KINDS]
     best = {r["method"]: r["nmse"] for r in dit["tables"]["wan"]["euler"]}
-    wide = next(v["value"] for v in kernels["verdicts"] if v["what"].startswith("bf16") and "d=0.25, over" in v["what"])
+    wide = next(v["measured"] for v in kernels["verdicts"] if v["what"].startswith("bf16") and "d=0.25, over" in v["what"])
     trellis = next(r for r in vectors["speed"] if (r["codec"], r["bits"]) == ("trellis", 4))
     rows = [
         [

@@ -25,9 +25,9 @@ from tqai_core.registry import build
 from tqai_core.strategies.window import Window
 
 from .dit import labels_of
-from .harness import Mini, machine, one_thread
+from .harness import Mini, Row, Table, closing, machine, one_thread, promises
+from .plot import Chart
 
-Row = dict[str, Any]
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SIZES = {  # tokens: heads
     "bf16": (128, {1024: 8, 2048: 4, 4096: 4, 8192: 4, 16384: 2}),
@@ -35,6 +35,7 @@ SIZES = {  # tokens: heads
 }
 DENSITIES = (0.1, 0.25, 0.5)
 BF16, FP32 = {0.1: 7, 0.25: 3, 0.5: 1.6}, {0.1: 7, 0.25: 2.8, 0.5: 1.5}  # asked for
+ORDERS = (1, 0), (1, 1), (0, 0)  # of the residual: without and with the far field
 MEANS = 8  # tokens that share a query
 STEPS, SAMPLES = 24, 4
 E2E = {
@@ -201,7 +202,7 @@ class Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
+def verdicts(result: Row) -> list[Row]:
     """What the issue asks of these figures."""
 
     def least(kind: str, against: str, density: float, far: str = "none", method: str = "sparse", low: int = 8192) -> float:
@@ -215,44 +216,32 @@ def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
     top, window = "top 25 %, frozen, order {}, {} far field", "window 25 %, order {}, {} far field"
     extra = [row["extra"] for row in result["memory"] if row["extra"] is not None]
     long = "8k and 16k tokens"
-    lines = [
-        *((f"bf16, {long}, d={d:g}, over the best dense", least("bf16", "over_best", d), ">=", x) for d, x in BF16.items()),
-        *((f"bf16, {long}, d=0.25 with the {far} far field", least("bf16", "over_best", 0.25, far), ">=", 2) for far in FAR),
-        *((f"fp32, {long}, d={d:g}, over SDPA", least("fp32", "over_sdpa", d), ">=", x) for d, x in FP32.items()),
-        ("dense autotune in bf16 over SDPA, 1k to 16k", least("bf16", "over_sdpa", 1.0, method="autotuned", low=0), ">=", 2.5),
-        ("extra peak memory at 8k bf16, MiB", max(extra) / 2**20 if extra else math.nan, "<=", 16),
-        *(
-            (
-                f"{name}: order {plain} without / order {order} with far field, worst seed",
-                ratio(row.format(plain, "no"), row.format(order, "centroid")),
-                ">=",
-                x,
-            )
-            for name, row, x, plain, order in (
-                ("top 25 %", top, 2, 1, 0),
-                ("top 25 %", top, 2, 1, 1),
-                ("window", window, 1.5, 1, 0),
-                ("window", window, 1.5, 1, 1),
-                ("window", window, 1.5, 0, 0),
-            )
-        ),
-    ]
-    return [
-        {"what": what, "value": value, "sign": sign, "limit": limit, "ok": bool(value >= limit if sign == ">=" else value <= limit)}
-        for what, value, sign, limit in lines
-    ]
+    out: list[Row] = []
+    need = promises(out)
+    for d, limit in BF16.items():
+        need(f"bf16, {long}, d={d:g}, over the best dense", least("bf16", "over_best", d), least=limit)
+    for far in FAR:
+        need(f"bf16, {long}, d=0.25 with the {far} far field", least("bf16", "over_best", 0.25, far), least=2)
+    for d, limit in FP32.items():
+        need(f"fp32, {long}, d={d:g}, over SDPA", least("fp32", "over_sdpa", d), least=limit)
+    need("dense autotune in bf16 over SDPA, 1k to 16k", least("bf16", "over_sdpa", 1.0, method="autotuned", low=0), least=2.5)
+    need("extra peak memory at 8k bf16, MiB", max(extra) / 2**20 if extra else None, most=16)
+    for name, row, limit, orders in (("top 25 %", top, 2, ORDERS[:2]), ("window", window, 1.5, ORDERS)):
+        for plain, order in orders:
+            what = f"{name}: order {plain} without / order {order} with far field, worst seed"
+            need(what, ratio(row.format(plain, "no"), row.format(order, "centroid")), least=limit)
+    return out
 
 
-def tables_of(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows) of every table, the verdicts last."""
-    out = [("one attention, x as fast as the best dense (as SDPA)", *speeds(result))]
+def tables_of(result: Row) -> list[Table]:
+    """Every table, the verdicts last."""
+    out: list[Table] = [("one attention, x as fast as the best dense (as SDPA)", *speeds(result))]
     rows = [[f"{r['density']:g}", r["far"], "" if r["extra"] is None else f"{r['extra'] / 2**20:.1f}"] for r in result["memory"]]
     out.append(("peak memory above the output, 8192 tokens, 4 heads of 128, bf16", ["density", "far field", "MiB"], rows))
     out.append((f"WAN mini, {STEPS} Euler steps, {result['samples']} clips, full every 4th step; seeds {result['seeds']}", *clips(result)))
     rows = [[r["method"], f"{r['nmse']:.4f}"] for r in result["queries"]]
     out.append(("WAN mini, one step's attention output by fewer queries (not more than this is promised)", ["method", "NMSE"], rows))
-    rows = [[v["what"], f"{v['value']:.2f}", f"{v['sign']} {v['limit']:g}", "yes" if v["ok"] else "NO"] for v in result["verdicts"]]
-    return [*out, ("asked for", ["what", "measured", "needed", "met"], rows)]
+    return [*out, *closing(result)]
 
 
 def speeds(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -284,33 +273,20 @@ def clips(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["between full steps", "core computed", *(f"NMSE e-4, seed {s}" for s in result["seeds"]), "far fields switched off"], rows
 
 
-def plot(result: dict[str, Any], width: int = 560, height: int = 330) -> str:
-    """Speed over the best dense attention against tokens, as SVG; logarithmic."""
-    left, top, right, floor = 50, 16, width - 150, height - 40
-    x = lambda n: left + (math.log2(n) - 10) / 4 * (right - left)  # noqa: E731
-    y = lambda s: floor - math.log2(s * 2) / math.log2(32) * (floor - top)  # noqa: E731  # 1/2 to 16
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="11">'
-        f'<rect width="{width}" height="{height}" fill="#fff"/>'
-    ]
+def plot(result: Row) -> str:
+    """Speed over the best dense attention against tokens, as SVG; logarithmic, from 1/2 to 16."""
+    chart = Chart(560, 330, 50, 150, lambda n: (math.log2(n) - 10) / 4, lambda s: math.log2(s * 2) / math.log2(32))
     for s in (0.5, 1, 2, 4, 8, 16):
-        parts.append(f'<path d="M{left} {y(s):.1f}H{right}" stroke="{"#888" if s == 1 else "#ddd"}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y(s) + 4:.1f}" text-anchor="end">{s:g}x</text>')
+        chart.rule(s, f"{s:g}x", "#888" if s == 1 else "#ddd")
     for n in (1024, 2048, 4096, 8192, 16384):
-        parts.append(f'<text x="{x(n):.1f}" y="{floor + 16}" text-anchor="middle">{n // 1024}k</text>')
+        chart.tick(n, f"{n // 1024}k")
     lines = [(0.1, "none", "#1f5fa8"), (0.25, "none", "#2e8b57"), (0.5, "none", "#d2691e"), (0.25, "centroid", "#8a2be2")]
     for i, (density, far, colour) in enumerate(lines):
-        for kind, dash in (("bf16", ""), ("fp32", ' stroke-dasharray="5 3"')):
-            points = [
-                (x(r["n"]), y(r["over_best"])) for r in result["speed"]
-                if (r["dtype"], r["method"], r["density"], r["far"]) == (kind, "sparse", density, far)
-            ]  # fmt: skip
-            parts.append(f'<polyline fill="none" stroke="{colour}"{dash} points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>')
-        label = f"d = {density:g}" + ("" if far == "none" else ", far field")
-        parts.append(f'<text x="{right + 8}" y="{top + 16 + 16 * i}" fill="{colour}">{label}</text>')
-    parts.append(f'<text x="{right + 8}" y="{top + 88}" fill="#777">bf16, D = 128; dashed:</text>')
-    parts.append(f'<text x="{right + 8}" y="{top + 102}" fill="#777">fp32, D = 64</text>')
-    parts.append(
-        f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">tokens; as fast as the best dense attention</text></svg>'
-    )
-    return "".join(parts)
+        for kind, dash in (("bf16", ""), ("fp32", "5 3")):
+            wanted = (kind, "sparse", density, far)
+            found = [r for r in result["speed"] if (r["dtype"], r["method"], r["density"], r["far"]) == wanted]
+            chart.line([(r["n"], r["over_best"]) for r in found], colour, dash)
+        chart.legend(8, i, f"d = {density:g}" + ("" if far == "none" else ", far field"), colour)
+    chart.legend(8, 5, "bf16, D = 128; dashed:", "#777")
+    chart.legend(8, 6, "fp32, D = 64", "#777")
+    return chart.svg("tokens; as fast as the best dense attention")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from statistics import median
@@ -18,10 +16,10 @@ from tqai_core.registry import build
 from tqai_core.types import nbytes
 
 from . import kv
-from .harness import Mini, machine, one_thread, promises
+from .harness import Mini, Row, Table, child, closing, machine, one_thread, promises
 from .peers import available
+from .plot import Chart
 
-Row = dict[str, Any]
 VECTORS = 8192
 UPSTREAM = "tqai 0.6 (upstream)"
 
@@ -51,9 +49,8 @@ def clock(*calls: Callable[[], Any], rounds: int = 21) -> list[list[float]]:
 
 
 PEAK = """
-import sys, torch
+import torch
 from tqai_core.peak import status
-torch.set_num_threads(1)
 name, vectors = sys.argv[1], int(sys.argv[2])
 x = torch.randn(vectors, 128, generator=torch.Generator().manual_seed(0))
 if name in ("turbo", "trellis"):
@@ -64,21 +61,21 @@ else:
     make = PEERS[name]()[0]
     encode = lambda x: make(x, 4)
 encode(x[:2048])
-before = status("VmRSS:")
-open("/proc/self/clear_refs", "w").write("5")
-held = encode(x)
-print(max(status("VmHWM:") - before, 0))
+found = {"peak": None}
+try:
+    before = status("VmRSS:")
+    open("/proc/self/clear_refs", "w").write("5")
+    held = encode(x)
+    found["peak"] = max(status("VmHWM:") - before, 0)
+except OSError:
+    pass
 """
 
 
 def peak(name: str, vectors: int) -> int | None:
     """Bytes of resident memory that encoding adds at its highest point, its result included, in a process of its own;
     None where the system does not tell."""
-    try:
-        run = subprocess.run([sys.executable, "-c", PEAK, name, str(vectors)], capture_output=True, text=True, check=True)
-        return int(run.stdout)
-    except (subprocess.CalledProcessError, ValueError):
-        return None
+    return child(PEAK, name, str(vectors))["peak"]
 
 
 def bench(peers: bool = True, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -238,7 +235,7 @@ def verdicts(result: dict[str, Any]) -> list[Row]:
     return out
 
 
-def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def tables_of(result: Row) -> Iterable[Table]:
     rate = [
         [r["codec"], str(r["d"]), f"{r['bits']:.4f}", f"{r['nmse']:.6f}", f"{r['gap_db']:.2f}"] for r in result["rate"] if r["d"] == 128
     ]
@@ -262,38 +259,22 @@ def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[lis
     )
     attention = [[r["mini"], r["codec"], f"{r['kl']:.2e}"] for r in result["attention"]]
     yield "attention weights with coded keys, 4 bits", ["mini", "codec", "KL"], attention
-    for name, why in result["missing"].items():
-        yield f"missing: {name} ({why})", ["peer"], [[name]]
-    rows = [
-        [v["what"], "unknown" if v["measured"] is None else f"{v['measured']:.4g}", v["needed"], "yes" if v["ok"] else "NO"]
-        for v in result["verdicts"]
-    ]
-    yield "promises", ["what", "measured", "needed", "ok"], rows
+    yield from closing(result)
 
 
-def plot(result: dict[str, Any], width: int = 560, height: int = 330) -> str:
+def plot(result: Row) -> str:
     """NMSE against bits with the Shannon line, as SVG."""
-    left, top, right, floor = 60, 16, width - 14, height - 40
-    x = lambda bits: left + (bits - 1) / 7.5 * (right - left)  # noqa: E731
-    y = lambda e: top + (0 - math.log10(e)) / 5.5 * (floor - top)  # noqa: E731
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="11">'
-        f'<rect width="{width}" height="{height}" fill="#fff"/>'
-    ]
+    chart = Chart(560, 330, 60, 14, lambda bits: (bits - 1) / 7.5, lambda e: 1 + math.log10(e) / 5.5)
     for e in range(6):
-        parts.append(f'<path d="M{left} {y(10**-e):.1f}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y(10**-e) + 4:.1f}" text-anchor="end">1e-{e}</text>')
+        chart.rule(10**-e, f"1e-{e}")
     for bits in range(1, 9):
-        parts.append(f'<text x="{x(bits):.1f}" y="{floor + 16}" text-anchor="middle">{bits}</text>')
-    parts.append(f'<path d="M{x(1):.1f} {y(4**-1.0):.1f}L{x(8.5):.1f} {y(4**-8.5):.1f}" stroke="#999" stroke-dasharray="5 3"/>')
-    lines = {"turbo": "#d2691e", "trellis": "#1f5fa8"}
-    for i, (name, colour) in enumerate(lines.items()):
-        points = [(x(r["bits"]), y(r["nmse"])) for r in result["rate"] if r["codec"] == name and r["d"] == 128]
-        parts.append(f'<polyline fill="none" stroke="{colour}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in points)}"/>')
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in points]
-        parts.append(f'<text x="{right - 120}" y="{top + 16 + 16 * i}" fill="{colour}">{name}</text>')
-    parts.append(f'<text x="{right - 120}" y="{top + 48}" fill="#777">Shannon, 2^(-2R)</text>')
-    parts.append(
-        f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">bits a coordinate, everything counted (d = 128)</text></svg>'
-    )
-    return "".join(parts)
+        chart.tick(bits, str(bits))
+    chart.line([(bits, 4**-bits) for bits in (1.0, 8.5)], "#999", "5 3")
+    for i, (name, colour) in enumerate({"turbo": "#d2691e", "trellis": "#1f5fa8"}.items()):
+        points = [(r["bits"], r["nmse"]) for r in result["rate"] if r["codec"] == name and r["d"] == 128]
+        chart.line(points, colour)
+        for bits, error in points:
+            chart.dot(bits, error, colour)
+        chart.legend(-120, i, name, colour)
+    chart.legend(-120, 2, "Shannon, 2^(-2R)", "#777")
+    return chart.svg("bits a coordinate, everything counted (d = 128)")

@@ -18,14 +18,13 @@ from tqai_core.metrics import nmse
 from tqai_core.monitors.fixed import Fixed
 from tqai_core.types import Step
 
-from .harness import Mini, Run, compare, machine, one_thread, promises
+from .harness import Mini, Row, Run, Table, closing, compare, machine, medians, one_thread, promises
 
 STEPS, SHIFT, TRUTH = 24, 3.0, 240
 SHIFTS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)  # grids a well-chosen solver may take; chosen on the calibration seed
 CALIBRATION = 77
 SAMPLES = {"flux": 10, "sd3": 10, "wan": 6}
 FLOORS = {"flux": 50.0, "sd3": 45.0, "wan": 40.0}  # dB, what the presets promise
-Row = dict[str, Any]
 
 
 def labels_of(kind: str, seed: int, count: int | None = None) -> list[int]:
@@ -41,7 +40,7 @@ def bench(kinds: Sequence[str], seeds: Sequence[int], tell: Callable[[str], None
         tell(f"{kind}: true ODE, {TRUTH} calls a seed")
         truth = {seed: _truth(mini, seed) for seed in seeds}
         tell(f"{kind}: Euler, {STEPS} steps")
-        euler = _median([_euler(mini, seed) for seed in seeds])
+        euler = _over_seeds([_euler(mini, seed) for seed in seeds])
         tell(f"{kind}: UniPC and DPM++ at shift {SHIFT:g}")
         multistep, nodes = _multistep(mini, seeds, truth)
         tell(f"{kind}: solvers on a well-chosen grid")
@@ -114,7 +113,7 @@ def _multistep(mini: Mini, seeds: Sequence[int], truth: dict[int, Run]) -> tuple
             if name == "unipc" and skip.report:
                 nodes[seed] = [d["sigma"] for d in skip.report.decisions if d["action"] == "compute"]
         rows.append(out)
-    return _median(rows), nodes
+    return _over_seeds(rows), nodes
 
 
 def _solvers(mini: Mini, seeds: Sequence[int], truth: dict[int, Run], nodes: dict[int, list[float]], multistep: list[Row]) -> list[Row]:
@@ -150,7 +149,7 @@ def _solvers(mini: Mini, seeds: Sequence[int], truth: dict[int, Run], nodes: dic
         mini.schedule("unipc", SHIFT)
         add(f"unipc shift {SHIFT:g}, {STEPS} steps, exact", mini.run(labels, seed, STEPS))
         rows.append(out)
-    return _median(rows)
+    return _over_seeds(rows)
 
 
 def interval_for(calls: int, steps: int = STEPS) -> float:
@@ -163,13 +162,9 @@ def interval_for(calls: int, steps: int = STEPS) -> float:
     return 20.0
 
 
-def _median(runs: list[list[Row]]) -> list[Row]:
+def _over_seeds(runs: list[list[Row]]) -> list[Row]:
     """Row by row, median over the seeds of every figure."""
-    out = []
-    for rows in zip(*runs, strict=True):
-        figures = {k: median(r[k] for r in rows) for k, v in rows[0].items() if not isinstance(v, str)}
-        out.append({"method": rows[0]["method"], **figures})
-    return out
+    return [medians(rows) for rows in zip(*runs, strict=True)]
 
 
 def verdicts(kind: str, tables: dict[str, list[Row]]) -> list[Row]:
@@ -177,7 +172,7 @@ def verdicts(kind: str, tables: dict[str, list[Row]]) -> list[Row]:
     row = {r["method"]: r for r in tables["euler"]}
     ours, reuse, fewer = row["tqai balanced"], row["plain reuse, same calls"], row["fewer Euler steps, same calls"]
     out: list[Row] = []
-    need = promises(out, mini=kind)
+    need = promises(out, kind)
     need("calls skipped, Euler 24, balanced", ours["skipped"], least=0.48)
     need("latent PSNR, dB", ours["psnr"], least=FLOORS[kind])
     if kind == "wan":
@@ -194,7 +189,7 @@ def verdicts(kind: str, tables: dict[str, list[Row]]) -> list[Row]:
     return out
 
 
-def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def tables_of(result: Row) -> Iterable[Table]:
     """(title, head, rows) for a terminal or Markdown."""
     pct, e4 = (lambda v: f"{v:.0%}"), (lambda v: f"{v * 1e4:.2f}")
     for kind, tables in result["tables"].items():
@@ -220,8 +215,4 @@ def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[lis
             ["method", "calls", "ODE NMSE e-4"],
             [[r["method"], f"{r['calls']:g}", e4(r["ode"])] for r in tables["solvers"]],
         )
-    yield (
-        "promises",
-        ["mini", "what", "measured", "needed", "ok"],
-        [[v["mini"], v["what"], f"{v['measured']:.4g}", v["needed"], "yes" if v["ok"] else "NO"] for v in result["verdicts"]],
-    )
+    yield from closing(result)

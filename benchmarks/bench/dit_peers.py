@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from tqai_core.config import PRESETS, preset
 from tqai_core.metrics import nmse, psnr, ssim
 
 from . import dit
-from .harness import Mini, machine, one_thread
+from .harness import Mini, Row, Table, closing, machine, medians, one_thread, promises
 
 STEPS = dit.STEPS
 SAMPLES = {"flux": 6, "sd3": 6, "wan": 2}
@@ -31,7 +30,6 @@ CAUSES = {
     "cache-dit": "pip install --no-deps cache-dit==1.5.3 pyyaml packaging",
     "scikit-image": "pip install scikit-image",
 }
-Row = dict[str, Any]
 # what it switches on (None: nothing) -> (undo, bytes held now)
 Enable = Callable[[Mini], tuple[Callable[[], None], Callable[[], int]]]
 
@@ -270,12 +268,12 @@ def measure(
         for figures, seconds in waiting:  # the last rival failed, so no exact run came after
             figures["cpu"] = before / seconds
     out: list[Row] = [
-        {"peer": "exact", "setting": "24 Euler steps", "helped": "", "note": "", "failed": None, **_medians(exact_rows), "cpu": 1.0}
+        {"peer": "exact", "setting": "24 Euler steps", "helped": "", "note": "", "failed": None, **medians(exact_rows), "cpu": 1.0}
     ]
     for i, rival in enumerate(rivals):
         row: Row = {"peer": rival.peer, "setting": rival.setting, "helped": rival.helped, "note": "", "failed": failed.get(i)}
         if i not in failed:
-            row |= _medians(values[i])
+            row |= medians(values[i])
             if min(row["calls"], row["attention"]) > track.steps - 1e-6:
                 row["note"] = "saved nothing: 0 calls"
         out.append(row)
@@ -294,10 +292,6 @@ def _figures(track: Track, result: Result, exact: Result, truth: dict[int, Tenso
         "nmse": nmse(result.latents, exact.latents), "ode": nmse(result.latents, truth[seed]) if truth else None,
         "agreement": float(labels), "held": result.held,
     }  # fmt: skip
-
-
-def _medians(rows: list[Row]) -> Row:
-    return {k: None if rows[0][k] is None else median(r[k] for r in rows) for k in rows[0]}
 
 
 def mixing(track: Track, seeds: Sequence[int]) -> Row:
@@ -330,7 +324,7 @@ def mixing(track: Track, seeds: Sequence[int]) -> Row:
     finally:
         for hook in hooks:
             hook.remove()
-    return {"mini": kind, "steps": track.steps, **_medians(rows)}
+    return {"mini": kind, "steps": track.steps, **medians(rows)}
 
 
 def bench(kinds: Sequence[str], seeds: Sequence[int], tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -392,12 +386,10 @@ def verdicts(result: dict[str, Any]) -> list[Row]:
     """What the project promises, recomputed from the rows."""
     out: list[Row] = []
     for kind, rows in result["tables"].items():
-        fights = duels(kind, rows)
-        worse, won = sum(d["default"] == "WORSE" for d in fights), sum(d["ok"] for d in fights)
-        what = "peer settings as fast as balanced or faster, of no more NMSE"
-        out.append({"mini": kind, "what": what, "measured": worse, "needed": "0", "ok": worse == 0})
-        what = "peer settings whose NMSE a tqai setting of no more CPU time undercuts"
-        out.append({"mini": kind, "what": what, "measured": won, "needed": f"{len(fights)}", "ok": won == len(fights)})
+        need, fights = promises(out, kind), duels(kind, rows)
+        need("peer settings as fast as balanced or faster, of no more NMSE", sum(d["default"] == "WORSE" for d in fights), most=0)
+        won = sum(d["ok"] for d in fights)
+        need("peer settings whose NMSE a tqai setting of no more CPU time undercuts", won, least=len(fights))
     return out
 
 
@@ -422,7 +414,7 @@ def told(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def tables_of(result: Row) -> Iterable[Table]:
     head = ["method", "setting", "calls", "attn", "CPU x", "PSNR", "SSIM", "NMSE e-4", "ODE e-4", "labels", "held B", "note"]
     cell = lambda v, f: "" if v is None else format(v, f)  # noqa: E731
     for kind, rows in result["tables"].items():
@@ -468,8 +460,5 @@ def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[lis
             for d in result["duels"]
         ],
     )  # fmt: skip
-    if result["missing"]:
-        yield "missing", ["what", "why"], [[name, why] for name, why in result["missing"].items()]
     yield "verdicts", ["a line a model"], [[line] for line in told(result)]
-    checks = [[v["mini"], v["what"], f"{v['measured']:g}", v["needed"], "yes" if v["ok"] else "NO"] for v in result["verdicts"]]
-    yield "promises", ["mini", "what", "measured", "needed", "ok"], checks
+    yield from closing(result)

@@ -11,12 +11,11 @@ from tqai_core.config import Config
 from tqai_core.metrics import nmse
 
 from .dit import SAMPLES, TRUTH, labels_of
-from .harness import Mini, Run, compare, machine, one_thread
+from .harness import Mini, Row, Run, Table, closing, compare, machine, medians, one_thread, promises
 
 STEPS = 24
 SHIFT = 3.0
 BRANCH_CALLS = 24  # of the guidance rows: twelve steps of cond and uncond
-Row = dict[str, Any]
 HALF = "fixed:interval=2"
 ROUNDS = 16  # of the overhead: one run of a loaded machine says nothing
 
@@ -85,7 +84,7 @@ def _rows(mini: Mini, seeds: Sequence[int], configs: dict[str, Config]) -> list[
             shares = {"calls_skipped": report.calls_skipped / report.calls, "cpu": exact.seconds / run.seconds}
             held = {"held": report.bytes_held_peak, "fp16": report.bytes_exact}
             found[name].append(shares | held | compare(mini, run, exact))
-    return [{"method": name, **{key: median(row[key] for row in rows) for key in rows[0]}} for name, rows in found.items()]
+    return [{"method": name, **medians(rows)} for name, rows in found.items()]
 
 
 def _guidance(mini: Mini, seeds: Sequence[int]) -> list[Row]:
@@ -104,7 +103,7 @@ def _guidance(mini: Mini, seeds: Sequence[int]) -> list[Row]:
             run = mini.run(labels, seed, steps, chosen)
             spent = steps * 2 if chosen is None else _spent(run)
             rows.setdefault(name, []).append({"branch_calls": spent, "ode": nmse(run.latents, truth)})
-    return [{"method": name, **{key: median(row[key] for row in found) for key in found[0]}} for name, found in rows.items()]
+    return [{"method": name, **medians(found)} for name, found in rows.items()]
 
 
 def _spent(run: Run) -> float:
@@ -138,25 +137,23 @@ def verdicts(kind: str, table: dict[str, list[Row]]) -> list[dict[str, Any]]:
     both, *spared = table["guidance"]
     equal = [row for row in spared if row["branch_calls"] <= both["branch_calls"]]
     gain = both["ode"] / equal[0]["ode"] if equal else 0.0
-    lines = [
-        ("attention, every 2nd: order 1 / plain reuse", exact["nmse"] / plain["nmse"], "<=", 0.5),
-        ("attention, every 2nd: 6 + 2 bits / uncoded error", coded["nmse"] / exact["nmse"], "<=", 1.3),
-        ("attention, every 2nd: two fp16 tensors / bytes held", coded["fp16"] / coded["held"], ">=", 3.5),
-        ("guidance difference, UniPC shift 3, 12 calls: ODE error without / with", gain, ">=", 1.4 if kind == "wan" else 1 / 1.05),
-        ("overhead of idle hooks", max(row["ratio"] for row in table["overhead"] if row["state"] == "idle") - 1, "<=", 0.015),
-    ]
+    out: list[Row] = []
+    need = promises(out, kind)
+    need("attention, every 2nd: order 1 / plain reuse", exact["nmse"] / plain["nmse"], most=0.5)
+    need("attention, every 2nd: 6 + 2 bits / uncoded error", coded["nmse"] / exact["nmse"], most=1.3)
+    need("attention, every 2nd: two fp16 tensors / bytes held", coded["fp16"] / coded["held"], least=3.5)
+    need("guidance difference, UniPC shift 3, 12 calls: ODE error without / with", gain, least=1.4 if kind == "wan" else 1 / 1.05)
+    idle = max(row["ratio"] for row in table["overhead"] if row["state"] == "idle") - 1
+    need("overhead of idle hooks", idle, most=0.015)
     if kind == "wan":
         ratio = window["bsa, chosen anew, order 0"]["nmse"] / window["bsa, frozen, order 1"]["nmse"]
-        lines.append(("window: order 0 chosen anew / order 1 frozen", ratio, ">=", 2.5))
-    return [
-        {"mini": kind, "what": what, "value": value, "sign": sign, "limit": limit, "ok": value <= limit if sign == "<=" else value >= limit}
-        for what, value, sign, limit in lines
-    ]
+        need("window: order 0 chosen anew / order 1 frozen", ratio, least=2.5)
+    return out
 
 
-def tables_of(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows) of every table, the verdicts last."""
-    out = []
+def tables_of(result: Row) -> list[Table]:
+    """Every table, the verdicts last."""
+    out: list[Table] = []
     for kind, table in result["tables"].items():
         titles = {"attention": "attention and block level, every 2nd step"}
         titles["window"] = result.get("window", "sparse attention, full every 4th step")
@@ -165,10 +162,7 @@ def tables_of(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[st
         out.append((f"{kind}: UniPC at shift {SHIFT:g}, equal branch calls", *guidance(table["guidance"])))
         rows = [[r["level"], r["state"], f"{r['ratio'] - 1:+.1%}"] for r in table["overhead"]]
         out.append((f"{kind}: CPU time of hooks where nothing is skipped", ["level", "pipeline", "more time"], rows))
-    rows = [
-        [v["mini"], v["what"], f"{v['value']:.3f}", f"{v['sign']} {v['limit']:.3g}", "yes" if v["ok"] else "NO"] for v in result["verdicts"]
-    ]
-    return [*out, ("asked for", ["mini", "what", "measured", "needed", "met"], rows)]
+    return [*out, *closing(result)]
 
 
 def caches(rows: list[Row]) -> tuple[list[str], list[list[str]]]:

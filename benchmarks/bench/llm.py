@@ -23,9 +23,9 @@ from tqai_core.kv.cache import PackedKV, Plan
 from tqai_core.peak import PROC, Peak
 from tqai_core.types import nbytes
 
-from .harness import machine, one_thread, promises
+from .harness import Row, Table, closing, machine, one_thread, promises
+from .plot import Chart
 
-Row = dict[str, Any]
 WINDOWS, LENGTH, PREFILL, CHUNK = 8, 1024, 320, 32
 
 
@@ -315,7 +315,7 @@ def _against(rows: list[Row], bits: int) -> float | None:
     return max(ratios, default=None)
 
 
-def tables_of(result: Row) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def tables_of(result: Row) -> Iterable[Table]:
     rows = []
     for r in result["quality"]:
         figures = [f"{r['perplexity']:.4f}", f"{100 * r['delta']:+.3f}", f"{r['kl']:.6f}"]
@@ -338,43 +338,20 @@ def tables_of(result: Row) -> Iterable[tuple[str, list[str], list[list[str]]]]:
         ["tokens", "method", "CPU ms", "least"],
         [[str(r["tokens"]), r["method"], f"{r['ms']:.2f}", f"{r['ms_least']:.2f}"] for r in result["model"]],
     )
-    yield (
-        "Promises",
-        ["what", "measured", "needed", "ok"],
-        [
-            [v["what"], "" if v["measured"] is None else f"{v['measured']:.5g}", v["needed"], "yes" if v["ok"] else "NO"]
-            for v in result["verdicts"]
-        ],
-    )
-    for name, why in result["missing"].items():
-        yield f"not compared: {name}", ["why"], [[why]]
+    yield from closing(result)
 
 
-def plot(result: Row, width: int = 600, height: int = 360) -> str:
+def plot(result: Row) -> str:
     """KL to the unquantised mini against all bits held, every cache, as SVG: left and low is better."""
     rows = [r for r in result["quality"] if r["variant"] == "plain" and r["kl"] > 0]
-    left, top, right, floor = 60, 16, width - 14, height - 40
     low = min(math.log10(r["kl"]) for r in rows) - 0.2
-    x = lambda bits: left + (bits - 2) / 8 * (right - left)  # noqa: E731
-    y = lambda kl: floor - (math.log10(kl) - low) / (-1 - low) * (floor - top)  # noqa: E731
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="11">'
-        f'<rect width="{width}" height="{height}" fill="#fff"/>'
-    ]
+    chart = Chart(600, 360, 60, 14, lambda bits: (bits - 2) / 8, lambda kl: (math.log10(kl) - low) / (-1 - low))
     for e in range(1, int(-low) + 1):
-        parts.append(f'<path d="M{left} {y(10**-e):.1f}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y(10**-e) + 4:.1f}" text-anchor="end">1e-{e}</text>')
+        chart.rule(10**-e, f"1e-{e}")
     for bits in range(2, 11):
-        parts.append(f'<text x="{x(bits):.1f}" y="{floor + 16}" text-anchor="middle">{bits}</text>')
+        chart.tick(bits, str(bits))
     for r in rows:
         ours = r["cache"].startswith("tqai k")
-        colour, across, down = "#1f5fa8" if ours else "#d2691e", x(r["held_bits"]), y(r["kl"])
-        parts.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="4" fill="{colour}"/>')
-        name, last = r["cache"] if ours else f"{r['cache']} {r['bits']}", r["held_bits"] > 7
-        side = f'x="{across - 7:.1f}" text-anchor="end"' if last else f'x="{across + 7:.1f}"'
-        parts.append(f'<text {side} y="{down + 4:.1f}" fill="{colour}">{name}</text>')
-    parts.append(
-        f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">'
-        f"bits a coordinate, everything counted; KL on {WINDOWS} windows of {LENGTH}</text></svg>"
-    )
-    return "".join(parts)
+        label = r["cache"] if ours else f"{r['cache']} {r['bits']}"
+        chart.dot(r["held_bits"], r["kl"], "#1f5fa8" if ours else "#d2691e", label, before=r["held_bits"] > 7)
+    return chart.svg(f"bits a coordinate, everything counted; KL on {WINDOWS} windows of {LENGTH}")

@@ -21,9 +21,8 @@ from tqai_core.kv.policy import policy
 from tqai_core.registry import REGISTRY, names
 
 from . import llm
-from .harness import machine, one_thread
+from .harness import Row, Table, machine, one_thread
 
-Row = dict[str, Any]
 PLAIN = ((2, 2), (3, 3), (4, 4), (8, 4))
 SEEDS = (0, 1, 2)  # of the rotation
 FEW = 4  # windows of the triples
@@ -180,7 +179,7 @@ def _cells(r: Row) -> list[str]:
     return [bits, f"{r['held_bits']:.2f}", f"{r['kl']:.6f}", f"{100 * r['delta']:+.3f}", f"{r['against_plain']:.2f}", r["notes"]]
 
 
-def tables_of(result: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables_of(result: Row) -> list[Table]:
     head = ["bits k / v", "bits held", "KL", "delta perplexity %", "KL to plain of equal bytes", "layers"]
     own = [["plain", r["bits"], *_cells(r)] for r in result["plain"]]
     rows = [[r["method"], r["bits"], *_cells(r)] for r in result["alone"]]

@@ -11,12 +11,11 @@ from tqai_core.config import Config
 from tqai_core.registry import REGISTRY, names
 
 from .dit import labels_of
-from .harness import Mini, compare, machine, one_thread
+from .harness import Mini, Row, Table, compare, machine, one_thread
 
 STEPS, COUNT, CALLS = 24, 3, 12
 TAUS = (0.03, 0.045, 0.06, 0.075, 0.09, 0.12, 0.18)
 TIERS = "tiered:share=0.5,high=7,low=5"  # six bits on average, as the uniform row
-Row = dict[str, Any]
 
 
 def scorers() -> list[str | None]:
@@ -75,7 +74,7 @@ def bench(kinds: Sequence[str], seeds: Sequence[int], tell: Callable[[str], None
     }  # fmt: skip
 
 
-def tables_of(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables_of(result: dict[str, Any]) -> list[Table]:
     """(title, head, rows) of every table."""
     out = []
     for kind, table in result["tables"].items():

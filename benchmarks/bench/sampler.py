@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from tqai_core.calibrate.sampler import STOCK, CalibratedSampler, Truth, calibra
 from tqai_core.calibrate.sampler_cli import FIRST, FIRST_HELD_OUT
 from tqai_core.metrics import nmse
 
-from .harness import machine, one_thread
+from .harness import Row, Table, child, closing, machine, one_thread, promises
 
 CALLS = (12, 10)
 SHIFTS = (0.7, 1.0, 1.5, 2.0, 3.0)
@@ -34,32 +32,24 @@ SAMPLES = {"flux": 10, "sd3": 10, "wan": 3}
 TRUTH, TRUTH_OTHER = 240, 120  # calls; the second where another guidance is tried
 FIT, HELD_OUT = 4, 3  # seeds; the former choose the stock solvers' shifts, too
 GUIDANCE, OTHER, OTHER_SEEDS = 2.0, 4.0, 2
-Row = dict[str, Any]
 
-CHILD = """
-import json, resource, sys
-def here():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
-from bench.harness import one_thread
-one_thread()
-{work}
-print("RESULT " + json.dumps(told | {{"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}}))
-"""
-CALIBRATE = """
-import time
+PEAK = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10"  # MiB, the whole process
+CALIBRATE = f"""
+import resource, time
 from tqai_core.hosts.diffusers import minis, sampler
 from tqai_core.cli import main
 began = time.process_time()
 status = main(sys.argv[1:])
-told = {"status": status, "seconds_cpu": time.process_time() - began}
+found = {{"status": status, "seconds_cpu": time.process_time() - began, "peak": {PEAK}}}
 """
-INFER = """
+INFER = f"""
+import resource
 from tqai_core.hosts.diffusers import minis
 pipe = minis.pipeline(sys.argv[1])
 inputs = minis.inputs(sys.argv[1], [i % 5 for i in range(int(sys.argv[2]))], 2.0)
-loaded = here()
+loaded = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 pipe(**inputs, num_inference_steps=12, output_type="latent")
-told = {"loaded": loaded}
+found = {{"loaded": loaded, "peak": {PEAK}}}
 """
 
 
@@ -162,14 +152,11 @@ def _file(kind: str, path: Path, *options: str) -> dict[str, Any]:
     return {**told, "calls": 12, "file": str(path) if path.exists() else None}
 
 
-def _child(work: str, *arguments: str) -> dict[str, Any]:
-    """CPU seconds and peak memory (MiB, the whole process) of work in a process of its own."""
-    run = subprocess.run([sys.executable, "-c", CHILD.format(work=work), *arguments], capture_output=True, text=True, check=False)
-    found = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        raise RuntimeError(f"{arguments} failed: {run.stderr[-2000:]}")
-    said = [line for line in run.stderr.splitlines() if line.startswith("tqai:")]
-    return {**json.loads(found[0].removeprefix("RESULT ")), "said": said[-1] if said else ""}
+def _child(work: str, *arguments: str) -> Row:
+    """CPU seconds and peak memory (MiB, the whole process) of work in a process of its own, and its refusal."""
+    found = child(work, *arguments)
+    said = [line for line in found.pop("stderr").splitlines() if line.startswith("tqai:")]
+    return {**found, "said": said[-1] if said else ""}
 
 
 def _tuned(case: Case) -> dict[str, float]:
@@ -247,13 +234,11 @@ def _other(case: Case, file: str, tuned: dict[str, float]) -> dict[str, Any]:
         return {"refused": refused, "proved": sampler.guidance["proved"], "rows": {"calibrated": ours, **found}}
 
 
-def verdicts(kind: str, table: dict[str, Any]) -> list[dict[str, Any]]:
+def verdicts(kind: str, table: Row) -> list[Row]:
     """What the issue asks of these figures."""
-    rows, out = table["rows"], []
-
-    def need(what: str, value: float, sign: str, limit: float) -> None:
-        ok = value <= limit if sign == "<=" else value >= limit
-        out.append({"mini": kind, "what": what, "value": value, "sign": sign, "limit": limit, "ok": bool(ok)})
+    rows: list[Row] = table["rows"]
+    out: list[Row] = []
+    need = promises(out, kind)
 
     def best(calls: int, key: str) -> float:
         return min(float(r[key]) for r in rows if r["calls"] == calls and "tuned" in r["method"])
@@ -261,34 +246,34 @@ def verdicts(kind: str, table: dict[str, Any]) -> list[dict[str, Any]]:
     ours = {r["method"]: r for r in rows if r["method"].startswith("calibrated")}
     for calls in CALLS:
         row = ours.get(f"calibrated, {calls} steps", {"ode": float("inf"), "unseen": float("inf")})
-        need(f"{calls} calls: best tuned stock solver / calibrated, error to the true ODE", best(calls, "ode") / row["ode"], ">=", 2.0)
-        need(f"{calls} calls: the same on labels 5 to 9", best(calls, "unseen") / row["unseen"], ">=", 2.0)
+        need(f"{calls} calls: best tuned stock solver / calibrated, error to the true ODE", best(calls, "ode") / row["ode"], least=2.0)
+        need(f"{calls} calls: the same on labels 5 to 9", best(calls, "unseen") / row["unseen"], least=2.0)
     double = next(r for r in rows if r["calls"] == 24)
     twelve = ours.get("calibrated, 12 steps", {"ode": float("inf")})
-    need("12 calibrated calls / 24 of UniPC at shift 3", twelve["ode"] / double["ode"], "<=", 1.0)
+    need("12 calibrated calls / 24 of UniPC at shift 3", twelve["ode"] / double["ode"], most=1.0)
     other = table["other"]
     if other["refused"]:
-        need("guidance 4 from a file made at 2: refused", 1.0, ">=", 1.0)
+        need("guidance 4 from a file made at 2: refused", 1.0, least=1.0)
     else:
         least = min(other["rows"][name]["ode"] for name in STOCK)
-        need("guidance 4 from a file made at 2 / best stock solver there", other["rows"]["calibrated"]["ode"] / least, "<=", 1.0)
+        need("guidance 4 from a file made at 2 / best stock solver there", other["rows"]["calibrated"]["ode"] / least, most=1.0)
     if kind == "wan":
         eight = table["files"]["8 steps"]
         if eight["file"] is None:
-            need("8 calls lose on held-out seeds: no file", float(eight["said"].startswith("no file was made")), ">=", 1.0)
+            need("8 calls lose on held-out seeds: no file", float(eight["said"].startswith("no file was made")), least=1.0)
         else:
-            need("8 calls, file written: calibrated / best stock", ours["calibrated, 8 steps"]["ode"] / best(8, "ode"), "<=", 1.0)
+            need("8 calls, file written: calibrated / best stock", ours["calibrated, 8 steps"]["ode"] / best(8, "ode"), most=1.0)
     made, inference = table["files"]["12 steps"], table["inference"]
-    need("CPU seconds of a calibration", made["seconds_cpu"], "<=", 60.0)
-    need("peak memory of calibrating / of inference, whole process", made["peak"] / inference["peak"], "<=", 3.0)
+    need("CPU seconds of a calibration", made["seconds_cpu"], most=60.0)
+    need("peak memory of calibrating / of inference, whole process", made["peak"] / inference["peak"], most=3.0)
     grown = [r["peak"] - inference["loaded"] for r in (made, inference)]
-    need("the same above the loaded model", grown[0] / grown[1], "<=", 3.0)
+    need("the same above the loaded model", grown[0] / grown[1], most=3.0)
     return out
 
 
-def tables_of(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows) of every table, the verdicts last."""
-    out = []
+def tables_of(result: Row) -> list[Table]:
+    """Every table, the verdicts last."""
+    out: list[Table] = []
     for kind, table in result["tables"].items():
         out.append((f"{kind}: error to the true ODE at equal calls, guidance {result['guidance']:g}", *rows_of(table["rows"])))
         other = table["other"]
@@ -306,10 +291,7 @@ def tables_of(result: dict[str, Any]) -> list[tuple[str, list[str], list[list[st
         ]
         made.append(["inference, 12 steps", "", f"{table['inference']['peak']:.0f}", f"{table['inference']['loaded']:.0f} MiB before it"])
         out.append((f"{kind}: calibration", ["file", "CPU s", "peak MiB", "grid, or refusal"], made))
-    rows = [
-        [v["mini"], v["what"], f"{v['value']:.3g}", f"{v['sign']} {v['limit']:g}", "yes" if v["ok"] else "NO"] for v in result["verdicts"]
-    ]
-    return [*out, ("asked for", ["mini", "what", "measured", "needed", "met"], rows)]
+    return [*out, *closing(result)]
 
 
 def rows_of(rows: list[Row]) -> tuple[list[str], list[list[str]]]:

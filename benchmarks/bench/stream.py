@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from tqai_core.stream import StreamCoder
 
 from . import kv
 from .codec import nmse
-from .harness import Mini, machine, one_thread, promises
+from .harness import Mini, Row, Table, closing, machine, medians, one_thread, promises
 from .peers import available
 
-Row = dict[str, Any]
 NOISE = (0.1, 0.075, 0.05, 0.025, 0.0)
 SETTINGS: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("none", (4, 4, 4, 4, 4)),
@@ -62,7 +60,7 @@ def bench(seeds: Sequence[int] = (0, 1, 2), peers: bool = True, tell: Callable[[
     for predictor, bits in SETTINGS:
         coder = StreamCoder(predictor, codec="trellis:short=0", bits=bits)
         many = [run(coder, synthetic(seed)) for seed in seeds]
-        rows.append({"method": f"{predictor} {','.join(map(str, bits))}", **_median(many)})
+        rows.append({"method": f"{predictor} {','.join(map(str, bits))}", **medians(many)})
     if upstream := found.get("tqai 0.6 (upstream)"):
         rows += _upstream(upstream, seeds)
     tell("keys and values of the minis, 20 steps")
@@ -88,10 +86,6 @@ def bench(seeds: Sequence[int] = (0, 1, 2), peers: bool = True, tell: Callable[[
     return result
 
 
-def _median(rows: list[Row]) -> Row:
-    return {k: median(r[k] for r in rows) for k in rows[0]}
-
-
 def _upstream(peer: Any, seeds: Sequence[int]) -> list[Row]:
     """Upstream's delta as its pipeline runs it: the residual to the TRUE last tensor where it is small, which its decoder
     must be given, uncoded; 4 bits, one byte a coordinate and an fp16 norm."""
@@ -112,7 +106,7 @@ def _upstream(peer: Any, seeds: Sequence[int]) -> list[Row]:
             before = x
         size = sum(x.numel() for x in steps)
         many.append({"nmse": total / len(steps), "bits": sent * 8 / size, "sent": sent, "held": steps[0].numel() * 4, "raw16": size * 2})
-    return [{"method": "upstream delta, 4 bits, given the raw last tensor", **_median(many)}]
+    return [{"method": "upstream delta, 4 bits, given the raw last tensor", **medians(many)}]
 
 
 def verdicts(result: dict[str, Any]) -> list[Row]:
@@ -129,14 +123,11 @@ def verdicts(result: dict[str, Any]) -> list[Row]:
     return out
 
 
-def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def tables_of(result: Row) -> Iterable[Table]:
     head = ["method", "NMSE", "bits", "sent B", "held B", "as fp16 B"]
     cells = lambda r: [f"{r['nmse']:.2e}", f"{r['bits']:.3f}", f"{r['sent']:,.0f}", f"{r['held']:,.0f}", f"{r['raw16']:,.0f}"]  # noqa: E731
     rows = [[r["method"], *cells(r)] for r in result["synthetic"]]
     yield "base + noise .1, .075, .05, .025, 0; five steps of [1, 8, 64, 128]; closed loop, codes only", head, rows
     real = [[r["mini"], r["method"], *cells(r), f"{r['worst']:.2e}"] for r in result["minis"]]
     yield "keys and values of the minis, 20 Euler steps, mean over streams", ["mini", *head, "worst stream"], real
-    for name, why in result["missing"].items():
-        yield f"missing: {name} ({why})", ["peer"], [[name]]
-    checks = [[v["what"], f"{v['measured']:.4g}", v["needed"], "yes" if v["ok"] else "NO"] for v in result["verdicts"]]
-    yield "promises", ["what", "measured", "needed", "ok"], checks
+    yield from closing(result)

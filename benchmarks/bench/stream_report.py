@@ -29,7 +29,7 @@ from tqai_core.types import Packed, Step, nbytes, tensors_in
 
 from . import kv
 from .codec import nmse
-from .harness import Mini, machine, one_thread, promises
+from .harness import Mini, Row, Table, closing, machine, medians, one_thread, promises
 from .stream import NOISE
 
 SHAPES = {  # key-value heads, head dimension
@@ -61,7 +61,6 @@ NOTES = {
     "palm+tiered+stab": "no attention here: palm+tiered",
 }
 SCORERS = ("change", "palm", "sheaf", "bsa", "random")
-Row = dict[str, Any]
 Score = Callable[[Tensor, Step], Tensor]  # [1, n, d] -> [1, n]
 
 
@@ -291,12 +290,12 @@ def bench(seeds: Sequence[int] = (0, 1, 2), peers: bool = True, tell: Callable[[
         tell(f"{shape}: {heads} heads of {d}")
         streams = [fading(heads, d, seed) for seed in seeds]
         for name, config in CONFIGS.items():
-            ours = _median([run(lambda c=config: coder(c), steps) for steps in streams])  # type: ignore[misc]
+            ours = medians([run(lambda c=config: coder(c), steps) for steps in streams])  # type: ignore[misc]
             row: Row = {"shape": shape, "config": name, **ours}
             if upstream is not None:
-                row["upstream"] = _median([upstream(config, steps) for steps in streams])
+                row["upstream"] = medians([upstream(config, steps) for steps in streams])
             rows.append(row)
-        line = _median([run(lambda: Plain("delta2", BITS), steps) for steps in streams])
+        line = medians([run(lambda: Plain("delta2", BITS), steps) for steps in streams])
         rows.append({"shape": shape, "config": "(delta2, always the line)", **line})
     result = {
         "bench": "stream report", "machine": machine(), "seeds": list(seeds), "bits": list(BITS), "missing": missing, "rows": rows,
@@ -304,10 +303,6 @@ def bench(seeds: Sequence[int] = (0, 1, 2), peers: bool = True, tell: Callable[[
     }  # fmt: skip
     result["verdicts"] = verdicts(result)
     return result
-
-
-def _median(rows: list[Row]) -> Row:
-    return {k: median(r[k] for r in rows) for k in rows[0]}
 
 
 def _scorers(seeds: Sequence[int], tell: Callable[[str], None]) -> list[Row]:
@@ -438,7 +433,7 @@ def verdicts(result: dict[str, Any]) -> list[Row]:
     return out
 
 
-def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def tables_of(result: Row) -> Iterable[Table]:
     head = ["config", "NMSE", "vs base", "cosine", "comp ms", "sent B", "held B"]
     cells = lambda r: [  # noqa: E731
         f"{r['nmse']:.2e}", f"{r['versus']:+.1%}", f"{r['cosine']:.5f}", f"{r['ms']:.2f}", f"{r['sent']:,.0f}", f"{r['held']:,.0f}",
@@ -469,7 +464,4 @@ def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[lis
         ["stream", "scorer", "uniform NMSE", "tiered NMSE", "tokens moved", "ratio", "bytes", "says"],
         signal,
     )
-    if result["missing"]:
-        yield "missing", ["what", "why"], [[name, why] for name, why in result["missing"].items()]
-    checks = [[v["what"], f"{v['measured']:.4g}", v["needed"], "yes" if v["ok"] else "NO"] for v in result["verdicts"]]
-    yield "promises", ["what", "measured", "needed", "ok"], checks
+    yield from closing(result)
