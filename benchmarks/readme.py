@@ -1,8 +1,10 @@
-"""Write the measured tables of README.md and docs/*.md from benchmarks/results/*.json: no figure is typed by hand.
+"""Write the measured figures of pages and docstrings from benchmarks/results/*.json: no figure is typed by hand.
 
     python benchmarks/readme.py [--check]
 
-Text between ``<!-- name -->`` and ``<!-- /name -->`` is replaced. ``--check`` only says whether it is up to date.
+Text between ``<!-- name -->`` and ``<!-- /name -->`` of a page is replaced, figures in sentences are written where ``figures.py`` knows
+the sentence, and the charts are drawn anew. ``--check`` changes nothing: it says what is not up to date, and finds the numbers in pages
+and docstrings that nothing stands behind (``sources.py``); exit status 1 where there is any.
 """
 
 from __future__ import annotations
@@ -10,25 +12,26 @@ from __future__ import annotations
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-KINDS = ("flux", "sd3", "wan")
+import figures
+import promised
+import sources
+from figures import KINDS, ROOT, e4, load, table
 
 
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n".join(lines)
-
-
-def e4(value: float) -> str:
-    return f"{value * 1e4:.2f}"
+def minis() -> str:
+    """The trained minis, from the logs beside their weights."""
+    shapes = {
+        "flux": "1 double + 3 single blocks, one head of 128", "sd3": "3 joint blocks, three heads of 64",
+        "wan": "4 blocks, one head of 128, 9 frames",
+    }  # fmt: skip
+    rows = []
+    for kind, shape in shapes.items():
+        log = json.loads((ROOT / "tqai_core" / "minis" / f"{kind}.json").read_text())
+        read = f"{log['accuracy'][-1][1]:.2f}" + (" of the frames" if kind == "wan" else "")
+        rows.append([kind, shape, f"{log['parameters'] / 1e6:.2f} M", f"{log['cpu_seconds'] / 60:.0f} min", read])
+    return table(["mini", "shape", "parameters", "training, CPU", "samples read as asked"], rows)
 
 
 def headline(dit: dict[str, Any]) -> str:
@@ -260,7 +263,9 @@ def summary(dit: dict[str, Any]) -> str:
     step = {r["method"]: r for r in llm["step"] if r["tokens"] == 16384}
     own = next(r for r in llm["quality"] if (r["variant"], r["cache"]) == ("plain", "tqai k4v4"))
     packed, dense = step["packed, native"], step["best dense"]
-    gains = [next(v["measured"] for v in made["verdicts"] if v["mini"] == kind and v["what"].startswith("12 calls: best")) for kind in KINDS]
+    gains = [
+        next(v["measured"] for v in made["verdicts"] if v["mini"] == kind and v["what"].startswith("12 calls: best")) for kind in KINDS
+    ]
     best = {r["method"]: r["nmse"] for r in dit["tables"]["wan"]["euler"]}
     wide = next(v["measured"] for v in kernels["verdicts"] if v["what"].startswith("bf16") and "d=0.25, over" in v["what"])
     trellis = next(r for r in vectors["speed"] if (r["codec"], r["bits"]) == ("trellis", 4))
@@ -310,48 +315,60 @@ def summary(dit: dict[str, Any]) -> str:
     return table(["you have", "you take", "measured", "more"], rows)
 
 
-def main() -> int:
-    from bench import attention, calibrate, levels, llm_methods, methods
+def parts() -> dict[str, str]:
+    from bench import attention, calibrate, levels, llm_methods, methods, stream_report
 
-    dit, vectors, trajectories = load("dit"), load("codec"), load("stream")
-    parts = {
+    dit, vectors, lower, kernels = (load(name) for name in ("dit", "codec", "levels", "attention"))
+    lm, caches, made = (load(name) for name in ("llm", "llm_methods", "calibrate"))
+    return {
+        **promised.parts(), "minis": minis(),
         "headline": headline(dit), "euler": euler(dit), "multistep": multistep(dit), "solvers": solvers(dit), "place": place(dit),
         "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
-        "streams": streams(trajectories),
+        "streams": streams(load("stream")), "comfyui": comfyui(load("comfyui")), "levels": levels_of(lower), "guidance": guidance_of(lower),
+        "sampler": sampler(load("sampler")),
+        **{name: of_bench(getattr(calibrate, name), made) for name in ("calibration", "allocation", "tuning")},
+        **attention_of(attention, kernels), "llm": f"{llm_quality(lm)}\n\n{llm_speed(lm)}", "kv": kv_of(caches), "mlx": mlx(load("mlx")),
+        "methods": sections(methods, load("methods")), "levels-all": sections(levels, lower), "peers": peers(load("dit_peers")),
+        "kv-all": sections(llm_methods, caches), "attention-all": sections(attention, kernels),
+        "pipelines": sections(stream_report, load("stream_report")),
     }  # fmt: skip
-    parts["comfyui"] = comfyui(load("comfyui"))
-    lower = load("levels")
-    parts |= {"levels": levels_of(lower), "guidance": guidance_of(lower), "sampler": sampler(load("sampler"))}
-    made = load("calibrate")
-    parts |= {name: of_bench(getattr(calibrate, name), made) for name in ("calibration", "allocation", "tuning")}
-    kernels = load("attention")
-    parts |= attention_of(attention, kernels)
-    others = load("dit_peers")
-    parts["llm"] = f"{llm_quality(load('llm'))}\n\n{llm_speed(load('llm'))}"
-    caches = load("llm_methods")
-    parts["kv"], parts["mlx"] = kv_of(caches), mlx(load("mlx"))
-    parts |= {"methods": sections(methods, load("methods")), "levels-all": sections(levels, lower), "peers": peers(others)}
-    parts |= {"kv-all": sections(llm_methods, caches), "attention-all": sections(attention, kernels)}
-    stale = fill(parts)
-    return int(stale and "--check" in sys.argv)
 
 
-def fill(parts: dict[str, str]) -> bool:
-    """Replace what lies between the marks, each on one page; True where that changes a page."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    before = {file: file.read_text() for file in files}
-    after = dict(before)
-    for name, part in parts.items():
-        found = [file for file in files if f"<!-- {name} -->" in before[file]]
-        if len(found) != 1 or before[found[0]].count(f"<!-- {name} -->") != 1:
-            raise SystemExit(f"{name!r} has a place in {[file.name for file in found]}, expected one")
-        text = part if found[0].parent == ROOT else part.replace("](docs/", "](")
+def fill(texts: dict[str, str]) -> None:
+    """Replace what lies between the marks, each on one page."""
+    pages = [str(page.relative_to(ROOT)) for page in sources.PAGES]
+    for name, part in parts().items():
+        found = [page for page in pages if f"<!-- {name} -->" in texts[page]]
+        if len(found) != 1 or texts[found[0]].count(f"<!-- {name} -->") != 1:
+            raise SystemExit(f"{name!r} has a place in {found}, expected one")
+        text = part if "/" not in found[0] else part.replace("](docs/", "](")
         marks = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
-        after[found[0]] = re.sub(marks, lambda m, p=text: f"{m[1]}\n{p}\n{m[2]}", after[found[0]], flags=re.S)
-    if "--check" not in sys.argv:
-        for file, text in after.items():
-            file.write_text(text)
-    return after != before
+        texts[found[0]] = re.sub(marks, lambda m, p=text: f"{m[1]}\n{p}\n{m[2]}", texts[found[0]], flags=re.S)
+
+
+def charts() -> dict[str, str]:
+    from bench import attention, codec, llm
+
+    return {
+        f"benchmarks/results/{name}.svg": bench.plot(load(name)) + "\n"
+        for name, bench in (("attention", attention), ("codec", codec), ("llm", llm))
+    }
+
+
+def main() -> int:
+    names = {str(page.relative_to(ROOT)) for page in sources.PAGES} | {sentence[0] for sentence in figures.sentences()}
+    texts = {name: (ROOT / name).read_text() for name in sorted(names)}
+    fill(texts)
+    wrong = [f"figures.py has a sentence that is not there once: {text}" for text in figures.fill(texts)]
+    stale = [name for name, text in (texts | charts()).items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
+    if "--check" in sys.argv:
+        wrong += [f"not up to date, run python benchmarks/readme.py: {name}" for name in stale]
+    else:
+        for name in stale:
+            (ROOT / name).write_text((texts | charts())[name])
+    wrong += [f"no source for the number: {text}" for text in sources.unsourced()]
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

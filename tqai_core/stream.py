@@ -41,7 +41,7 @@ class StreamCoder:
     delta, delta2 and ls for each vector, two flag bits). ``bits`` a step, the last entry goes on; 0 sends the prediction
     alone. ``nmse`` instead of ``bits``: each step gets the fewest bits that keep its error below it. ``key_every`` makes
     every n-th step independent. ``basis="adaptive"`` (with ``none``) codes along the KLT of what was decoded last, head by
-    head: no side information; the decoder repeats the eigendecomposition, so decode on a machine like the encoder's.
+    head, where a head has twice as many tokens as dimensions (else as ``hadamard``): no side information; the decoder repeats the eigendecomposition, so decode on a machine like the encoder's.
 
     >>> coder = StreamCoder("ls", codec="trellis", bits=(8, 4, 3))      # doctest: +SKIP
     >>> packed = [coder.encode(x, sigma) for x, sigma in steps]         # doctest: +SKIP
@@ -71,7 +71,7 @@ class StreamCoder:
         if basis not in ("hadamard", "adaptive"):
             raise TqaiError(f"unknown basis {basis!r}; known: hadamard, adaptive")
         if basis == "adaptive" and predictor != "none":
-            raise TqaiError("basis='adaptive' is for predictor='none': residuals have no stable axes (measured up to 30x worse)")
+            raise TqaiError("basis='adaptive' is for predictor='none': residuals have no stable axes")
         if key_every < 0:
             raise TqaiError(f"key_every={key_every}: give 0 (never) or a number of steps")
         self.predictor, self.codec, self.key_every, self.basis = predictor, built, key_every, basis

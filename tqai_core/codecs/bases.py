@@ -61,7 +61,7 @@ class Basis:
 
     @cached_property
     def columns(self) -> Tensor:
-        """``matrix.T``, contiguous: the product with rows of vectors is twice as fast."""
+        """``matrix.T``, contiguous: the product with rows of vectors is then faster."""
         return self.matrix.T.contiguous()
 
     def butterfly(self, x: Tensor) -> bool:

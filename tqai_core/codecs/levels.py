@@ -41,7 +41,7 @@ class Room:
 
 class Grid:
     """Equal cells over the reach of some levels. A number's cell is a multiply-add away, so whatever depends on the
-    nearest level is one table lookup; a search among the levels is ten times slower."""
+    nearest level is one table lookup; a search among the levels is much slower."""
 
     def __init__(self, cells: int, reach: float) -> None:
         self.scale, self.middle, self.last = cells / (2 * reach), cells / 2, cells - 1

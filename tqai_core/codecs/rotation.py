@@ -3,7 +3,7 @@
 A power of two: randomised Hadamard transform, H diag(signs) / sqrt(d) (Ailon and Chazelle 2006; for quantisation QuIP#
 2402.04396, TurboQuant 2504.19874). Other sizes up to 1024: a Haar-random orthogonal matrix by QR. Larger sizes: blocks
 of the largest power of two that divides them. As one dense product; on CPUs :func:`hadamard` with a few butterflies around
-a small one, which takes two thirds of the time.
+a small one, which is faster.
 """
 
 from __future__ import annotations

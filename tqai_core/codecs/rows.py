@@ -14,7 +14,7 @@ The container of ``turbo`` codes a whole tensor with one span of gains; a cache 
 
 A decoded coordinate is ``level[code] * gain`` in the rotated domain. A query goes there once (``rotate``), and a weighted
 sum of values comes back once (``unrotate``), so that no row is ever rotated on its own. TurboQuant 2504.19874 without its
-QJL stage, which has three times the error at d = 128 and costs bytes.
+QJL stage, which has more error at d = 128 and costs bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rows on their own axes: the directions that hold most of the energy keep more bits than the rest.
 
-Values of a trained model lie near a subspace: in the mini LM a quarter of the axes holds 97 to 99.9 % of the energy. The first
+Values of a trained model lie near a subspace: in the mini LM a quarter of the axes holds nearly all of the energy. The first
 ``r`` axes span that subspace, the others the rest; each part is coded as rows of its own (:mod:`codecs.rows`: rotation,
 levels, one gain), so a token that leaves the subspace is still coded soundly, with the error of the fewer bits.
 

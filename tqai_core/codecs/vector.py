@@ -152,7 +152,7 @@ class VectorCodec(Codec):
         """The vectors in the basis' own domain, without the mean.
 
         ``(rotate(q) * decode_rotated(p)).sum(-1) + (q * mean).sum(-1) == (q * decode(p)).sum(-1)``: the mean adds one
-        number to all scores of a query, which softmax ignores. Two to three times faster than :meth:`decode`.
+        number to all scores of a query, which softmax ignores. Faster than :meth:`decode`.
         """
         return self._decode(packed, dtype, bases, rotated=True)
 

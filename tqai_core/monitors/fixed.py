@@ -19,7 +19,7 @@ class Fixed(StepMonitor, name="fixed"):
     ``interval`` may be a fraction: 2.5 computes two evaluations in five.
     """
 
-    elsewhere = "in caches it lost to plain ones of equal bytes, 1.4 to 3.7 times the KL"
+    elsewhere = "in caches it lost to plain ones of equal bytes, 1.41 to 3.65 times the KL"
 
     interval: float = param(2.0, "evaluations a computed one stands for", low=1.0, high=1000.0)
     warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)

@@ -21,7 +21,7 @@ from ..types import Step
 @dataclass(frozen=True)
 class Fisher(StepScorer, LayerScorer, name="fisher", paper="Gauss-Newton Fisher by Hutchinson probes (Martens 1412.1193; Hutchinson 1989)"):
     """A table of true gradient sensitivities, layer x head x K/V x sigma, made offline by ``tqai calibrate`` and tied to its
-    model. The one real importance signal: rank correlation .91 to .93 with true damage by unit. Importance of a step is the
+    model. The one real importance signal: rank correlation .89 to .97 with true damage by unit. Importance of a step is the
     sensitivity of its sigma band, of a layer that of its heads, both against the largest of the table.
     At level kv the keys or values of the layers that matter most get one size more.
     """

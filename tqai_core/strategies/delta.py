@@ -16,7 +16,7 @@ class Delta(Forecaster, BlockPredictor, name="delta"):
     """Forecast = the last value (plain reuse). On the same schedule it has 28 (Flux), 5 (SD3) and 7 (WAN) times the error of
     ``delta2`` (minis, 24 Euler steps, half of them computed). Holds one tensor a stream.
     At level kv keys are residuals against the mean of their block (values are not: theirs share too little), in the layers where
-    that spares more bits than the means take: three of four of the trained LM, 1.04 (2 bits) and .90 (4 bits) of the KL of a
+    that spares more bits than the means take: 1.04 (2 bits) and .90 (4 bits) of the KL of a
     plain cache of equal bytes.
     """
 

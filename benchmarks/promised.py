@@ -1,0 +1,112 @@
+"""The parts of the pages that say what does not hold: promises that fail, what nothing of ours beats, and which run a figure is of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from figures import KINDS, e4, load, pick, table
+
+SOLVERS = ("Euler", "UniPC", "DPM++")
+# mark -> the benches whose promises the page shows
+PROMISES = {
+    "steps": ("dit", "levels", "dit_peers"), "codec": ("codec", "stream"), "pipelines": ("stream_report",), "llm": ("llm",),
+    "sparse": ("attention",), "sampler": ("sampler",), "calibration": ("calibrate",),
+    "methods": ("levels", "attention", "dit_peers", "llm"),
+}  # fmt: skip
+COMMANDS = {
+    "dit": "dit", "levels": "levels", "dit_peers": "dit --peers", "codec": "codec", "stream": "stream", "stream_report": "stream --report",
+    "llm": "llm", "attention": "attention", "sampler": "sampler", "calibrate": "calibrate",
+}  # fmt: skip
+
+
+def failing(benches: Any) -> str:
+    """The promises of some benches that fail; what is kept is counted."""
+    found = [(name, v) for name in benches for v in load(name)["verdicts"]]
+    rows = [
+        [f"`tqai bench {COMMANDS[name]}`", v.get("mini", ""), v["what"], f"{v['measured']:.4g}", v["needed"]]
+        for name, v in found
+        if not v["ok"]
+    ]
+    commands = "all benches" if benches is COMMANDS else ", ".join(f"`tqai bench {COMMANDS[name]}`" for name in benches)
+    if not rows:
+        return f"All {len(found)} promises of {commands} are kept."
+    told = f"**{len(rows)} of {len(found)} promises fail** ({commands}):"
+    return f"{told}\n\n{table(['bench', 'mini', 'promise that fails', 'measured', 'needed'], rows)}"
+
+
+def plain_solvers(peers: dict[str, Any]) -> list[str]:
+    """In words, which plain solvers no tqai setting that is as fast beats."""
+    lines = []
+    for kind in KINDS:
+        lost = [d for d in peers["duels"] if d["mini"] == kind and not d["ok"] and d["peer"] in SOLVERS]
+        for setting in dict.fromkeys(d["setting"] for d in lost):
+            names = [d["peer"] for d in lost if d["setting"] == setting]
+            what = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+            lines.append(f"{setting} of plain {what} have less error than every tqai setting that is at least as fast ({kind})")
+    return lines
+
+
+def parts() -> dict[str, str]:
+    words = "; ".join(plain_solvers(load("dit_peers")))
+    out = {f"fails-{page}": failing(benches) for page, benches in PROMISES.items()}
+    out["fails-steps"] += f"\n\nIn words: {words}."
+    out["fails-readme"] = f"{failing(COMMANDS)}\n\nIn words: {words}. All rows: [steps](docs/steps.md)."
+    return out | {"fails-comfyui": comfyui(load("comfyui")["versions"]), "lost": lost(load("dit_peers")), "balanced": balanced(load("dit"))}
+
+
+def comfyui(versions: dict[str, Any]) -> str:
+    broken = [f"{name} ({version})" for version, found in versions.items() for name, row in found.items() if row["failed"]]
+    if broken:
+        return f"**Rows that fail**: {'; '.join(broken)}."
+    return f"No row of the table below fails ({sum(map(len, versions.values()))} rows, {len(versions)} versions)."
+
+
+def lost(peers: dict[str, Any]) -> str:
+    rows = []
+    for d in peers["duels"]:
+        if not d["ok"]:
+            ours = [d["tqai"], f"{d['tqai_cpu']:.2f}", e4(d["tqai_nmse"])] if d["tqai"] else ["none", "", ""]
+            rows.append([d["mini"], d["peer"], d["setting"], f"{d['cpu']:.2f}", e4(d["nmse"]), *ours])
+    head = [
+        "mini",
+        "cache or solver",
+        "setting",
+        "CPU ratio",
+        "NMSE e-4",
+        "tqai setting at least as fast, of least error",
+        "CPU ratio",
+        "NMSE e-4",
+    ]
+    return table(head, rows)
+
+
+def balanced(dit: dict[str, Any]) -> str:
+    """What each page means by the error of ``balanced``."""
+    from tqai_core.demo import COUNT
+
+    peers, demo, tuned, comfy = load("dit_peers"), load("demo"), load("calibrate"), load("comfyui")
+    of = lambda counts: " / ".join(str(counts[kind]) for kind in KINDS)  # noqa: E731
+    seeds = lambda result: ", ".join(map(str, result["seeds"]))  # noqa: E731
+    errors = [
+        (
+            "README, first line; this page", of(dit["samples"]), f"median of {seeds(dit)}",
+            lambda kind: pick(dit["tables"][kind]["euler"], method="tqai balanced")["nmse"],
+        ),
+        (
+            "README, pictures", of(COUNT), str(demo["seed"]),
+            lambda kind: pick(demo["rows"], mini=kind, method="tqai balanced")["nmse"],
+        ),
+        (
+            "[other step caches](methods.md#other-step-caches)", of(peers["samples"]), f"median of {seeds(peers)}",
+            lambda kind: pick(peers["tables"][kind], peer="tqai", setting="balanced")["nmse"],
+        ),
+        (
+            "[tuning](calibration.md), default preset", "8 / 6 / 2", "mean over seeds that the search never saw",
+            lambda kind: tuned["tables"][kind]["tune"]["proof"]["default"]["error"],
+        ),
+    ]  # fmt: skip
+    rows = [[*where, *(e4(error(kind)) for kind in KINDS)] for *where, error in errors]
+    figures_of = next(iter(comfy["versions"].values()))["trained minis: PSNR of balanced, here / by diffusers"]["figures"]
+    psnr = {line.split()[0]: line.split(",")[0].split(" ", 1)[1] for line in figures_of}
+    rows.append(["[ComfyUI](comfyui.md): PSNR, here / by diffusers", "5 / 5 / 2", "one run", *(psnr[kind] for kind in KINDS)])
+    return table(["page", "pictures or clips a run (flux / sd3 / wan)", "seeds", *(f"{kind}, NMSE e-4" for kind in KINDS)], rows)
