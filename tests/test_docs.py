@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import attention, calibrate, codec, dit, stream
+import figures
+import pytest
+import sources
+from bench import attention, calibrate, codec, dit, levels, llm, sampler, stream
+from bench.harness import child, closing, medians, promises
 
 import tqai_core as tqai
 
@@ -17,21 +21,99 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_figures_are_those_of_the_results():
-    assert subprocess.run([sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, check=False).returncode == 0
+def test_figures_are_those_of_the_results_and_no_number_is_without_a_source():
+    run = subprocess.run([sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_results_name_their_machine_and_their_promises_are_recomputed():
-    for name, module in (("dit", dit), ("codec", codec), ("stream", stream), ("calibrate", calibrate), ("attention", attention)):
-        result = json.loads((RESULTS / f"{name}.json").read_text())
-        assert result["machine"]["cpu"]
-        assert result["machine"]["threads"] == 1
-        again = (
-            [v for kind, tables in result["tables"].items() for v in dit.verdicts(kind, _finite(tables))]
-            if name == "dit"
-            else module.verdicts(result)
-        )
-        assert again == result["verdicts"]
+@pytest.mark.parametrize("bench", [dit, codec, stream, calibrate, attention, levels, llm, sampler], ids=lambda bench: bench.__name__)
+def test_results_name_their_machine_and_their_promises_are_recomputed(bench):
+    result = json.loads((RESULTS / f"{bench.__name__.split('.')[-1]}.json").read_text())
+    assert result["machine"]["cpu"]
+    assert result["machine"]["threads"] == 1
+    if bench in (dit, levels, sampler):
+        again = [v for kind, tables in result["tables"].items() for v in bench.verdicts(kind, _finite(tables))]
+    else:
+        again = bench.verdicts(result)
+    assert again == result["verdicts"]
+    last = list(bench.tables_of(_finite(result)))[-1]
+    assert last[0] == "promises"
+    assert [row[-1] for row in last[2]] == sorted(row[-1] for row in last[2]), "those that fail come first"
+
+
+def test_a_promise_fails_beyond_its_bound_and_where_nothing_was_measured():
+    out = []
+    need = promises(out, "flux")
+    need("kept", 2.0, least=2)
+    need("missed", 2.0, most=1)
+    need("unknown", None, most=1)
+    assert [v["ok"] for v in out] == [True, False, False]
+    assert out[1] == {"what": "missed", "measured": 2.0, "needed": "<= 1", "ok": False, "mini": "flux"}
+    ((_, head, rows),) = closing({"verdicts": out})
+    assert [row[1] for row in rows] == ["missed", "unknown", "kept"]
+    assert len(head) == len(rows[0])
+
+
+def test_medians_leave_names_and_gaps_alone():
+    rows = [{"method": "a", "x": 1.0, "y": None}, {"method": "a", "x": 5.0, "y": None}, {"method": "a", "x": 2.0, "y": None}]
+    assert medians(rows) == {"method": "a", "x": 2.0, "y": None}
+
+
+def test_a_child_process_finds_the_benches_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    found = child("import bench.peers, tqai_core\nfound = {'at': tqai_core.__file__, 'given': sys.argv[1:]}", "x")
+    assert found["given"] == ["x"]
+    assert Path(found["at"]) == Path(tqai.__file__)
+    with pytest.raises(RuntimeError, match="no good"):
+        child("raise ValueError('no good')")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It is 2.3x as fast.", ["2.3x"]),
+        ("It has 17 % less error\nand 3.1 dB more.", ["17", "3.1"]),
+        ("It has a quarter less error.", ["quarter"]),
+        ("Use 24 steps, seeds 0, 1, 2 and 8 + 3 bits (arXiv 2502.17423).", []),
+        ("`Config(tau=0.06)`\n```python\nx = 3.14\n```", []),
+        ("<!-- codec -->\n| 9.9 |\n<!-- /codec -->", []),
+    ],
+)
+def test_a_number_without_a_source_is_found(monkeypatch, tmp_path, text, found):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(sources, "PAGES", [page])
+    monkeypatch.setattr(sources, "SOURCES", [])
+    assert [re.search(r": '(.*?)' in", line)[1] for line in sources.unsourced()] == found
+
+
+def test_a_measured_figure_in_a_docstring_is_found(monkeypatch, tmp_path):
+    path = tmp_path / "method.py"
+    docstring = '"""Adds one of 24 bits. It has .73 of the error."""'
+    path.write_text(f'class A:\n    {docstring}\n\n    x: int = param(3, "saves 12 % of the time")\n\nY = 0.5\n')
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(sources, "PAGES", [])
+    monkeypatch.setattr(sources, "SOURCES", [path])
+    assert [line.split("'")[1] for line in sources.unsourced()] == [".73", "12"]
+
+
+def test_figures_are_written_into_sentences_whatever_their_line_breaks(monkeypatch):
+    known = [("a", "it has {} to {} times the error", ["1.10", "2.20"]), ("a", "no such {}", ["1"])]
+    monkeypatch.setattr(figures, "sentences", lambda: iter(known))
+    texts = {"a": "Once it has .9\n    to 1.4 times the\n    error. And 1.4."}
+    assert figures.fill(texts) == ["a: no such {}"]
+    assert texts["a"] == "Once it has 1.10\n    to 2.20 times the\n    error. And 1.4."
+    assert figures.fill(dict(texts)) == ["a: no such {}"]
+
+
+def test_the_wheel_has_the_minis_of_the_demo_and_no_laboratory():
+    tools = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert tools["packages"]["find"]["include"] == ["tqai_core", "tqai_core.*"]
+    weights = {Path(name).stem for name in tools["package-data"]["tqai_core"] if name.endswith(".safetensors")}
+    assert weights == {"flux", "wan", "lm"}
+    assert all((ROOT / "tqai_core" / "minis" / f"{name}.safetensors").exists() for name in weights)
 
 
 def _finite(thing):

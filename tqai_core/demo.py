@@ -23,14 +23,16 @@ COUNT = {"flux": 10, "sd3": 10, "wan": 5}
 ZOOM = 3  # of a 16 x 16 digit on the page
 
 
-def run(out: Path, kinds: Sequence[str] = ("flux", "sd3", "wan"), seed: int = 0) -> dict[str, Any]:
-    """Generate, measure, draw; writes ``out/index.html`` and the pictures, returns the figures as plain data."""
+def run(out: Path, kinds: Sequence[str] | None = None, seed: int = 0) -> dict[str, Any]:
+    """Generate, measure, draw; writes ``out/index.html`` and the pictures, returns the figures as plain data. Without ``kinds``: all minis
+    that are here."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .measure import Mini, compare, machine, one_thread
-    from .minis.names import KINDS
+    from .minis.names import KINDS, present
 
+    kinds = present() if kinds is None else kinds
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise TqaiError(f"unknown mini {', '.join(unknown)}; known: {', '.join(KINDS)}")
     one_thread()
@@ -162,7 +164,7 @@ PAGE = """<!doctype html><meta charset=utf-8><title>tqai demo</title>
 <style>body{font:15px/1.5 system-ui,sans-serif;max-width:1010px;margin:2em auto;padding:0 1em;color:#222}
 .row{display:flex;flex-wrap:wrap;gap:14px}figure{margin:0}img{image-rendering:pixelated;background:#000;display:block}
 figcaption{font-size:12px;color:#444;max-width:240px}svg{margin-top:10px;max-width:100%}</style>
-<h1>tqai demo</h1><p>Three miniature diffusion transformers (diffusers' own Flux, SD3 and WAN classes, trained on handwritten
+<h1>tqai demo</h1><p>Miniature diffusion transformers (diffusers' own Flux, SD3 and WAN classes, trained on handwritten
 digits), the same seed in every picture. PSNR is measured on the latents against the exact run. MACHINE.</p>
 SECTIONS
 """

@@ -41,7 +41,8 @@ class StreamCoder:
     delta, delta2 and ls for each vector, two flag bits). ``bits`` a step, the last entry goes on; 0 sends the prediction
     alone. ``nmse`` instead of ``bits``: each step gets the fewest bits that keep its error below it. ``key_every`` makes
     every n-th step independent. ``basis="adaptive"`` (with ``none``) codes along the KLT of what was decoded last, head by
-    head, where a head has twice as many tokens as dimensions (else as ``hadamard``): no side information; the decoder repeats the eigendecomposition, so decode on a machine like the encoder's.
+    head, where a head has twice as many tokens as dimensions (else as ``hadamard``): no side
+    information; the decoder repeats the eigendecomposition, so decode on a machine like the encoder's.
 
     >>> coder = StreamCoder("ls", codec="trellis", bits=(8, 4, 3))      # doctest: +SKIP
     >>> packed = [coder.encode(x, sigma) for x, sigma in steps]         # doctest: +SKIP

@@ -1,4 +1,21 @@
-"""What the minis are called."""
+"""What the minis are called, and where their weights are."""
+
+from pathlib import Path
+
+from ..errors import TqaiError
 
 KINDS = ("flux", "sd3", "wan")
 LM_VARIANTS = ("plain", "outlier", "bias")
+
+
+def weights(name: str) -> Path:
+    """The weights of a mini. An installed package has those of the demo alone."""
+    path = Path(__file__).parent / f"{name}.safetensors"
+    if not path.exists():
+        raise TqaiError(f"the {name} mini is no part of an installed package: clone the repository and run it there, or take another mini")
+    return path
+
+
+def present() -> tuple[str, ...]:
+    """The diffusion minis whose weights are here."""
+    return tuple(kind for kind in KINDS if (Path(__file__).parent / f"{kind}.safetensors").exists())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,7 +18,6 @@ from torch import Tensor
 from ...errors import TqaiError
 from ...minis import names
 
-FOLDER = Path(names.__file__).parent
 PIPELINES = {"flux": "FluxPipeline", "sd3": "StableDiffusion3Pipeline", "wan": "WanPipeline"}
 PIXELS, FRAMES = 128, 33  # what pipelines divide by 8 and 4 to get 16 x 16 and 9 frames
 EMPTY = 10  # the class of the empty prompt
@@ -58,7 +56,7 @@ def _known(kind: str) -> None:
 @lru_cache(maxsize=3)
 def _file(kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     _known(kind)
-    with safe_open(str(FOLDER / f"{kind}.safetensors"), framework="pt") as f:
+    with safe_open(str(names.weights(kind)), framework="pt") as f:
         return f.metadata(), {key: f.get_tensor(key).float() for key in f.keys()}  # noqa: SIM118 - no mapping
 
 

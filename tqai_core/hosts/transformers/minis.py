@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ BIAS = 40.0  # of the two slowest rotary pairs, which hardly turn
 
 @lru_cache(maxsize=1)
 def _file() -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(str(Path(names.__file__).parent / "lm.safetensors"), framework="pt") as f:
+    with safe_open(str(names.weights("lm")), framework="pt") as f:
         return f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - no mapping
 
 
