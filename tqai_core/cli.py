@@ -88,11 +88,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
+    from .minis import names
 
     result = demo.run(args.out, args.kinds, args.seed)
     _finish(args.json, result, demo.tables_of(result))
     if args.json != "-":
         print(f"\npictures and charts: {args.out / 'index.html'}")
+        if args.kinds is None and (absent := sorted({*names.KINDS} - {*names.present()})):
+            print(f"in a checkout of the project also: {', '.join(absent)}")
     return 0
 
 
