@@ -85,6 +85,11 @@ class StreamCoder:
         """Bytes held between steps: the reconstructions that the next prediction needs. Never a raw tensor."""
         return nbytes([[v for _, v in self._past.values], self._past.residual])
 
+    @property
+    def last(self) -> Tensor | None:
+        """What the decoder has of the newest step."""
+        return self._past.values[0][1] if self._past.values else None
+
     def reset(self) -> None:
         """Forget the stream; the next step is a first one."""
         self._past, self.bytes_sent = _Past(), 0

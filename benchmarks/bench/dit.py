@@ -38,7 +38,7 @@ def bench(kinds: Sequence[str], seeds: Sequence[int], tell: Callable[[str], None
     for kind in kinds:
         mini = Mini(kind)
         tell(f"{kind}: true ODE, {TRUTH} calls a seed")
-        truth = {seed: _truth(mini, seed) for seed in seeds}
+        truth = {seed: true_ode(mini, seed) for seed in seeds}
         tell(f"{kind}: Euler, {STEPS} steps")
         euler = _over_seeds([_euler(mini, seed) for seed in seeds])
         tell(f"{kind}: UniPC and DPM++ at shift {SHIFT:g}")
@@ -51,7 +51,8 @@ def bench(kinds: Sequence[str], seeds: Sequence[int], tell: Callable[[str], None
     }  # fmt: skip
 
 
-def _truth(mini: Mini, seed: int, count: int | None = None) -> Run:
+def true_ode(mini: Mini, seed: int, count: int | None = None) -> Run:
+    """The reference that solvers are measured against."""
     mini.schedule("ab2", 2.0)
     return mini.run(labels_of(mini.kind, seed, count), seed, TRUTH)
 
@@ -120,7 +121,7 @@ def _solvers(mini: Mini, seeds: Sequence[int], truth: dict[int, Run], nodes: dic
     """The honest baseline: as many calls as skipping took, on the grid that suits the solver best."""
     calls = round(next(r["calls"] for r in multistep if r["method"].startswith("unipc") and "tqai" in r["method"]))
     few = labels_of(mini.kind, CALIBRATION, 4)
-    ideal = _truth(mini, CALIBRATION, 4).latents
+    ideal = true_ode(mini, CALIBRATION, 4).latents
     best: dict[str, float] = {}
     for name in ("unipc", "ab2"):
         errors = {}

@@ -148,32 +148,42 @@ def ours(kind: str) -> list[Rival]:
     return rivals + [Rival("tqai", f"{name}, uncoded", on(config)) for name, config in bare]
 
 
+def _rows(name: str, function: Callable[..., Any], *settings: tuple[str, dict[str, Any]], helped: str = "") -> list[Rival]:
+    """A peer at its settings; ``function(pipe, **options)`` switches it on and returns what switches it off."""
+    from . import dit_caches as peers
+
+    def row(setting: str, options: dict[str, Any]) -> Rival:
+        def enable(mini: Mini) -> tuple[Callable[[], None], Callable[[], int]]:
+            pipe = mini.pipe
+            clear = peers.context(pipe) if "context" in helped else lambda: None
+            try:
+                undo = function(pipe, **options)
+            except BaseException:
+                clear()
+                raise
+            return (lambda: (undo(), clear())[1]), (lambda: peers.held(pipe))
+
+        return Rival(name, setting, enable, helped)
+
+    return [row(*setting) for setting in settings]
+
+
 def rivals(kind: str, ratios: list[float], steps: int = STEPS) -> list[Rival]:
     """Every peer at its settings. ``ratios`` are MagCache's, calibrated on other seeds."""
+    solvers = [("Euler", "euler", (16, 12, 10)), ("UniPC", "unipc", (12, 10)), ("DPM++", "dpm++", (12, 10))]
+    plain = [Rival(name, f"{n} steps", steps=n, solver=solver) for name, solver, counts in solvers for n in counts]
+    return [*_of_diffusers(kind, ratios, steps), *_of_cache_dit(kind, steps), *plain]
+
+
+def _of_diffusers(kind: str, ratios: list[float], steps: int) -> list[Rival]:
     from tqai_core.hosts.diffusers import minis
 
     from . import dit_caches as peers
 
-    out: list[Rival] = []
     two_calls = kind != "sd3"
-
-    def add(name: str, function: Callable[..., Any], *settings: tuple[str, dict[str, Any]], helped: str = "") -> None:
-        for setting, options in settings:
-
-            def enable(mini: Mini, options: dict[str, Any] = options) -> tuple[Callable[[], None], Callable[[], int]]:
-                pipe = mini.pipe
-                clear = peers.context(pipe) if "context" in helped else lambda: None
-                try:
-                    undo = function(pipe, **options)
-                except BaseException:
-                    clear()
-                    raise
-                return (lambda: (undo(), clear())[1]), (lambda: peers.held(pipe))
-
-            out.append(Rival(name, setting, enable, helped))
-
+    out: list[Rival] = []
     timestep = "" if two_calls else "its timestep read from the scheduler"
-    add(
+    out += _rows(
         "PAB", peers.pab,
         ("skip 2, t 100-800 (default)", dict()),
         ("skip 2, all t", dict(low=-1, high=1001)),
@@ -181,8 +191,8 @@ def rivals(kind: str, ratios: list[float], steps: int = STEPS) -> list[Rival]:
         helped=timestep,
     )  # fmt: skip
     # where guidance is two calls it takes half of the samples of each for the unconditional branch, or fails
-    add("FasterCache", peers.faster_cache, ("guidance mode (default)", dict()), helped=timestep)
-    add(
+    out += _rows("FasterCache", peers.faster_cache, ("guidance mode (default)", dict()), helped=timestep)
+    out += _rows(
         "FasterCache", peers.faster_cache,
         ("distilled, t < 681", dict(distilled=True)),
         ("distilled, skip 3, t < 950", dict(skip=3, high=950, distilled=True)),
@@ -199,29 +209,35 @@ def rivals(kind: str, ratios: list[float], steps: int = STEPS) -> list[Rival]:
     shapes = {"flux": lambda x: minis.pixels("flux", x).unsqueeze(2), "sd3": lambda x: x.unsqueeze(2)}
     sea = [(f"{t:g}" + (" (default)" if t == 0.25 else ""), dict(threshold=t)) for t in (0.1, 0.25, 0.5)]
     if context:  # as documented it finds no context; helped, it may run
-        add("FirstBlockCache", peers.first_block, first[0])
-        add("TaylorSeer", peers.taylor_seer, taylor[0])
-    add("FirstBlockCache", peers.first_block, *first, helped=context)
-    add("MagCache", peers.mag_cache, *(
+        out += _rows("FirstBlockCache", peers.first_block, first[0])
+        out += _rows("TaylorSeer", peers.taylor_seer, taylor[0])
+    out += _rows("FirstBlockCache", peers.first_block, *first, helped=context)
+    out += _rows("MagCache", peers.mag_cache, *(
         (f"{t:g}, {k} skips, keep {r:g}" + (" (default)" if t == 0.06 else ""),
          dict(threshold=t, skips=k, retention=r, ratios=ratios, steps=steps))
         for t, k, r in ((0.03, 3, 0.1), (0.06, 3, 0.2), (0.12, 3, 0.2))
     ))  # fmt: skip
-    add("TaylorSeer", peers.taylor_seer, *taylor, helped=context)
+    out += _rows("TaylorSeer", peers.taylor_seer, *taylor, helped=context)
     if kind == "wan":
-        add("SeaCache", peers.sea_cache, *sea)
+        out += _rows("SeaCache", peers.sea_cache, *sea)
     else:
-        add("SeaCache", peers.sea_cache, sea[1])
+        out += _rows("SeaCache", peers.sea_cache, sea[1])
         helped = "cache context, shape of the latents"
-        add("SeaCache", peers.sea_cache, *((s, o | {"latents": shapes[kind]}) for s, o in sea), helped=helped)
-    db = lambda **options: dict(options, separate=two_calls, steps=steps)  # noqa: E731
+        out += _rows("SeaCache", peers.sea_cache, *((s, o | {"latents": shapes[kind]}) for s, o in sea), helped=helped)
+    return out
+
+
+def _of_cache_dit(kind: str, steps: int) -> list[Rival]:
+    from . import dit_caches as peers
+
+    out: list[Rival] = []
+    db = lambda **options: dict(options, separate=kind != "sd3", steps=steps)  # noqa: E731
     if kind == "flux":
-        add("DBCache", peers.db_cache, ("F1B0, .3, its guidance default", dict(threshold=0.3, steps=steps)))
-    add("DBCache", peers.db_cache, *((f"F1B0, {t:g}", db(threshold=t)) for t in (0.08, 0.15, 0.3)))
-    add("DBCache + TaylorSeer", peers.db_cache, *((f"F1B0, {t:g}, order 1", db(threshold=t, taylor=True)) for t in (0.08, 0.15, 0.3)))
-    out += [Rival("Euler", f"{n} steps", steps=n) for n in (16, 12, 10)]
-    out += [Rival("UniPC", f"{n} steps", steps=n, solver="unipc") for n in (12, 10)]
-    out += [Rival("DPM++", f"{n} steps", steps=n, solver="dpm++") for n in (12, 10)]
+        out += _rows("DBCache", peers.db_cache, ("F1B0, .3, its guidance default", dict(threshold=0.3, steps=steps)))
+    out += _rows("DBCache", peers.db_cache, *((f"F1B0, {t:g}", db(threshold=t)) for t in (0.08, 0.15, 0.3)))
+    out += _rows(
+        "DBCache + TaylorSeer", peers.db_cache, *((f"F1B0, {t:g}, order 1", db(threshold=t, taylor=True)) for t in (0.08, 0.15, 0.3))
+    )
     return out
 
 
@@ -229,7 +245,7 @@ def absent() -> dict[str, str]:
     """Peers and measures that cannot run here, and the cure."""
     import importlib.util
 
-    import bench.dit_caches as peers
+    from . import dit_caches as peers
 
     missing = {}
     for name, module in (("cache-dit", "cache_dit"), ("scikit-image", "skimage")):
@@ -339,7 +355,7 @@ def bench(kinds: Sequence[str], seeds: Sequence[int], tell: Callable[[str], None
     for kind in kinds:
         track = Track(kind)
         tell(f"{kind}: true ODE, {dit.TRUTH} calls a seed")
-        truth = {seed: dit._truth(track.mini, seed, track.samples).latents for seed in seeds}
+        truth = {seed: dit.true_ode(track.mini, seed, track.samples).latents for seed in seeds}
         track.mini.schedule("euler", 1.0)
         track.exact(CALIBRATION[0])  # sets the unit of calls; warm caches are part of no figure
         tell(f"{kind}: MagCache's ratios on seeds {CALIBRATION}")

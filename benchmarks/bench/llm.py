@@ -131,8 +131,8 @@ def _peak(run: Callable[[], Any]) -> float:
     return math.nan if peak.nbytes is None or peak.how != PROC else peak.nbytes / 2**20
 
 
-def step(tokens: Sequence[int] = (4096, 16384), repeats: int = 15) -> list[Row]:
-    """One layer, 16 query and 4 key heads of 128, bf16: CPU ms, methods interleaved, median and least."""
+def _decoders(kv: PackedKV, k_all: Tensor, v_all: Tensor) -> dict[str, Callable[[], Any]]:
+    """Ways to read one new token of 16 query heads after the tokens of ``kv``, which ``k_all`` and ``v_all`` hold densely."""
     from tqai_core.hosts.transformers.door import sdpa_attention_forward
 
     from . import lm_caches as lm_peers
@@ -140,49 +140,46 @@ def step(tokens: Sequence[int] = (4096, 16384), repeats: int = 15) -> list[Row]:
     class Module:
         num_key_value_groups, is_causal, training = 4, True, False
 
+    dynamic = lm_peers.DynamicLayer()
+    dynamic.update(k_all, v_all)
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, h, 1, 128, generator=g).to(k_all.dtype) for h in (16, 4, 4))
+
+    def packed(native: bool) -> Tensor:
+        kv.append(k, v)
+        out = attend(q, kv, scaling=128**-0.5, native=native)
+        kv.settle()
+        return out
+
+    def as_called() -> Any:
+        dynamic.keys, dynamic.values = k_all, v_all
+        keys, values = dynamic.update(k, v)
+        dynamic.keys, dynamic.values = k_all, v_all
+        return sdpa_attention_forward(Module, q, keys, values, None, scaling=128**-0.5)[0]
+
+    grown_k, grown_v = (torch.cat([x, x[:, :, :1]], 2) for x in (k_all, v_all))
+
+    def best_dense() -> Tensor:
+        torch.cat([k_all, k], 2, out=grown_k)  # into memory kept for it: fresh pages at each call would triple its time
+        torch.cat([v_all, v], 2, out=grown_v)
+        return F.scaled_dot_product_attention(q.view(1, 4, 4, 128), grown_k, grown_v)
+
+    def no_cat() -> Tensor:
+        grown_k[:, :, -1:], grown_v[:, :, -1:] = k, v
+        return F.scaled_dot_product_attention(q.view(1, 4, 4, 128), grown_k, grown_v)
+
+    runs: dict[str, Callable[[], Any]] = {
+        "packed, torch": partial(packed, False), "DynamicCache as called": as_called, "best dense": best_dense, "dense, no cat": no_cat,
+    }  # fmt: skip
+    return runs | ({"packed, native": partial(packed, True)} if kernel.ready() else {})
+
+
+def step(tokens: Sequence[int] = (4096, 16384), repeats: int = 15) -> list[Row]:
+    """One layer, 16 query and 4 key heads of 128, bf16: CPU ms, methods interleaved, median and least."""
     rows = []
     for n in tokens:
-        dtype = torch.bfloat16
-        kv, k_all, v_all = _filled(n, 128, dtype)
-        dynamic = lm_peers.DynamicLayer()
-        dynamic.update(k_all, v_all)
-        g = torch.Generator().manual_seed(1)
-        new = [torch.randn(1, h, 1, 128, generator=g).to(dtype) for h in (16, 4, 4)]
-        q, k, v = new
-
-        def packed(native: bool, kv: PackedKV = kv, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            kv.append(k, v)
-            out = attend(q, kv, scaling=128**-0.5, native=native)
-            kv.settle()
-            return out
-
-        def as_called(
-            dynamic: Any = dynamic, k_all: Tensor = k_all, v_all: Tensor = v_all, q: Tensor = q, k: Tensor = k, v: Tensor = v
-        ) -> Any:
-            dynamic.keys, dynamic.values = k_all, v_all
-            keys, values = dynamic.update(k, v)
-            dynamic.keys, dynamic.values = k_all, v_all
-            return sdpa_attention_forward(Module, q, keys, values, None, scaling=128**-0.5)[0]
-
-        grown_k, grown_v = (torch.cat([x, x[:, :, :1]], 2) for x in (k_all, v_all))
-
-        def best_dense(
-            k_all: Tensor = k_all, v_all: Tensor = v_all, keys: Tensor = grown_k, values: Tensor = grown_v, q: Tensor = q, k: Tensor = k,
-            v: Tensor = v,
-        ) -> Tensor:  # fmt: skip
-            torch.cat([k_all, k], 2, out=keys)  # into memory kept for it: fresh pages at each call would triple its time
-            torch.cat([v_all, v], 2, out=values)
-            return F.scaled_dot_product_attention(q.view(1, 4, 4, 128), keys, values)
-
-        def no_cat(keys: Tensor = grown_k, values: Tensor = grown_v, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
-            keys[:, :, -1:], values[:, :, -1:] = k, v
-            return F.scaled_dot_product_attention(q.view(1, 4, 4, 128), keys, values)
-
-        runs: dict[str, Callable[[], Any]] = {
-            "packed, torch": partial(packed, False), "DynamicCache as called": as_called, "best dense": best_dense, "dense, no cat": no_cat,
-        }  # fmt: skip
-        if kernel.ready():
-            runs["packed, native"] = partial(packed, True)
+        kv, k_all, v_all = _filled(n, 128, torch.bfloat16)
+        runs = _decoders(kv, k_all, v_all)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(repeats):
             for name, run in runs.items():

@@ -230,9 +230,9 @@ class Plain:
         if self.monitor is not None:
             compute = self.monitor.decide(step, None, 0, self.state).compute
             self.skipped += not compute
-            past = self.coder._past.values
+            last = self.coder.last
             if compute:
-                error = float((x - past[0][1]).norm() / x.norm()) if past else None
+                error = None if last is None else float((x - last).norm() / x.norm())
                 self.monitor.observe(step, error, 0, self.state)
             else:
                 width = 0
