@@ -16,6 +16,7 @@ from .calibrate.cli import add_arguments, add_tune
 from .calibrate.sampler_cli import add_sampler_arguments
 from .errors import TqaiError
 from .report import dumps
+from .text import comma_list, output_of
 
 WHAT = (
     "dit: forecast-skipping; levels: block, attention, guidance, overhead; methods: every scorer x strategy x monitor; "
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     demo = command("demo", "run the three trained minis with and without tqai and draw what came out", _demo)
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the page and the pictures")
-    demo.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
+    demo.add_argument("--kinds", type=comma_list(str), default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
     demo.add_argument("--seed", type=int, default=0)
     command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
     calibrate = command("calibrate", "measure a model once; what helps is kept in a file tied to it", _calibrate)
@@ -62,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("--methods", action="store_true", help="llm: scorers, strategies and monitors on the packed cache instead")
     plots = "as SVG; codec: NMSE against bits with the Shannon line; llm: KL against bits held; attention: speed against tokens"
     bench.add_argument("--plot", type=Path, metavar="FILE", help=plots)
-    bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
-    bench.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="seeds, as in 0,1,2")
+    bench.add_argument("--kinds", type=comma_list(str), default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
+    bench.add_argument("--seeds", type=comma_list(int), default=(0, 1, 2), help="seeds, as in 0,1,2")
 
     run.arguments(command("run", "one prompt through a language model or a diffusers pipeline, and what tqai saved and changed", _run))
 
@@ -76,14 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ntqai: stopped", file=sys.stderr)
         return 130
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in _names(text))
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -100,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
     result = run.run(args)
     if args.json:
         _write(args.json, dumps(result))
-    print("", *run.lines_of(result), sep="\n", file=run.tell(args))
+    print("", *run.lines_of(result), sep="\n", file=output_of(args))
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ import torch
 from .config import Config
 from .errors import TqaiError
 from .registry import ROLES, parse
+from .text import MAX_TOKENS, first_line
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 CACHE_OPTIONS = ("sink", "recent", "protect", "calibrate")
 LM_ONLY = ("bits_k", "bits_v", *CACHE_OPTIONS, "max_tokens", "temperature", "chat")
 PIPE_ONLY = ("level", "steps", "guidance", "negative", "height", "width", "frames", "video")
-TOKENS = {"demo": 512, "model": 256}  # the mini writes bytes, and packing starts at 256 tokens
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -42,7 +41,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     lm.add_argument("--recent", type=int, help="last tokens that stay exact")
     lm.add_argument("--protect", type=int, help="first and last layers at 8 bits, at most an eighth of all each")
     lm.add_argument("--calibrate", type=int, help="tokens waited for before keys are scaled and packed; 0: never scaled, packed at once")
-    lm.add_argument("--max-tokens", type=int, help=f"most tokens to write; left out: {TOKENS['model']}, with --demo {TOKENS['demo']}")
+    lm.add_argument("--max-tokens", type=int, help=f"most tokens to write; default {MAX_TOKENS['model']}, with --demo {MAX_TOKENS['demo']}")
     lm.add_argument("--temperature", type=float, help="0 is greedy; left out: what the model's own settings say, with --demo .8")
     lm.add_argument("--chat", action=argparse.BooleanOptionalAction, help="the tokenizer's chat template; left out: where it has one")
     pipe = p.add_argument_group("diffusers pipelines (without stages: the balanced preset of the family)")
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     try:
         return _run(args)
     except torch.OutOfMemoryError as error:
-        raise TqaiError(f"out of memory ({_line(error)}): a smaller --dtype, fewer tokens or pixels, or --device cpu needs less") from None
+        raise TqaiError(f"out of memory ({first_line(error)}): take a smaller --dtype, fewer tokens or pixels, or --device cpu") from None
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
@@ -162,13 +161,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise TqaiError(f"--device {name}: {_line(error)}; this torch ({torch.__version__}) can always use cpu") from None
+        raise TqaiError(f"--device {name}: {first_line(error)}; this torch ({torch.__version__}) can always use cpu") from None
     return device
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a library's complaint."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:
@@ -233,8 +227,3 @@ def _pipe_lines(result: dict[str, Any]) -> list[str]:
         _peak(other),
         f"saved {', '.join(other['files'])}",
     ]
-
-
-def tell(args: argparse.Namespace) -> Any:
-    """Where words go while it runs: stdout is the JSON's when it is asked for there."""
-    return sys.stderr if args.json == "-" else sys.stdout

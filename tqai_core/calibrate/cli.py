@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TqaiError
+from ..text import comma_list, lines_in
 
 if TYPE_CHECKING:
     from ..hosts.calibration_targets import Subject
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser = parser.add_argument_group("without --sampler")  # type: ignore[assignment]
     parser.add_argument("--text", type=Path, metavar="FILE", help="language models: text to calibrate on")
     parser.add_argument("--part", default="transformer", help="pipelines: transformer, or transformer_2 for WAN 2.2's second expert")
-    parser.add_argument("--seeds", type=_numbers, default=(100, 101, 102, 103), help="seeds to measure on, as in 100,101")
+    parser.add_argument("--seeds", type=comma_list(int), default=(100, 101, 102, 103), help="seeds to measure on, as in 100,101")
     parser.add_argument("--bands", type=int, default=3, help="pipelines: sigma bands of the sensitivities")
     parser.add_argument("--probes", type=int, help="backward passes a call; default 1, language models 4")
     parser.add_argument("--bits", type=int, default=4, help="bits of the calibrated bases")
@@ -50,7 +51,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=40, help="finished trials to reach, those of a resumed study counted")
     parser.add_argument("--study", type=Path, default=Path("out/tune.db"), metavar="FILE", help="SQLite file; resumed where it exists")
     parser.add_argument("--sampler", default="nsga2", choices=("nsga2", "tpe"), help="how candidates are proposed")
-    parser.add_argument("--levels", type=_names, default=("model",), help="levels to search, as in model,block")
+    parser.add_argument("--levels", type=comma_list(str), default=("model",), help="levels to search, as in model,block")
     parser.add_argument("-o", "--out", type=Path, default=Path("out/tuned.json"), metavar="FILE", help="the best Config, as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="error against cost of all trials, as SVG")
 
@@ -102,7 +103,7 @@ def subject_of(args: argparse.Namespace, bands: int = 3) -> Subject:
     for given in (args.prompts, args.text):
         if given is not None and not given.is_file():
             raise TqaiError(f"{given} is not there: give a text file")
-    lines = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else []
+    lines = lines_in(args.prompts.read_text()) if args.prompts else []
     text = args.text.read_text() if args.text else ""
     return subjects.folder(Path(args.model), lines, text, steps, bands, args.part, args.batch or 1)
 
@@ -151,11 +152,3 @@ def tables_of(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
         ["bits of keys, values", f"{bits['key_bits']:.2f}, {bits['value_bits']:.2f}"],
     ]
     return [("calibration", ["what", "measured"], rows)]
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part.strip())
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TqaiError
+from ..text import comma_list, lines_in
 
 PROMPTS = (
     "a portrait of an old fisherman, studio light",
@@ -38,16 +39,12 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch", type=int, help="seeds in one call of the model; default: 1, and all for a demo")
     group.add_argument("--guidance", type=float, help="guidance to calibrate at; default: the pipeline's own, and 2 for a demo")
     group.add_argument(
-        "--reach", type=_guidances, default=(), metavar="W,...", help="other guidances to prove it at; allowed where it wins"
+        "--reach", type=comma_list(float), default=(), metavar="W,...", help="other guidances to prove it at; allowed where it wins"
     )
     group.add_argument("--prompts", type=Path, metavar="TEXTFILE", help="one prompt a line; eight of ours without it")
     group.add_argument("--size", help="WIDTHxHEIGHT, and xFRAMES for video; default: the pipeline's own")
     group.add_argument("--device", default="cpu", help="where the model runs, as in cuda")
     group.add_argument("--dtype", default="bfloat16", help="of the weights of -m")
-
-
-def _guidances(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(",") if part.strip())
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,9 +91,9 @@ def _demo(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict
 def _pipeline(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict[str, Any]]]:
     from ..hosts.diffusers.sampler import load_pipeline
 
-    prompts = PROMPTS
+    prompts: Sequence[str] = PROMPTS
     if args.prompts is not None:
-        prompts = tuple(line.strip() for line in args.prompts.read_text().splitlines() if line.strip())
+        prompts = lines_in(args.prompts.read_text())
         if not prompts:
             raise TqaiError(f"{args.prompts} has no prompts: write one a line")
     fixed: dict[str, Any] = {}
