@@ -11,8 +11,17 @@ import torch
 from torch import nn
 
 import tqai_core as tqai
-from tqai_core.calibrate.multistep import Multistep, Teacher, Together, equidistributed, grid
-from tqai_core.calibrate.sampler import CalibratedSampler, Loop, calibrate, entry_hash, errors, guidance_range, truth, widen
+from tqai_core.calibrate.multistep import BatchBarrier, Multistep, ReferenceSolver, equidistributed, grid
+from tqai_core.calibrate.sampler import (
+    CalibratedSampler,
+    Loop,
+    calibrate,
+    entry_hash,
+    errors,
+    extend_guidance_range,
+    guidance_range,
+    reference,
+)
 from tqai_core.cli import main
 from tqai_core.hosts.diffusers import minis
 from tqai_core.hosts.diffusers.sampler import PipelineModel, SolverScheduler, transformers_of
@@ -43,7 +52,7 @@ def test_a_fit_beats_adams_bashforth_on_seeds_it_never_saw():
     assert held["error"] < 0.5 * held["stock"]["error"]
     unseen = [1, 2, 3, 4]
     model = toy()
-    exact = truth(model, unseen, 400)
+    exact = reference(model, unseen, 400)
     ours = errors(model, unseen, exact, (*made.nodes, 0.0), made.theta)["error"]
     assert ours < 0.7 * min(errors(model, unseen, exact, grid(8, s))["error"] for s in (1.0, 2.0, 3.0))
     assert set(held["grids"]) >= {"equidistributed", "half-way"}
@@ -75,16 +84,16 @@ def test_batches_in_step_are_one_batch():
 
 
 def test_an_error_in_one_batch_stops_all():
-    together = Together(3)
+    barrier = BatchBarrier(3)
     ran = []
 
     def work(k):
         if k == 1:
             raise ValueError("batch 1")
-        ran.append(float(together.total(k, torch.ones(()))))
+        ran.append(float(barrier.total(k, torch.ones(()))))
 
     with pytest.raises(ValueError, match="batch 1"):
-        together.run([lambda k=k: work(k) for k in range(3)])
+        barrier.run([lambda k=k: work(k) for k in range(3)])
     assert ran == []
 
 
@@ -100,7 +109,7 @@ def test_nodes_follow_the_change():
 
 
 def test_a_teacher_knows_the_states_between_its_nodes():
-    teacher = Teacher(grid(40, 1.0))
+    teacher = ReferenceSolver(grid(40, 1.0))
     x = torch.ones(2, 3)
     for i, s in enumerate(teacher.nodes[:-1]):
         x = teacher.step(i, torch.full_like(x, 3 * s * s), x)  # x = s^3 + constant
@@ -162,14 +171,14 @@ def test_guidance_is_widened_only_where_it_wins(monkeypatch):
             return None
 
     model.guided = lambda guidance: Same()
-    wide = widen(model, sampler, 3.0)
+    wide = extend_guidance_range(model, sampler, 3.0)
     assert wide.guidance["high"] == 3.0
     assert wide.guidance["low"] == sampler.guidance["low"]
     wide.check(guidance=3.0)
     with pytest.raises(ValueError, match="good for"):
         sampler.check(guidance=3.0)
     bad = dataclasses.replace(sampler, theta=tuple((0.5, 0.5, 0.0, 0.5) for _ in sampler.theta))
-    narrow = widen(model, bad, 3.0)
+    narrow = extend_guidance_range(model, bad, 3.0)
     assert narrow.guidance["high"] == bad.guidance["high"]
     assert narrow.guidance["proved"][0]["error"] > narrow.guidance["proved"][0]["stock"]
 
@@ -303,7 +312,7 @@ def test_a_pipeline_is_calibrated_and_left_as_it_was():
     assert made.calls == 6
     again = calibrate(model, 6, seeds=(7700, 7701), held_out=(8800,), teacher=32, tune=1, stock=("ab2",))
     assert again == made, "seeds are fixed"
-    exact = truth(model, [3], 96)
+    exact = reference(model, [3], 96)
     ours = errors(model, [3], exact, (*made.nodes, 0.0), made.theta)["error"]
     assert ours < min(errors(model, [3], exact, grid(6, s))["error"] for s in (1.0, 2.0, 3.0))
 

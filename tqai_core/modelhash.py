@@ -38,6 +38,15 @@ def model_hash(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_model(module: nn.Module, stored: str | None, what: str) -> None:
+    """TqaiError unless ``what`` was calibrated on this model: ``stored`` is the hash in its file."""
+    if stored != (given := model_hash(module)):
+        raise TqaiError(
+            f"{what} belongs to model {stored or '(none written)'}, {type(module).__name__} here is {given}: "
+            "on another model it is worse than none; run tqai calibrate on this one"
+        )
+
+
 def _integers(config: Any) -> list[list[Any]]:
     """Sizes and counts of a config, sorted by name; what a version or a path may change is left out."""
     if config is None:

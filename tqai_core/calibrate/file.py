@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..codecs.bases import BasesFile
 from ..errors import TqaiError
-from ..files import read_with_header
-from ..modelhash import model_hash
+from ..files import read_with_header, write_tensors
+from ..modelhash import check_model
 
 FORMAT = 1
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)  # bits whose damage is told
@@ -39,20 +37,15 @@ class Calibration:
     bases: BasesFile = field(default_factory=lambda: BasesFile({}, 4))
 
     def check(self, model: nn.Module) -> None:
-        """ValueError if this was measured on another model."""
-        given = model_hash(model)
-        if self.header.get("model") != given:
-            raise TqaiError(
-                f"this calibration belongs to model {self.header.get('model')}, {type(model).__name__} here is {given}: "
-                "on another model it is worse than none; run tqai calibrate on this one"
-            )
+        """TqaiError if this was measured on another model."""
+        check_model(model, self.header.get("model"), "this calibration")
 
     def save(self, path: str | Path) -> None:
-        """Write the file in one go: it is never seen half written."""
+        """Write the file in one step: nobody sees it half written."""
         tensors, bases = self.bases.content()
         tensors |= {name: x.contiguous() for name, x in self.tensors.items()}
         header = json.dumps({"format": FORMAT, "complete": True, **self.header})
-        write(path, tensors, {"tqai-calibration": header, "tqai-bases": json.dumps(bases)})
+        write_tensors(path, tensors, {"tqai-calibration": header, "tqai-bases": json.dumps(bases)})
 
     @staticmethod
     def load(path: str | Path, model: nn.Module | None = None) -> Calibration:
@@ -74,14 +67,6 @@ class Calibration:
         if model is not None:
             made.check(model)
         return made
-
-
-def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".writing")
-    save_file(dict(tensors), str(part), metadata)
-    os.replace(part, path)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

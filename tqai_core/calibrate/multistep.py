@@ -70,7 +70,7 @@ class Multistep:
         return [h * self.past[0][1], *(h * h * s for s in (*slopes[:1], *bends)), h * x]
 
 
-class Teacher(Multistep):
+class ReferenceSolver(Multistep):
     """A fine run that remembers its way: ``states`` at every node on the CPU, ``change`` of the velocity between nodes."""
 
     def begin(self) -> None:
@@ -145,7 +145,7 @@ def equidistributed(nodes: Sequence[float], change: Sequence[float], steps: int)
     return (*out, 0.0)
 
 
-class Together:
+class BatchBarrier:
     """Batches that walk in step, so that a fit sees all of them while one at a time is in memory.
 
     Each runs in a thread of its own and holds the turn while it computes; at ``total`` it waits for the others. One batch

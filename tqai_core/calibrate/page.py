@@ -43,7 +43,7 @@ def _calibration(made: Calibration) -> list[str]:
     rows = [[key, json.dumps(h.get(key))] for key in ("class", "model", "seeds", "held_out", "steps", "samples", "codec", "versions")]
     parts = [_table(["what", "value"], rows), "<h2>Sensitivity</h2><p>What a unit of squared error of keys or values costs the output.</p>"]
     for band, sigma in enumerate(t["sigmas"].tolist()):
-        maps = [plots.heat(t["fisher"][:, :, which, band].tolist(), f"{KINDS[which]}, sigma {sigma:.2f}") for which in (0, 1)]
+        maps = [plots.heat_map(t["fisher"][:, :, which, band].tolist(), f"{KINDS[which]}, sigma {sigma:.2f}") for which in (0, 1)]
         parts.append(f"<div class=row>{''.join(maps)}</div>")
     verdict = h["verdicts"]["bits"]
     losing = "" if verdict["kept"] == "fisher" else ", so that uniform bits stand in the file"
@@ -53,7 +53,9 @@ def _calibration(made: Calibration) -> list[str]:
         f"({verdict['uniform']['bytes']:,} bytes): {_mark(verdict['kept'], 'fisher')} kept{losing}.</p>"
     )
     for band, sigma in enumerate(t["sigmas"].tolist()):
-        maps = [plots.heat(t["bits"][:, :, w, band].float().tolist(), f"bits of {KINDS[w]}, sigma {sigma:.2f}", log=False) for w in (0, 1)]
+        maps = [
+            plots.heat_map(t["bits"][:, :, w, band].float().tolist(), f"bits of {KINDS[w]}, sigma {sigma:.2f}", log=False) for w in (0, 1)
+        ]
         parts.append(f"<div class=row>{''.join(maps)}</div>")
     rows = [
         [name, str(i), f"{v['klt']:.2e}", f"{v['hadamard']:.2e}", _mark(v["kept"], "klt")]

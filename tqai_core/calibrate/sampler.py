@@ -22,19 +22,19 @@ from torch import Tensor, nn
 
 from ..errors import TqaiError
 from ..metrics import nmse
-from .multistep import TERMS, Fit, Multistep, Teacher, Together, equidistributed, grid
+from ..progress import Progress, silent
+from .multistep import TERMS, BatchBarrier, Fit, Multistep, ReferenceSolver, equidistributed, grid
 
 FORMAT, VERSION = "tqai-sampler", 1
-TEACHER = 100  # calls of the fine run; 240 at the same shift change its end by .0x of a student's error
-TEACHER_SHIFT = 2.0
+REFERENCE_CALLS = 100  # calls of the fine run; 240 at the same shift change its end by .0x of a student's error
+REFERENCE_SHIFT = 2.0
 SHIFTS = (1.0, 2.0, 3.0)  # grids that the stock solvers may take
 MARGIN = 0.75  # of the best stock solver's error: what is closer is a tie on a few seeds
 NEAR = 1.25  # a guidance so near to the calibrated one needs no proof of its own
 STOCK = ("ab2", "unipc", "dpm++")
 MOST = 1_000_000  # bytes a file may have; one takes a few thousand
 ENTRIES = ("x_embedder.weight", "img_in.weight", "pos_embed.proj.weight", "x_embedder.proj.weight", "patch_embedding.weight")
-Make = Callable[[int, Together], Multistep]
-Tell = Callable[[str, float], None]  # what is being done, part done in [0, 1]
+Make = Callable[[int, BatchBarrier], Multistep]
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,8 @@ class Loop:
 
     def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
         batches = [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
-        together = Together(len(batches))
-        solvers = [make(k, together) for k in range(len(batches))]
+        barrier = BatchBarrier(len(batches))
+        solvers = [make(k, barrier) for k in range(len(batches))]
 
         def run(k: int) -> None:
             with torch.no_grad():
@@ -237,7 +237,7 @@ class Loop:
                     x = solvers[k].step(i, self.velocity(x, sigma, batches[k]), x)
                     self.tick(len(batches[k]) / len(seeds))
 
-        together.run([partial(run, k) for k in range(len(batches))])
+        barrier.run([partial(run, k) for k in range(len(batches))])
         self.spent = solvers[0].steps
         return solvers
 
@@ -261,10 +261,10 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class Truth:
+class Reference:
     """Fine runs over some seeds, a batch each."""
 
-    runs: list[Teacher]
+    runs: list[ReferenceSolver]
 
     @property
     def end(self) -> Tensor:
@@ -274,23 +274,25 @@ class Truth:
         return torch.cat([run.at(sigma) for run in self.runs])
 
 
-def truth(model: Model, seeds: Sequence[int], calls: int = TEACHER, shift: float = TEACHER_SHIFT) -> Truth:
+def reference(model: Model, seeds: Sequence[int], calls: int = REFERENCE_CALLS, shift: float = REFERENCE_SHIFT) -> Reference:
     """Adams-Bashforth 2 on a fine grid: the true ODE for all purposes here."""
-    return Truth([run for run in model.march(seeds, lambda k, together: Teacher(grid(calls, shift))) if isinstance(run, Teacher)])
+    return Reference(
+        [run for run in model.march(seeds, lambda k, barrier: ReferenceSolver(grid(calls, shift))) if isinstance(run, ReferenceSolver)]
+    )
 
 
-def fit(model: Model, seeds: Sequence[int], teacher: Truth, nodes: Sequence[float], form: str) -> tuple[tuple[float, ...], ...]:
+def fit(model: Model, seeds: Sequence[int], teacher: Reference, nodes: Sequence[float], form: str) -> tuple[tuple[float, ...], ...]:
     """``theta`` on the student's own states. ``form="last"`` fits the step to 0 alone."""
     only = range(len(nodes) - 1) if form == "all" else (len(nodes) - 2,)
-    make = lambda k, together: Fit(nodes, teacher.runs[k].at, lambda part: together.total(k, part), only)  # noqa: E731
+    make = lambda k, barrier: Fit(nodes, teacher.runs[k].at, lambda part: barrier.total(k, part), only)  # noqa: E731
     first = model.march(seeds, make)[0]
     assert isinstance(first, Fit)
     return tuple(first.fitted)
 
 
-def errors(model: Model, seeds: Sequence[int], exact: Truth, nodes: Sequence[float], theta: Any = None) -> dict[str, float]:
+def errors(model: Model, seeds: Sequence[int], exact: Reference, nodes: Sequence[float], theta: Any = None) -> dict[str, float]:
     """NMSE of a student (Adams-Bashforth 2 without ``theta``) at the end and at its last node above 0."""
-    runs = model.march(seeds, lambda k, together: _Watched(nodes, theta))
+    runs = model.march(seeds, lambda k, barrier: _Watched(nodes, theta))
     before = torch.cat([run.states[-2] for run in runs])  # type: ignore[attr-defined]
     end = torch.cat([run.states[-1] for run in runs])  # type: ignore[attr-defined]
     return _against(exact, len(seeds), end, before, nodes[-2])
@@ -311,7 +313,7 @@ class _Watched(Multistep):
         return out
 
 
-def stock_errors(model: Model, name: str, shift: float, steps: int, seeds: Sequence[int], exact: Truth) -> dict[str, float]:
+def stock_errors(model: Model, name: str, shift: float, steps: int, seeds: Sequence[int], exact: Reference) -> dict[str, float]:
     """The same of a stock solver."""
     if name == "ab2":
         return errors(model, seeds, exact, grid(steps, shift))
@@ -320,7 +322,7 @@ def stock_errors(model: Model, name: str, shift: float, steps: int, seeds: Seque
     return _against(exact, len(seeds), end, before, runs[0][0])
 
 
-def _against(exact: Truth, count: int, end: Tensor, before: Tensor, sigma: float) -> dict[str, float]:
+def _against(exact: Reference, count: int, end: Tensor, before: Tensor, sigma: float) -> dict[str, float]:
     """Errors over the first ``count`` samples; a seed is a sample."""
     return {"error": nmse(end, exact.end[:count]), "before_last": nmse(before, exact.at(sigma)[:count])}
 
@@ -333,11 +335,11 @@ def calibrate(
     held_out: Sequence[int] = (8800, 8801, 8802),
     form: str = "all",
     shift: float | None = None,
-    teacher: int = TEACHER,
+    teacher: int = REFERENCE_CALLS,
     tune: int = 2,
     stock: Sequence[str] = STOCK,
-    truths: tuple[Truth, Truth] | None = None,
-    tell: Tell = lambda text, part: None,
+    references: tuple[Reference, Reference] | None = None,
+    progress: Progress = silent,
 ) -> CalibratedSampler:
     """Fit on ``seeds``, choose the grid and prove it on ``held_out`` against the best of ``stock``.
 
@@ -351,18 +353,18 @@ def calibrate(
     few = seeds[:tune]
     grids = 3 if form == "all" else 1
     fine, coarse = teacher * (len(seeds) + len(held_out)), len(stock) * (len(SHIFTS) * len(few) + len(held_out))
-    clock = Clock(fine + steps * (coarse + grids * (len(seeds) + len(held_out))), tell)
+    clock = Clock(fine + steps * (coarse + grids * (len(seeds) + len(held_out))), progress)
     model.tick = clock.tick
 
     clock.stage(f"teacher: {teacher} calls on {len(seeds)} seeds", len(seeds))
-    known = truths[0] if truths else truth(model, seeds, teacher)
+    known = references[0] if references else reference(model, seeds, teacher)
     clock.stage("stock solvers: their best grid", len(few))
     tuned: dict[str, float] = {}
     for name in stock:
         found = {s: stock_errors(model, name, s, steps, few, known)["error"] for s in SHIFTS}
         tuned[name] = min(found, key=found.__getitem__)
     clock.stage(f"teacher: {teacher} calls on {len(held_out)} seeds that the fit does not see", len(held_out))
-    unseen = truths[1] if truths else truth(model, held_out, teacher)
+    unseen = references[1] if references else reference(model, held_out, teacher)
     clock.stage("stock solvers on these", len(held_out))
     rivals: list[dict[str, Any]] = [{"name": n, "shift": s, **stock_errors(model, n, s, steps, held_out, unseen)} for n, s in tuned.items()]
     best = min(rivals, key=lambda r: r["error"])
@@ -385,22 +387,22 @@ def calibrate(
     held = {**figures, "stock": best, "grids": {name: student[0]["error"] for name, student in students.items()}}
     return CalibratedSampler(
         **model.header(), grid=chosen, nodes=nodes[:-1], theta=theta, form=form, calls=calls,
-        teacher={"calls": teacher, "shift": TEACHER_SHIFT}, seeds={"fit": tuple(seeds), "held_out": tuple(held_out)}, held_out=held,
+        teacher={"calls": teacher, "shift": REFERENCE_SHIFT}, seeds={"fit": tuple(seeds), "held_out": tuple(held_out)}, held_out=held,
     )  # fmt: skip
 
 
-def widen(
-    model: Model, sampler: CalibratedSampler, guidance: float, samples: int = 2, tell: Tell = lambda text, part: None
+def extend_guidance_range(
+    model: Model, sampler: CalibratedSampler, guidance: float, samples: int = 2, progress: Progress = silent
 ) -> CalibratedSampler:
     """The sampler, allowed up (or down) to ``guidance`` if it wins there, too, against the stock solver it was proved
     against; unchanged if it does not."""
     seeds = list(sampler.seeds["held_out"])[:samples]
     teacher, rival = int(sampler.teacher["calls"]), sampler.held_out["stock"]
-    clock = Clock((teacher + 2 * sampler.steps) * len(seeds), tell)
+    clock = Clock((teacher + 2 * sampler.steps) * len(seeds), progress)
     model.tick = clock.tick
     clock.stage(f"guidance {guidance:g}", len(seeds))
     with model.guided(guidance):
-        exact = truth(model, seeds, teacher)
+        exact = reference(model, seeds, teacher)
         ours = errors(model, seeds, exact, (*sampler.nodes, 0.0), sampler.theta)["error"]
         theirs = stock_errors(model, rival["name"], rival["shift"], sampler.steps, seeds, exact)["error"]
     g = dict(sampler.guidance)
@@ -415,20 +417,20 @@ def widen(
 class Clock:
     """How much of a calibration is done, counted in samples that went through the model."""
 
-    def __init__(self, total: float, tell: Tell) -> None:
-        self.total, self.tell, self.done = total, tell, 0.0
+    def __init__(self, total: float, progress: Progress) -> None:
+        self.total, self.progress, self.done = total, progress, 0.0
 
     def stage(self, text: str, samples: float) -> None:
         self.text, self.samples = text, samples
-        self.tell(text, min(self.done / self.total, 1.0))
+        self.progress(text, min(self.done / self.total, 1.0))
 
     def tick(self, share: float) -> None:
         """A batch of ``share`` of the stage's samples has made a step."""
         self.done += self.samples * share
-        self.tell(self.text, min(self.done / self.total, 1.0))
+        self.progress(self.text, min(self.done / self.total, 1.0))
 
 
-def _grids(teacher: Truth, steps: int, form: str, shift: float | None, tuned: float) -> dict[str, tuple[float, ...]]:
+def _grids(teacher: Reference, steps: int, form: str, shift: float | None, tuned: float) -> dict[str, tuple[float, ...]]:
     """The grids to try: nodes at equal shares of the teacher's change, stock ones, and half-way between, which spares the
     dense end where the former bet too much on it."""
     home = tuned if shift is None else shift
@@ -436,7 +438,7 @@ def _grids(teacher: Truth, steps: int, form: str, shift: float | None, tuned: fl
         return {f"shift {home:g}": grid(steps, home)}
     change = [sum(parts) for parts in zip(*(run.change for run in teacher.runs), strict=True)]
     equal, stock = equidistributed(teacher.runs[0].nodes, change, steps), grid(steps, home)
-    between = tuple((a + b) / 2 for a, b in zip(equal, grid(steps, TEACHER_SHIFT), strict=True))
+    between = tuple((a + b) / 2 for a, b in zip(equal, grid(steps, REFERENCE_SHIFT), strict=True))
     return {"equidistributed": equal, "half-way": between, f"shift {home:g}": stock}
 
 
@@ -446,6 +448,6 @@ def _sane(steps: int, seeds: Sequence[int], held_out: Sequence[int], form: str, 
     if steps < 3:
         raise TqaiError(f"{steps} steps: a calibrated sampler takes 3 or more")
     if teacher < 4 * steps:
-        raise TqaiError(f"a teacher of {teacher} calls is too coarse for {steps} steps: give {max(4 * steps, TEACHER)} or more")
+        raise TqaiError(f"a teacher of {teacher} calls is too coarse for {steps} steps: give {max(4 * steps, REFERENCE_CALLS)} or more")
     if not seeds or not held_out or set(seeds) & set(held_out):
         raise TqaiError(f"seeds {list(seeds)} and held-out seeds {list(held_out)}: give at least one each, and none twice")

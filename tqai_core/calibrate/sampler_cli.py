@@ -1,15 +1,15 @@
-"""``tqai calibrate --sampler``: arguments, prompts and the bar."""
+"""``tqai calibrate --sampler``: arguments, prompts and the table that is printed."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import TqaiError
+from ..progress import progress_bar
 from ..text import comma_list, lines_in
 
 PROMPTS = (
@@ -50,7 +50,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Make the file and return its content with what it cost."""
     from ..hosts.diffusers.sampler import PipelineModel
-    from .sampler import calibrate, widen
+    from .sampler import calibrate, extend_guidance_range
 
     args.steps = 12 if args.steps is None else args.steps
     if args.samples < 1 or args.held_out < 1:
@@ -58,13 +58,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipe, inputs = _demo(args) if args.demo else _pipeline(args)
     model = PipelineModel(pipe, inputs, batch=args.batch or (args.samples if args.demo else 1), difference=args.difference)
     began = time.process_time()
-    with Bar() as bar:
+    with progress_bar("calibrating") as progress:
         sampler = calibrate(
             model, args.steps, seeds=range(FIRST, FIRST + args.samples), held_out=range(FIRST_HELD_OUT, FIRST_HELD_OUT + args.held_out),
-            form=args.form, shift=args.shift, teacher=args.teacher, tell=bar,
+            form=args.form, shift=args.shift, teacher=args.teacher, progress=progress,
         )  # fmt: skip
         for guidance in args.reach:
-            sampler = widen(model, sampler, guidance, tell=bar)
+            sampler = extend_guidance_range(model, sampler, guidance, progress=progress)
     sampler.save(args.output)
     return {**sampler.to_dict(), "file": str(args.output), "seconds_cpu": time.process_time() - began}
 
@@ -106,24 +106,3 @@ def _pipeline(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], 
     if args.guidance is not None:
         fixed[guidance] = args.guidance
     return pipe, lambda seeds: {"prompt": [prompts[seed % len(prompts)] for seed in seeds], **fixed}
-
-
-class Bar:
-    """A progress bar on stderr; says nothing where that is no terminal."""
-
-    def __enter__(self) -> Bar:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self.progress = Progress(console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.progress.add_task("calibrating", total=1.0)
-        self.progress.start()
-        return self
-
-    def __call__(self, text: str, part: float) -> None:
-        self.progress.update(self.task, description=text, completed=part)
-
-    def __exit__(self, *error: Any) -> None:
-        self.progress.stop()
-        sys.stderr.flush()

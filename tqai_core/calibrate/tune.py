@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -22,12 +22,12 @@ from ..config import FAMILIES, Config, preset
 from ..errors import TqaiError
 from ..hosts.calibration_targets import Diffusion
 from ..modelhash import model_hash
+from ..progress import Progress, silent
 
 SEEDS, CHOICE, PROOF = (100, 101), (102, 103), (104, 105, 106)  # of the search, of the pick among its best, of the proof
 BUDGETS = ("calls", "bytes", "time")
 FINALISTS = 3
 Row = dict[str, Any]
-Tell = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Budget:
 
 
 class Bench:
-    """Runs pipelines on one subject and remembers exact runs."""
+    """Runs pipelines on one target and remembers exact runs."""
 
-    def __init__(self, subject: Diffusion) -> None:
-        self.subject = subject
+    def __init__(self, target: Diffusion) -> None:
+        self.target = target
         self._exact: dict[int, tuple[Tensor, float]] = {}
 
     def measure(self, config: Config, seeds: Sequence[int]) -> Row:
@@ -62,14 +62,13 @@ class Bench:
         rows = []
         for seed in seeds:
             if seed not in self._exact:
-                self._exact[seed] = self.subject.run(seed)[:2]
-            truth, seconds = self._exact[seed]
-            out, spent, report = self.subject.run(seed, config)
+                self._exact[seed] = self.target.run(seed)[:2]
+            exact, seconds = self._exact[seed]
+            out, spent, report = self.target.run(seed, config)
             assert report is not None
-            rows.append((
-                self.subject.damage(out, truth) / self.subject.size(truth), (report.calls - report.calls_skipped) / max(report.calls, 1),
-                report.bytes_held_peak, spent / seconds,
-            ))  # fmt: skip
+            error = self.target.damage(out, exact) / self.target.size(exact)
+            calls = (report.calls - report.calls_skipped) / max(report.calls, 1)
+            rows.append((error, calls, report.bytes_held_peak, spent / seconds))
         return dict(zip(("error", "calls", "bytes", "time"), map(mean, zip(*rows, strict=True)), strict=True))
 
 
@@ -119,17 +118,17 @@ def candidate(trial: Any, steps: int, budget: Budget, levels: Sequence[str], fra
     )
 
 
-def fragile_layers(bench: Bench, seed: int, tell: Tell = lambda text, part: None) -> list[tuple[int, float]]:
+def fragile_layers(bench: Bench, seed: int, progress: Progress = silent) -> list[tuple[int, float]]:
     """(layer, error) of forecasting every second step of one layer alone, worst first: what to propose as ``skip_layers``."""
-    from ..hosts import attention_interceptor as taps
+    from ..hosts.attention_interceptor import blocks_of
 
-    depth = len(taps.blocks_of(bench.subject.model))
+    depth = len(blocks_of(bench.target.model))
     found = []
     for layer in range(depth):
         others = tuple(i for i in range(depth) if i != layer)
         config = Config(level="block", monitor={"name": "fixed", "interval": 2.0, "min_steps": 1}, skip_layers=others)
         found.append((layer, bench.measure(config, [seed])["error"]))
-        tell(f"layer {layer} alone", (layer + 1) / depth)
+        progress(f"layer {layer} alone", (layer + 1) / depth)
     return sorted(found, key=lambda pair: -pair[1])
 
 
@@ -142,14 +141,14 @@ def proposed(layers: Sequence[tuple[int, float]]) -> tuple[int, ...]:
 
 
 def tune(
-    subject: Diffusion,
+    target: Diffusion,
     budget: Budget,
     study_file: Path,
     trials: int = 40,
     sampler: str = "nsga2",
     levels: Sequence[str] = ("model",),
     seed: int = 0,
-    tell: Tell = lambda text, part: None,
+    progress: Progress = silent,
 ) -> Row:
     """Search until ``trials`` are finished, those of a resumed study counted, then choose and prove. Plain data."""
     optuna = _optuna()
@@ -169,7 +168,7 @@ def tune(
         directions=["minimize", "minimize"],
     )  # fmt: skip
     settings = {
-        "model": model_hash(subject.model), "class": type(subject.model).__name__, "steps": subject.steps, "levels": list(levels),
+        "model": model_hash(target.model), "class": type(target.model).__name__, "steps": target.steps, "levels": list(levels),
         "budget": [budget.what, budget.limit], "seeds": list(SEEDS),
     }  # fmt: skip
     had = study.user_attrs.get("settings")
@@ -177,19 +176,19 @@ def tune(
         differing = ", ".join(f"{k}={had.get(k)!r}" for k in settings if had.get(k) != settings[k])
         raise TqaiError(f"study {study_file} was begun with other settings ({differing}): give the same ones, or another --study")
     study.set_user_attr("settings", settings)
-    bench = Bench(subject)
+    bench = Bench(target)
     fragile: list[tuple[int, float]] = [tuple(pair) for pair in study.user_attrs.get("layers", [])]
     if not fragile:
-        fragile = fragile_layers(bench, SEEDS[0], lambda text, part: tell(text, 0.0))
+        fragile = fragile_layers(bench, SEEDS[0], lambda text, part: progress(text, 0.0))
         study.set_user_attr("layers", fragile)
     skip = proposed(fragile)
     finished = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
     if not study.trials:
-        for known in _known(subject.steps, budget):
+        for known in _known(target.steps, budget):
             study.enqueue_trial(known)
 
     def objective(trial: Any) -> tuple[float, float]:
-        config = candidate(trial, subject.steps, budget, levels, skip)
+        config = candidate(trial, target.steps, budget, levels, skip)
         row = bench.measure(config, SEEDS)
         trial.set_user_attr("config", config.to_dict())
         trial.set_user_attr("row", row)
@@ -198,28 +197,35 @@ def tune(
 
     def heard(study: Any, trial: Any) -> None:
         count = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
-        tell(f"{count} of {trials} trials", 0.9 * count / trials)
+        progress(f"{count} of {trials} trials", 0.9 * count / trials)
 
     study.optimize(objective, n_trials=max(trials - len(finished), 0), callbacks=[heard])
-    return _outcome(subject, bench, study, budget, settings, fragile, skip, tell)
+    return _outcome(target, bench, study, budget, settings, fragile, skip, progress)
 
 
 def _outcome(
-    subject: Diffusion, bench: Bench, study: Any, budget: Budget, settings: Row, layers: Sequence[Any], skip: Sequence[int], tell: Tell
+    target: Diffusion,
+    bench: Bench,
+    study: Any,
+    budget: Budget,
+    settings: Row,
+    layers: Sequence[Any],
+    skip: Sequence[int],
+    progress: Progress,
 ) -> Row:
     rows = rows_of(study)
-    default = preset("balanced", subject.family.name if subject.family.name in FAMILIES else None)
+    default = preset("balanced", target.family.name if target.family.name in FAMILIES else None)
     allowed = sorted((r for r in rows if r[budget.what] <= budget.limit), key=lambda r: r["error"])
     unique = list({json.dumps(r["config"], sort_keys=True): r for r in reversed(allowed)}.values())[::-1][:FINALISTS]
     finals: list[tuple[float, Config]] = []
     for i, row in enumerate(unique):
-        tell("the best on other seeds", 0.9 + 0.05 * i / FINALISTS)
+        progress("the best on other seeds", 0.9 + 0.05 * i / FINALISTS)
         config = Config.from_dict(row["config"])
         found = bench.measure(config, CHOICE)
         if found[budget.what] <= budget.limit:
             finals.append((row["error"] + found["error"], config))
     best = min(finals, key=lambda pair: pair[0])[1] if finals else default
-    tell("the proof on unseen seeds", 0.96)
+    progress("the proof on unseen seeds", 0.96)
     proof = {"default": bench.measure(default, PROOF), "tuned": bench.measure(best, PROOF)}
     fits = proof["default"][budget.what] <= budget.limit
     kept = best != default and (proof["tuned"]["error"] <= proof["default"]["error"] or not fits)

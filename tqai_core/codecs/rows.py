@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TqaiError
+from ..workspace import Workspace
 from . import packing
 from .levels import lloyd_max
 from .rotation import matrix
@@ -153,11 +154,11 @@ class Rows:
         return x @ self.back
 
 
-class Scratch:
-    """Memory that the steps of one attention share: fresh pages cost more than the work on them, and so do a dozen views a call."""
+class Scratch(Workspace):
+    """The workspace of one attention; it remembers the views that a lookup needs, since a dozen views a call cost as much as the work."""
 
     def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
+        super().__init__()
         self._views: dict[tuple[int, int, torch.Size, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def views(self, coder: Rows, codes: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -171,14 +172,6 @@ class Scratch:
             out = self.take("levels", (*lead, coder.d), dtype, codes.device)
             self._views[key] = index, index.view(-1), out, out.view(table.dtype).view(-1)
         return self._views[key]
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory that the next call with this name overwrites."""
-        size = math.prod(shape) * dtype.itemsize
-        have = self._memory.get(name)
-        if have is None or len(have) < size:
-            have = self._memory[name] = torch.empty(size, dtype=torch.uint8, device=device)
-        return have[:size].view(dtype).view(shape)
 
 
 _MADE: dict[tuple[int, int, int, str], Rows] = {}

@@ -17,9 +17,9 @@ from ..errors import TqaiError
 from ..registry import param
 from ..roles import Codec
 from ..types import Packed
+from ..workspace import Workspace
 from . import gain, rotation
 from .bases import Bases, Basis, hadamard_at, load
-from .levels import Room
 from .scalar import run_bytes
 
 MEAN_FROM = 256  # vectors a head from which its mean costs less than a sixteenth of a bit a coordinate
@@ -33,9 +33,9 @@ class Quantiser(Protocol):
     chunk: int  # coordinates coded at a time: bounds the extra memory
     columns: bool  # whether it reads a vector's coordinates one after the other, for all vectors at once
 
-    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, room: Room) -> tuple[Tensor, Tensor, Tensor]: ...
+    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, work: Workspace) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def decode(self, packed: Tensor, d: int, room: Room) -> Tensor: ...
+    def decode(self, packed: Tensor, d: int, work: Workspace) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -91,29 +91,29 @@ class VectorCodec(Codec):
             # rounded to what is stored before it is taken off, so that the rounding is coded, not lost
             tensors["mean"] = rows.view(heads, tokens, d).mean(1, dtype=torch.float32).to(torch.bfloat16)
         chunks = _chunks(heads, tokens, self._step(kind, plan, device), whole=len(plan) == 1 and not with_mean)
-        room = Room(device)
+        work = Workspace(device)
         if len(chunks) == 1:
-            tensors["codes"], gains = self._encode(rows, tensors.get("mean"), plan[0], kind, room)
+            tensors["codes"], gains = self._encode(rows, tensors.get("mean"), plan[0], kind, work)
         else:  # results go into memory taken before: kept one by one they would split the memory the next chunk reuses
             tensors["codes"] = torch.empty(n, plan[0].row_bytes, dtype=torch.uint8, device=device)
             gains = torch.empty(n, dtype=torch.float32, device=device)
             for head, i, j in chunks:
                 mu = tensors["mean"][head] if with_mean else None
-                tensors["codes"][i:j], gains[i:j] = self._encode(rows[i:j], mu, plan[head % len(plan)], kind, room)
+                tensors["codes"][i:j], gains[i:j] = self._encode(rows[i:j], mu, plan[head % len(plan)], kind, work)
         tensors["gain"], tensors["span"] = gain.encode(gains, 16 if self.bits >= 7 else 8)
         meta: dict[str, Any] = {"dtype": str(x.dtype)[6:], "kind": kind}
         if stream is not None:
             meta["stream"] = stream
         return Packed(self.spec, tuple(x.shape), tensors, meta)
 
-    def _encode(self, rows: Tensor, mu: Tensor | None, basis: Basis, kind: str, room: Room) -> tuple[Tensor, Tensor]:
+    def _encode(self, rows: Tensor, mu: Tensor | None, basis: Basis, kind: str, work: Workspace) -> tuple[Tensor, Tensor]:
         """Bytes and gains of ``rows [n, d]``, which have one basis and one mean ``[d]``."""
         chunk = rows.float()
         mu = None if mu is None else mu.float().flatten()
         columns = self.quantiser(basis.runs[0][2] or 1, basis.levels_for, rows.device, kind).columns
         top: Tensor | float | None = None
         if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            y, rms = _onto(basis, chunk, mu, None, columns, room)
+            y, rms = _onto(basis, chunk, mu, None, columns, work)
             low, high = map(float, rms.aminmax()) if rms.numel() else (1.0, 1.0)
             if not (low > 1e-12 and high < 1e15):  # squares left fp32, or a zero vector
                 top = max(float(chunk.abs().max()), 1e-37)
@@ -123,16 +123,16 @@ class VectorCodec(Codec):
             chunk = chunk.nan_to_num(0.0, 0.0, 0.0)
             top = chunk.abs().amax().clamp_min(1e-37) if chunk.numel() else None
             if top is None:
-                y, rms = _onto(basis, chunk, mu, None, columns, room)
+                y, rms = _onto(basis, chunk, mu, None, columns, work)
         if top is not None:
-            y, rms = _onto(basis, chunk, mu, top, columns, room)
+            y, rms = _onto(basis, chunk, mu, top, columns, work)
         inverse = rms.clamp_min(1e-30).reciprocal_()
         coded = []
         for a, b, bits in basis.runs:
             if bits:
                 run = y if basis.whole else y[:, a:b]
                 weight = None if basis.scale is None else basis.scale[a:b].square()
-                coded.append(self.quantiser(bits, basis.levels_for, y.device, kind).encode(run, inverse, weight, room))
+                coded.append(self.quantiser(bits, basis.levels_for, y.device, kind).encode(run, inverse, weight, work))
         if len(coded) == 1:
             code, above, below = coded[0]
         else:
@@ -180,27 +180,27 @@ class VectorCodec(Codec):
             raise TqaiError(f"field 'codes' has rows of {codes.shape[1]} bytes, expected {plan[0].row_bytes}: save the tensor again")
         gains = gain.decode(packed.tensors["gain"], packed.tensors["span"])[:, None]
         mean = None if rotated else packed.tensors.get("mean")
-        room = Room(codes.device)
+        work = Workspace(codes.device)
         chunks = _chunks(heads, tokens, self._step(kind, plan, codes.device), whole=len(plan) == 1 and mean is None)
         if len(chunks) == 1:
-            return self._decode_chunk(codes, gains, mean, plan[0], kind, dtype, rotated, room).to(dtype).view(packed.shape)
+            return self._decode_chunk(codes, gains, mean, plan[0], kind, dtype, rotated, work).to(dtype).view(packed.shape)
         out = torch.empty(n, d, dtype=dtype, device=codes.device)
         for head, i, j in chunks:
             mu = None if mean is None else mean[head]
-            out[i:j] = self._decode_chunk(codes[i:j], gains[i:j], mu, plan[head % len(plan)], kind, dtype, rotated, room)
+            out[i:j] = self._decode_chunk(codes[i:j], gains[i:j], mu, plan[head % len(plan)], kind, dtype, rotated, work)
         return out.view(packed.shape)
 
     def _decode_chunk(
-        self, codes: Tensor, gains: Tensor, mean: Tensor | None, basis: Basis, kind: str, dtype: torch.dtype, rotated: bool, room: Room
+        self, codes: Tensor, gains: Tensor, mean: Tensor | None, basis: Basis, kind: str, dtype: torch.dtype, rotated: bool, work: Workspace
     ) -> Tensor:
-        """Vectors ``fp32 [n, d]`` with one basis and one mean, in ``room``; within the range of ``dtype``."""
-        u = self._levels(codes, basis, kind, basis.runs[-1][1], room)
+        """Vectors ``fp32 [n, d]`` with one basis and one mean, in ``work``; within the range of ``dtype``."""
+        u = self._levels(codes, basis, kind, basis.runs[-1][1], work)
         back = not rotated and basis.butterfly(u)
         if back:
-            u = rotation.hadamard(u, basis.small, room.of("y", tuple(u.shape)))
+            u = rotation.hadamard(u, basis.small, work.take("y", tuple(u.shape)))
         elif not rotated:
             k = len(basis.matrix)
-            u = torch.mm(u.reshape(-1, k), basis.matrix, out=room.of("y", (u.numel() // k, k))).view(u.shape)
+            u = torch.mm(u.reshape(-1, k), basis.matrix, out=work.take("y", (u.numel() // k, k))).view(u.shape)
         u = u.mul_(gains)
         if not back:
             if mean is not None:
@@ -211,9 +211,9 @@ class VectorCodec(Codec):
             torch.addcmul(mean.float(), u, basis.signs, out=u)  # type: ignore[arg-type]
         return u.clamp_(-65504, 65504) if dtype == torch.float16 else u  # rounding must not make an inf
 
-    def _levels(self, codes: Tensor, basis: Basis, kind: str, d: int, room: Room) -> Tensor:
+    def _levels(self, codes: Tensor, basis: Basis, kind: str, d: int, work: Workspace) -> Tensor:
         if basis.whole:
-            u = self.quantiser(basis.runs[0][2], basis.levels_for, codes.device, kind).decode(codes, d, room)
+            u = self.quantiser(basis.runs[0][2], basis.levels_for, codes.device, kind).decode(codes, d, work)
         else:
             u = torch.zeros(len(codes), d, device=codes.device)
             at = 0
@@ -221,7 +221,7 @@ class VectorCodec(Codec):
                 size = run_bytes(b - a, bits) if bits else 0
                 if bits:
                     u[:, a:b] = self.quantiser(bits, basis.levels_for, codes.device, kind).decode(
-                        codes[:, at : at + size].contiguous(), b - a, room
+                        codes[:, at : at + size].contiguous(), b - a, work
                     )
                 at += size
         return u if basis.scale is None else u.mul_(basis.scale)
@@ -241,8 +241,8 @@ class VectorCodec(Codec):
         return load(self.basis).of(stream, d, heads, self.bits, self.seed).at(device)
 
 
-def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None, columns: bool, room: Room) -> tuple[Tensor, Tensor]:
-    """``x / top`` without its mean on the axes of ``basis``, in ``room``, and its RMS ``[n, 1]`` over the coordinates with
+def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None, columns: bool, work: Workspace) -> tuple[Tensor, Tensor]:
+    """``x / top`` without its mean on the axes of ``basis``, in ``work``, and its RMS ``[n, 1]`` over the coordinates with
     bits. ``columns``: stored coordinate by coordinate."""
     n, d = x.shape
     if basis.butterfly(x):
@@ -251,26 +251,26 @@ def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None
         before, after = ("scaled", "y") if rotation.stages(d) % 2 == 0 else ("y", "scaled")
         if columns:
             small = basis.signed if top is None else basis.signed / top
-            y = rotation.hadamard_columns(x, small, room.of(after, (d, n)), room.of(before, (d, n)))
+            y = rotation.hadamard_columns(x, small, work.take(after, (d, n)), work.take(before, (d, n)))
             if mu is not None:
                 y.sub_(((mu if top is None else mu / top) @ basis.columns)[:, None])
             y = y.T
         else:
             signs = basis.signs if top is None else basis.signs / top
-            flipped = room.of(before, (n, d))
+            flipped = work.take(before, (n, d))
             if mu is None:
                 torch.mul(x, signs, out=flipped)
             else:
                 torch.addcmul(mu * -signs, x, signs, out=flipped)
-            y = rotation.hadamard(flipped, basis.small, room.of(after, (n, d)))
+            y = rotation.hadamard(flipped, basis.small, work.take(after, (n, d)))
     else:
         down = basis.columns if top is None else basis.columns / top
         k = len(down)
         if columns and basis.block is None:  # the product writes either layout alike
-            y = room.of("y", (d, n)).T
+            y = work.take("y", (d, n)).T
             torch.mm(x, down, out=y)
         else:
-            y = room.of("y", (n, d))
+            y = work.take("y", (n, d))
             torch.mm(x.reshape(-1, k), down, out=y.view(-1, k))
         if mu is not None:
             y.sub_((mu.view(-1, k) @ down).flatten())
@@ -281,7 +281,7 @@ def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None
     if not columns:
         return y, torch.linalg.vector_norm(live, dim=-1, keepdim=True) / root
     # along columns a norm is ten times slower than its parts
-    return y, torch.mul(live, live, out=room.of("scaled", live.T.shape).T).sum(-1, keepdim=True).sqrt_() / root
+    return y, torch.mul(live, live, out=work.take("scaled", live.T.shape).T).sum(-1, keepdim=True).sqrt_() / root
 
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -18,10 +18,10 @@ Change = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer
 
 
 @contextmanager
-def tapped(model: Any, change: Change) -> Iterator[None]:
+def intercept_attention(model: Any, change: Change) -> Iterator[None]:
     """While the context lasts, self-attention of layer ``i`` sees the keys and values that ``change(i, q, k, v)`` returns.
 
-    Tensors are as attention gets them: after norms and rotary positions, text and image tokens together; of a language
+    Tensors are as attention gets them: after norms and rotary positions, text and image tokens barrier; of a language
     model its own key heads, before they are repeated. Works through ``scaled_dot_product_attention``: models of
     diffusers with its native attention, and any transformers model that lets its attention be set.
     """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..errors import TqaiError
 from ..report import Report
-from . import attention_interceptor as taps
+from .attention_interceptor import Change, intercept_attention
 
 Run = Callable[[], Tensor]
 PROMPTS = (
@@ -26,7 +26,7 @@ PROMPTS = (
 )  # fmt: skip
 
 
-class Subject(Protocol):
+class CalibrationTarget(Protocol):
     """A model with its calibration data. ``sigmas``: the noise levels that sensitivity is told for ([0] for language)."""
 
     model: nn.Module
@@ -35,7 +35,7 @@ class Subject(Protocol):
     band: int  # of the call under way
     probes: int  # a call, where nobody says how many
 
-    def record(self, seed: int, change: taps.Change | None = None) -> list[tuple[int, Run]]:
+    def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
         """(band, call) of the model's calls with this seed. ``change`` is shown all attention on the way."""
 
     def probe(self, out: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,7 +47,7 @@ class Subject(Protocol):
     def size(self, exact: Tensor) -> float:
         """What ``damage`` is relative to."""
 
-    def final(self, seed: int, change: taps.Change | None = None) -> Tensor:
+    def final(self, seed: int, change: Change | None = None) -> Tensor:
         """The end result with this seed, attention changed all the way."""
 
 
@@ -77,12 +77,12 @@ class Diffusion:
         self.model.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def final(self, seed: int, change: taps.Change | None = None) -> Tensor:
+    def final(self, seed: int, change: Change | None = None) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
         given = {"num_inference_steps": self.steps, "output_type": "latent", "return_dict": False, **self.inputs(seed)}
         hook = self.model.register_forward_pre_hook(self._look, with_kwargs=True)
         try:
-            with taps.tapped(self.model, change or (lambda layer, q, k, v: (k, v))):
+            with intercept_attention(self.model, change or (lambda layer, q, k, v: (k, v))):
                 return self.pipe(**given, generator=generator)[0].float()
         finally:
             hook.remove()
@@ -107,7 +107,7 @@ class Diffusion:
         sigma = self.family.sigma(kwargs["timestep"])
         self.band = min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigma), default=0)
 
-    def record(self, seed: int, change: taps.Change | None = None) -> list[tuple[int, Run]]:
+    def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
         calls: list[tuple[float, dict[str, Any]]] = []
 
         def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -158,11 +158,11 @@ class Language:
         return self.model(ids.to(self.model.device), use_cache=False).logits.float().log_softmax(-1)
 
     @torch.no_grad()
-    def final(self, seed: int, change: taps.Change | None = None) -> Tensor:
-        with taps.tapped(self.model, change or (lambda layer, q, k, v: (k, v))):
+    def final(self, seed: int, change: Change | None = None) -> Tensor:
+        with intercept_attention(self.model, change or (lambda layer, q, k, v: (k, v))):
             return self._run(self.windows(seed))
 
-    def record(self, seed: int, change: taps.Change | None = None) -> list[tuple[int, Run]]:
+    def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
         ids = self.windows(seed)
         if change is not None:
             self.final(seed, change)
@@ -182,7 +182,7 @@ class Language:
         return float(exact[..., 0].numel())
 
 
-def demo(kind: str, count: int | None = None, steps: int = 24, bands: int = 3) -> Subject:
+def demo(kind: str, count: int | None = None, steps: int = 24, bands: int = 3) -> CalibrationTarget:
     """A mini that ships with tqai: flux, sd3, wan or lm."""
     from .. import minis as public
 
@@ -203,7 +203,7 @@ def demo(kind: str, count: int | None = None, steps: int = 24, bands: int = 3) -
 
 
 def folder(path: Path, prompts: Sequence[str] = (), text: str = "", steps: int = 24, bands: int = 3, part: str = "transformer",
-           count: int = 1, length: int = 512) -> Subject:  # fmt: skip
+           count: int = 1, length: int = 512) -> CalibrationTarget:  # fmt: skip
     """A diffusers pipeline or a transformers causal LM in a folder. Raises ValueError where it is neither."""
     if (path / "model_index.json").is_file():
         from .diffusers.load import pipeline

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
-from ...calibrate.multistep import Multistep, Together
+from ...calibrate.multistep import BatchBarrier, Multistep
 from ...calibrate.sampler import CalibratedSampler, Make, entry_hash, guidance_range
 from ...config import Config
 from ...errors import TqaiError
@@ -242,8 +242,8 @@ class PipelineModel:
 
     def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
         batches = self._batches(seeds)
-        together = Together(len(batches))
-        solvers = [make(k, together) for k in range(len(batches))]
+        barrier = BatchBarrier(len(batches))
+        solvers = [make(k, barrier) for k in range(len(batches))]
         steps = solvers[0].steps
         forecast = self.difference and solvers[0].student
         if forecast and len(batches) > 1:
@@ -257,7 +257,7 @@ class PipelineModel:
             self.shape = tuple(out.shape[1:])
 
         try:
-            together.run([partial(run, k) for k in range(len(batches))])
+            barrier.run([partial(run, k) for k in range(len(batches))])
             self.spent = steps
             if handle is not None:
                 report = handle.report()
