@@ -33,7 +33,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--form", choices=("all", "last"), default="all", help="fit every step, or only the step to 0 on your own grid")
     group.add_argument("--shift", type=float, help="your own grid's shift; always the grid of --form last")
     group.add_argument("--difference", action="store_true", help="with guidance: forecast cond - uncond on half of the steps while fitting")
-    group.add_argument("--teacher", type=int, default=100, help="calls of the fine run")
+    group.add_argument("--teacher", type=int, default=100, help="model calls of the fine reference run that the sampler is fitted to")
     group.add_argument("--samples", type=int, default=4, help="seeds to fit on")
     group.add_argument("--held-out", type=int, default=3, help="other seeds, which prove it")
     group.add_argument("--batch", type=int, help="seeds in one call of the model; default: 1, and all for a demo")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with progress_bar("calibrating") as progress:
         sampler = calibrate(
             model, args.steps, seeds=range(FIRST, FIRST + args.samples), held_out=range(FIRST_HELD_OUT, FIRST_HELD_OUT + args.held_out),
-            form=args.form, shift=args.shift, teacher=args.teacher, progress=progress,
+            form=args.form, shift=args.shift, reference_calls=args.teacher, progress=progress,
         )  # fmt: skip
         for guidance in args.reach:
             sampler = extend_guidance_range(model, sampler, guidance, progress=progress)
