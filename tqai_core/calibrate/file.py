@@ -15,9 +15,11 @@ from ..codecs.bases import BasesFile
 from ..errors import TqaiError
 from ..files import read_with_header, write_tensors
 from ..modelhash import check_model
+from ..registry import build
+from ..roles import Codec
 
 FORMAT = 1
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)  # bits whose damage is told
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)  # bits whose damage is measured
 UNFINISHED = ".partial"  # of the file that a stopped calibration leaves beside the target
 SHAPES = {"fisher": 4, "sigmas": 1, "error": 5, "damage": 5, "bits": 4, "mean": 3, "scale": 3}
 
@@ -62,11 +64,16 @@ class Calibration:
                 raise TqaiError(f"{path}: field {name!r} is missing or damaged: calibrate again")
             found[name] = x
         if any(found[name].shape[:4] != found["fisher"].shape for name in ("error", "damage", "bits")):
-            raise TqaiError(f"{path}: fields 'fisher', 'error', 'damage' and 'bits' speak of different units: calibrate again")
+            raise TqaiError(f"{path}: fields 'fisher', 'error', 'damage' and 'bits' are of different units: calibrate again")
         made = Calibration(header, found, BasesFile.load(path))
         if model is not None:
             made.check(model)
         return made
+
+
+def codecs_of(name: str) -> dict[int, Codec]:
+    """The codec at every width."""
+    return {bits: build("codec", {"name": name, "bits": bits}) for bits in WIDTHS}
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..errors import TqaiError
 from ..hosts.calibration_targets import CalibrationTarget
-from ..registry import build
-from .file import WIDTHS
+from .file import codecs_of
 
 LOW, HIGH = 2, 6  # one bit errs too much for a second-order prediction; from seven on gains are wider, and equal bits no equal bytes
 MARGIN = 1.5  # how many times less uniform bits must lose for an allocation to be kept
@@ -53,7 +52,7 @@ def quantised(target: CalibrationTarget, bits: Tensor, codec: str, counted: list
     """For :func:`hosts.attention_interceptor.intercept_attention`: every unit coded with its bits.
 
     ``counted[0]`` grows by the bytes of all codes."""
-    codecs = {b: build("codec", {"name": codec, "bits": b}) for b in WIDTHS}
+    codecs = codecs_of(codec)
     table = bits.tolist()
 
     def change(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,8 @@ from ..hosts.attention_interceptor import blocks_of
 from ..hosts.calibration_targets import CalibrationTarget, Diffusion
 from ..modelhash import model_hash
 from ..progress import Progress, silent
-from ..registry import build
 from . import basis, policy
-from .file import FORMAT, UNFINISHED, WIDTHS, Calibration, read
+from .file import FORMAT, UNFINISHED, Calibration, codecs_of, read
 from .fisher import Sums, probe
 
 SEEDS = (100, 101, 102, 103)
@@ -50,41 +49,23 @@ def calibrate(
     probes = target.probes if probes is None else probes
     if probes < 1:
         raise TqaiError(f"probes={probes}: give 1 or more")
-    name = model_hash(target.model)
+    name, began, total = model_hash(target.model), time.process_time(), len(seeds) + 1
     settings = {
         "model": name, "class": type(target.model).__name__, "kind": target.kind,
         "family": target.family.name if isinstance(target, Diffusion) else "", "seeds": list(seeds), "probes": probes,
         "codec": codec, "basis_bits": bits, "average": average, "steps": getattr(target, "steps", None),
     }  # fmt: skip
-    began = time.process_time()
-    codecs = {b: build("codec", {"name": codec, "bits": b}) for b in WIDTHS}
     partial = path.with_name(path.name + UNFINISHED)
-    moments, sums, done = basis.Moments(), None, 0
-    if partial.exists():
-        moments, sums, done = _resume(partial, settings, target)
-    for nth, seed in enumerate(seeds):
-        if nth < done:
-            continue
-        progress(f"seed {seed}: a run", nth / (len(seeds) + 1))
-        calls = target.record(seed, moments.see)
-        if sums is None:
-            heads = {len(moments.sums[f"{layer}/mean"]) for layer in moments.layers}
-            if moments.layers != list(range(len(blocks_of(target.model)))) or len(heads) != 1:
-                raise TqaiError(
-                    f"{type(target.model).__name__}: attention was seen in layers {moments.layers} with {sorted(heads)} heads; "
-                    "calibration needs one self-attention a layer through scaled_dot_product_attention, alike in all"
-                )
-            sums = Sums(len(moments.layers), heads.pop(), len(target.sigmas))
-        for i, (band, call) in enumerate(calls):
-            progress(f"seed {seed}: sensitivity", (nth + (i + 1) / (len(calls) + 1)) / (len(seeds) + 1))
-            for p in range(probes):
-                probe(target, band, call, sums, codecs, torch.Generator().manual_seed(seed * 1_000_003 + i * 1009 + p))
+    moments, sums, done = _resume(partial, settings, target) if partial.exists() else (basis.Moments(), None, 0)
+    for nth, seed in enumerate(seeds[done:], start=done):
+        part = lambda text, share, nth=nth, seed=seed: progress(f"seed {seed}: {text}", (nth + share) / total)  # noqa: E731
+        sums = _measure(target, seed, probes, codec, moments, sums, part)
         _keep(partial, settings, moments, sums, nth + 1, target.sigmas)
     assert sums is not None
     tables = sums.tables() | {"sigmas": torch.tensor(target.sigmas)}
-    progress("verdicts on bases", len(seeds) / (len(seeds) + 1))
+    progress("verdicts on bases", len(seeds) / total)
     bases, verdicts = basis.judge(target, moments, bits, HELD_OUT, name)
-    progress("verdict on bits", (len(seeds) + 0.5) / (len(seeds) + 1))
+    progress("verdict on bits", (len(seeds) + 0.5) / total)
     tables["bits"], verdict = policy.allocate(target, tables["damage"], average, codec, CHOICE, VALIDATION)
     if target.kind == "lm":
         tables |= moments.keys()
@@ -98,6 +79,28 @@ def calibrate(
     partial.unlink(missing_ok=True)
     progress("done", 1.0)
     return made
+
+
+def _measure(
+    target: CalibrationTarget, seed: int, probes: int, codec: str, moments: basis.Moments, sums: Sums | None, progress: Progress
+) -> Sums:
+    """One run of ``seed`` into ``moments``, and probes at its calls into ``sums`` (made here for the first seed)."""
+    progress("a run", 0.0)
+    calls = target.record(seed, moments.see)
+    if sums is None:
+        heads = {len(moments.sums[f"{layer}/mean"]) for layer in moments.layers}
+        if moments.layers != list(range(len(blocks_of(target.model)))) or len(heads) != 1:
+            raise TqaiError(
+                f"{type(target.model).__name__}: attention was seen in layers {moments.layers} with {sorted(heads)} heads; "
+                "calibration needs one self-attention a layer through scaled_dot_product_attention, alike in all"
+            )
+        sums = Sums(len(moments.layers), heads.pop(), len(target.sigmas))
+    codecs = codecs_of(codec)
+    for i, (band, call) in enumerate(calls):
+        progress("sensitivity", (i + 1) / (len(calls) + 1))
+        for p in range(probes):
+            probe(target, band, call, sums, codecs, torch.Generator().manual_seed(seed * 1_000_003 + i * 1009 + p))
+    return sums
 
 
 def _keep(partial: Path, settings: dict[str, Any], moments: basis.Moments, sums: Sums, done: int, sigmas: Sequence[float]) -> None:

@@ -23,6 +23,7 @@ from ..errors import TqaiError
 from ..hosts.calibration_targets import Diffusion
 from ..modelhash import model_hash
 from ..progress import Progress, silent
+from ..roles import STEPS
 
 SEEDS, CHOICE, PROOF = (100, 101), (102, 103), (104, 105, 106)  # of the search, of the pick among its best, of the proof
 BUDGETS = ("calls", "bytes", "time")
@@ -151,41 +152,25 @@ def tune(
     progress: Progress = silent,
 ) -> Row:
     """Search until ``trials`` are finished, those of a resumed study counted, then choose and prove. Plain data."""
-    optuna = _optuna()
     if trials < 1:
         raise TqaiError(f"trials={trials}: give 1 or more")
-    if unknown := [level for level in levels if level not in ("model", "block", "attention")]:
-        raise TqaiError(f"levels {unknown}: give model, block, attention")
-    makers = {
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=12, seed=seed),
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, group=True),
-    }
-    if sampler not in makers:
-        raise TqaiError(f"sampler {sampler!r} is unknown; known: {', '.join(makers)}")
-    study_file.parent.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=f"sqlite:///{study_file}", study_name="tqai", sampler=makers[sampler](), load_if_exists=True,
-        directions=["minimize", "minimize"],
-    )  # fmt: skip
+    if unknown := [level for level in levels if level not in STEPS]:
+        raise TqaiError(f"levels {unknown}: give {', '.join(STEPS)}")
     settings = {
         "model": model_hash(target.model), "class": type(target.model).__name__, "steps": target.steps, "levels": list(levels),
         "budget": [budget.what, budget.limit], "seeds": list(SEEDS),
     }  # fmt: skip
-    had = study.user_attrs.get("settings")
-    if had is not None and had != settings:
-        differing = ", ".join(f"{k}={had.get(k)!r}" for k in settings if had.get(k) != settings[k])
-        raise TqaiError(f"study {study_file} was begun with other settings ({differing}): give the same ones, or another --study")
-    study.set_user_attr("settings", settings)
+    study = _open(study_file, sampler, seed, settings)
     bench = Bench(target)
-    fragile: list[tuple[int, float]] = [tuple(pair) for pair in study.user_attrs.get("layers", [])]
-    if not fragile:
-        fragile = fragile_layers(bench, SEEDS[0], lambda text, part: progress(text, 0.0))
-        study.set_user_attr("layers", fragile)
-    skip = proposed(fragile)
-    finished = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    layers: list[tuple[int, float]] = [tuple(pair) for pair in study.user_attrs.get("layers", [])]
+    if not layers:
+        layers = fragile_layers(bench, SEEDS[0], lambda text, share: progress(text, 0.0))
+        study.set_user_attr("layers", layers)
     if not study.trials:
         for known in _known(target.steps, budget):
             study.enqueue_trial(known)
+    finished = lambda study: sum(t.state.name == "COMPLETE" for t in study.trials)  # noqa: E731
+    skip = proposed(layers)
 
     def objective(trial: Any) -> tuple[float, float]:
         config = candidate(trial, target.steps, budget, levels, skip)
@@ -195,50 +180,69 @@ def tune(
         trial.set_constraint(budget.what, row[budget.what] - budget.limit)
         return row["error"], row[budget.what]
 
-    def heard(study: Any, trial: Any) -> None:
-        count = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
-        progress(f"{count} of {trials} trials", 0.9 * count / trials)
-
-    study.optimize(objective, n_trials=max(trials - len(finished), 0), callbacks=[heard])
-    return _outcome(target, bench, study, budget, settings, fragile, skip, progress)
+    show = lambda study, trial: progress(f"{finished(study)} of {trials} trials", 0.9 * finished(study) / trials)  # noqa: E731
+    study.optimize(objective, n_trials=max(trials - finished(study), 0), callbacks=[show])
+    return _outcome(bench, study, budget, progress)
 
 
-def _outcome(
-    target: Diffusion,
-    bench: Bench,
-    study: Any,
-    budget: Budget,
-    settings: Row,
-    layers: Sequence[Any],
-    skip: Sequence[int],
-    progress: Progress,
-) -> Row:
-    rows = rows_of(study)
-    default = preset("balanced", target.family.name if target.family.name in FAMILIES else None)
-    allowed = sorted((r for r in rows if r[budget.what] <= budget.limit), key=lambda r: r["error"])
+def _open(file: Path, sampler: str, seed: int, settings: Row) -> Any:
+    """The study in ``file``, new or resumed; TqaiError where it was begun with other settings."""
+    optuna = _optuna()
+    makers = {
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=12, seed=seed),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, group=True),
+    }
+    if sampler not in makers:
+        raise TqaiError(f"sampler {sampler!r} is unknown; known: {', '.join(makers)}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{file}", study_name="tqai", sampler=makers[sampler](), load_if_exists=True, directions=["minimize", "minimize"]
+    )
+    had = study.user_attrs.get("settings", settings)
+    if had != settings:
+        differing = ", ".join(f"{k}={had.get(k)!r}" for k in settings if had.get(k) != settings[k])
+        raise TqaiError(f"study {file} was begun with other settings ({differing}): give the same ones, or another --study")
+    study.set_user_attr("settings", settings)
+    return study
+
+
+def _outcome(bench: Bench, study: Any, budget: Budget, progress: Progress) -> Row:
+    """The best on other seeds, and the proof on seeds that neither the search nor the choice saw."""
+    found, family = summary(study), bench.target.family.name
+    default = preset("balanced", family if family in FAMILIES else None)
+    allowed = sorted((r for r in found["trials"] if r[budget.what] <= budget.limit), key=lambda r: r["error"])
     unique = list({json.dumps(r["config"], sort_keys=True): r for r in reversed(allowed)}.values())[::-1][:FINALISTS]
     finals: list[tuple[float, Config]] = []
     for i, row in enumerate(unique):
         progress("the best on other seeds", 0.9 + 0.05 * i / FINALISTS)
         config = Config.from_dict(row["config"])
-        found = bench.measure(config, CHOICE)
-        if found[budget.what] <= budget.limit:
-            finals.append((row["error"] + found["error"], config))
+        chosen = bench.measure(config, CHOICE)
+        if chosen[budget.what] <= budget.limit:
+            finals.append((row["error"] + chosen["error"], config))
     best = min(finals, key=lambda pair: pair[0])[1] if finals else default
     progress("the proof on unseen seeds", 0.96)
     proof = {"default": bench.measure(default, PROOF), "tuned": bench.measure(best, PROOF)}
     fits = proof["default"][budget.what] <= budget.limit
     kept = best != default and (proof["tuned"]["error"] <= proof["default"]["error"] or not fits)
     return {
-        "what": "study", "settings": settings, "budget": {"what": budget.what, "limit": budget.limit}, "trials": rows,
-        "front": front(rows, budget.what), "layers": [list(pair) for pair in layers], "skip_layers": list(skip),
-        "proof_seeds": list(PROOF), "proof": proof, "kept": "tuned" if kept else "default", "tuned": best.to_dict(),
+        **found, "proof_seeds": list(PROOF), "proof": proof, "kept": "tuned" if kept else "default", "tuned": best.to_dict(),
         "config": (best if kept else default).to_dict(), "default_fits": fits,
     }  # fmt: skip
 
 
+def summary(study: Any) -> Row:
+    """What a study holds, finished or not, as plain data."""
+    settings, layers = study.user_attrs.get("settings", {}), study.user_attrs.get("layers", [])
+    what, limit = settings.get("budget", ["calls", 0.5])
+    rows = rows_of(study)
+    return {
+        "what": "study", "settings": settings, "budget": {"what": what, "limit": limit}, "trials": rows, "front": front(rows, what),
+        "layers": [list(pair) for pair in layers], "skip_layers": list(proposed(layers)),
+    }  # fmt: skip
+
+
 def rows_of(study: Any) -> list[Row]:
-    """Finished trials as plain data."""
+    """Finished trials."""
     done = [t for t in study.trials if t.values is not None and "row" in t.user_attrs]
     return [{"trial": t.number, "config": t.user_attrs["config"], **t.user_attrs["row"]} for t in done]
 
@@ -254,21 +258,14 @@ def front(rows: Sequence[Mapping[str, Any]], what: str) -> list[int]:
 
 
 def load_study(path: Path) -> Row:
-    """What a study file holds, as far as :func:`tune` came. ValueError for a file that is none."""
+    """What a study file holds, as far as :func:`tune` came. TqaiError for a file that is none."""
     optuna = _optuna()
     if not path.is_file():
         raise TqaiError(f"study {path} is not there: tqai tune --study {path} makes it")
     try:
-        study = optuna.load_study(study_name="tqai", storage=f"sqlite:///{path}")
+        return summary(optuna.load_study(study_name="tqai", storage=f"sqlite:///{path}"))
     except Exception as error:  # SQLAlchemy has many
         raise TqaiError(f"{path} is no study of tqai tune ({type(error).__name__})") from None
-    settings = study.user_attrs.get("settings", {})
-    what, limit = settings.get("budget", ["calls", 0.5])
-    rows = rows_of(study)
-    return {
-        "what": "study", "settings": settings, "budget": {"what": what, "limit": limit}, "trials": rows, "front": front(rows, what),
-        "layers": study.user_attrs.get("layers", []), "skip_layers": list(proposed(study.user_attrs.get("layers", []))),
-    }  # fmt: skip
 
 
 def _known(steps: int, budget: Budget) -> list[Row]:

@@ -23,6 +23,7 @@ from ...calibrate.sampler import CalibratedSampler, Make, entry_hash, guidance_r
 from ...config import Config
 from ...errors import TqaiError
 from ...modelhash import model_hash
+from ...version import VERSION
 from .door import EXPERTS, HOOK, attach
 from .load import pipeline
 from .schedulers import scheduler as stock_scheduler
@@ -299,13 +300,11 @@ class PipelineModel:
     def header(self) -> dict[str, Any]:
         assert self.guidance is not None
         first = next(iter(self.models.values()))
-        from ... import __version__
-
         return {
             "models": {key: model_hash(model) for key, model in self.models.items()}, "model_class": type(first).__name__,
             "entry": entry_hash(first), "shape": self.shape,
             "guidance": guidance_range(*self.guidance),
-            "versions": {"tqai": __version__, "torch": str(torch.__version__), "diffusers": diffusers.__version__},
+            "versions": {"tqai": VERSION, "torch": str(torch.__version__), "diffusers": diffusers.__version__},
             "difference": DIFFERENCE.to_json() if self.difference else None,
         }  # fmt: skip
 
