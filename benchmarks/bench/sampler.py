@@ -24,6 +24,7 @@ from torch import Tensor
 from tqai_core.calibrate.multistep import grid
 from tqai_core.calibrate.sampler import STOCK, CalibratedSampler, Reference, calibrate, extend_guidance_range, reference
 from tqai_core.calibrate.sampler_cli import FIRST, FIRST_HELD_OUT
+from tqai_core.errors import TqaiError
 from tqai_core.metrics import nmse
 
 from .harness import machine, one_thread
@@ -83,7 +84,7 @@ def case_of(kind: str, seeds: Sequence[int]) -> Case:
 
     samples = SAMPLES[kind]
     if any(seed >= FIRST // 100 for seed in seeds):
-        raise ValueError(f"seeds {list(seeds)}: calibration uses {FIRST // 100} and higher, give smaller ones")
+        raise TqaiError(f"seeds {list(seeds)}: calibration uses {FIRST // 100} and higher, give smaller ones")
     case = Case(kind, None, [100 * seed + i for seed in seeds for i in range(samples)], samples)
     pipe = minis.pipeline(kind)
     case.model = PipelineModel(pipe, lambda some: minis.inputs(kind, [case.label(s) for s in some], GUIDANCE), batch=max(samples, FIT))
