@@ -68,13 +68,7 @@ def held_out(kind: str) -> CalibrationTarget:
         return targets.demo(kind)
     from tqai_core import minis
 
-    text = minis.lm_text()[2**16 :]
-
-    def windows(seed: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed)
-        return torch.stack([text[i : i + 512] for i in torch.randint(0, len(text) - 512, (4,), generator=g).tolist()])
-
-    return Language(minis.lm(), windows)
+    return Language(minis.lm(), targets.windows_of(minis.lm_text()[2**16 :], 4))
 
 
 def bench(kinds: Sequence[str], tell: Callable[[str], None] = lambda text: None, trials: int = TRIALS) -> Row:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import TqaiError
 from ..progress import progress_bar
 from ..text import comma_list, lines_in
@@ -89,7 +91,7 @@ def _demo(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict
 
 
 def _pipeline(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict[str, Any]]]:
-    from ..hosts.diffusers.sampler import load_pipeline
+    from ..hosts.diffusers.load import pipeline
 
     prompts: Sequence[str] = PROMPTS
     if args.prompts is not None:
@@ -102,7 +104,11 @@ def _pipeline(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], 
             fixed = dict(zip(("width", "height", "num_frames"), map(int, args.size.lower().split("x")), strict=False))
         except ValueError:
             raise TqaiError(f"--size {args.size}: give WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, as in 1024x1024") from None
-    pipe, guidance = load_pipeline(args.model, args.dtype, args.device)
+    if not isinstance(dtype := getattr(torch, args.dtype, None), torch.dtype):
+        raise TqaiError(f"dtype {args.dtype!r} is unknown: give bfloat16, float16 or float32")
+    pipe = pipeline(args.model, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(args.device)
     if args.guidance is not None:
-        fixed[guidance] = args.guidance
+        fixed["guidance_scale"] = args.guidance
     return pipe, lambda seeds: {"prompt": [prompts[seed % len(prompts)] for seed in seeds], **fixed}
