@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import TqaiError
 from ..progress import progress_bar
+from ..registry import ROLES
 from ..text import comma_list, lines_in
 
 if TYPE_CHECKING:
@@ -78,18 +79,17 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
 
 def tune_tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows): the Pareto front, layers, and the proof."""
-    what, by = found["budget"]["what"], {row["trial"]: row for row in found["trials"]}
-    line = lambda name, row: [name, f"{row['error'] * 1e4:.3f}", f"{row['calls']:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"]  # noqa: E731
-    stages = lambda row: " ".join(str(row["config"][role]) for role in ("strategy", "monitor", "codec"))  # noqa: E731
+    by_trial = {row["trial"]: row for row in found["trials"]}
+    figures = lambda row: [f"{row['error'] * 1e4:.3f}", f"{row['calls']:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"]  # noqa: E731
+    stages = lambda c: f"{c['level']}: " + " ".join(str(c[role]) for role in ROLES if c[role])  # noqa: E731
     head = ["error e-4", "calls", "bytes held", "time"]
-    rows = [[*line(str(n), by[n]), stages(by[n])] for n in found["front"]]
-    out = [(f"Pareto front, error and {what}", ["trial", *head, "pipeline"], rows)]
+    rows = [[str(n), *figures(by_trial[n]), stages(by_trial[n]["config"])] for n in found["front"]]
+    out = [(f"Pareto front, error and {found['budget']['what']}", ["trial", *head, "pipeline"], rows)]
     layers = [[str(layer), f"{error * 1e4:.4f}"] for layer, error in found["layers"]]
-    skip = found["skip_layers"] or "none"
-    out.append((f"each layer forecast alone; proposed as skip_layers: {skip}", ["layer", "error e-4"], layers))
+    out.append((f"Layers, each forecast alone; proposed as skip_layers: {found['skip_layers'] or 'none'}", ["layer", "error e-4"], layers))
     if "proof" in found:
-        title = f"seeds the search never saw; written: {found['kept']}"
-        out.append((title, ["pipeline", *head], [line(name, row) for name, row in found["proof"].items()]))
+        title = f"Proof on seeds {found['proof_seeds']}, which the search never saw; written: {found['kept']}"
+        out.append((title, ["pipeline", *head], [[name, *figures(row)] for name, row in found["proof"].items()]))
     return out
 
 

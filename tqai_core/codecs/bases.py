@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,33 +95,26 @@ class Bases:
     """The bases of one stream: one for all heads, or one a head."""
 
     heads: tuple[Basis, ...]
-    _moved: dict[torch.device, tuple[Basis, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _moved: dict[str, tuple[Basis, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, device: torch.device) -> tuple[Basis, ...]:
-        if device not in self._moved:
-            self._moved[device] = tuple(basis.to(device) for basis in self.heads)
-        return self._moved[device]
+        if (key := str(device)) not in self._moved:
+            self._moved[key] = tuple(basis.to(device) for basis in self.heads)
+        return self._moved[key]
 
 
-@lru_cache(maxsize=64)
+_HADAMARD: dict[tuple[int, int, int], Bases] = {}  # a plain dict: torch.compile reads it, but not a cache
+
+
 def hadamard(d: int, bits: int, seed: int) -> Bases:
-    """The random rotation for vectors of ``d``."""
-    block = rotation.block_size(d)
-    matrix = rotation.matrix(block, seed)
-    fast = block == d and d & (d - 1) == 0 and d >= 4 * rotation.SMALL
-    signs = matrix[0].sign() if fast else None  # the first row of Sylvester's matrix is all ones
-    return Bases((Basis(matrix, ((0, d, bits),), None, None if block == d else block, d, signs),))
-
-
-_AT: dict[tuple[int, int, int, str], tuple[Basis, ...]] = {}  # a plain dict: torch.compile reads it, but not a cache
-
-
-def hadamard_at(d: int, bits: int, seed: int, device: torch.device) -> tuple[Basis, ...]:
-    """:func:`hadamard` on a device."""
-    key = (d, bits, seed, str(device))
-    if key not in _AT:
-        _AT[key] = hadamard(d, bits, seed).at(device)
-    return _AT[key]
+    """The random rotation for vectors of ``d``, made once."""
+    if (key := (d, bits, seed)) not in _HADAMARD:
+        block = rotation.block_size(d)
+        matrix = rotation.matrix(block, seed)
+        fast = block == d and d & (d - 1) == 0 and d >= 4 * rotation.SMALL
+        signs = matrix[0].sign() if fast else None  # the first row of Sylvester's matrix is all ones
+        _HADAMARD[key] = Bases((Basis(matrix, ((0, d, bits),), None, None if block == d else block, d, signs),))
+    return _HADAMARD[key]
 
 
 def klt(samples: Tensor, bits: int, centred: bool = True) -> Basis:
