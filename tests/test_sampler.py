@@ -37,7 +37,7 @@ class Loop:
         self.module, self.velocity, self.noise, self.batch = module, velocity, noise, batch
         self.tick = lambda share: None
 
-    def march(self, seeds, make):
+    def solve(self, seeds, make):
         batches = [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
         barrier = BatchBarrier(len(batches))
         solvers = [make(k, barrier) for k in range(len(batches))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -57,38 +58,31 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The figures. ValueError for what cannot be run, before anything large is loaded where that can be known."""
-    try:
-        return _run(args)
-    except torch.OutOfMemoryError as error:
-        raise TqaiError(f"out of memory ({first_line(error)}): take a smaller --dtype, fewer tokens or pixels, or --device cpu") from None
-
-
-def _run(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures. TqaiError for what cannot be run, before anything large is loaded where that can be known."""
     if not args.prompt.strip():
         raise TqaiError("the prompt is empty: give some text, as in `tqai run 'Once upon' -m MODEL`")
     pipe = not args.demo and _is_pipeline(args.model)
-    foreign = [name for name in (LM_ONLY if pipe else PIPE_ONLY) if getattr(args, name) is not None]
-    if foreign:
+    if foreign := [name for name in (LM_ONLY if pipe else PIPE_ONLY) if getattr(args, name) is not None]:
         asked = ", ".join("--" + name.replace("_", "-") for name in foreign)
         raise TqaiError(f"{asked} asked, but this is a {'diffusers pipeline' if pipe else 'language model'}: leave it out")
-    if not args.demo:
-        _installed("diffusers" if pipe else "transformers")
+    library = "diffusers" if pipe else "transformers"
+    if util.find_spec(library) is None:
+        raise TqaiError(f"{library} is not installed: pip install 'tqai-core[{library}]'")
     config = config_of(args, "model" if pipe else "kv")
     device = _device(args.device)
-    if pipe:
-        from .hosts.diffusers import run as pipe_run
-
-        return pipe_run.run(args, config, device)
     if args.max_tokens is not None and args.max_tokens < 1:
         raise TqaiError(f"--max-tokens {args.max_tokens}: give 1 or more")
     if args.temperature is not None and not 0 <= args.temperature < math.inf:
         raise TqaiError(f"--temperature {args.temperature}: give 0 (greedy) or more")
-    _installed("transformers")
-    from .hosts.transformers import run as lm_run
-
-    assert config is not None
-    return lm_run.run(args, config, device)
+    host: Any
+    if pipe:
+        from .hosts.diffusers import run as host
+    else:
+        from .hosts.transformers import run as host
+    try:
+        return host.run(args, config, device)
+    except torch.OutOfMemoryError as error:
+        raise TqaiError(f"out of memory ({first_line(error)}): take a smaller --dtype, fewer tokens or pixels, or --device cpu") from None
 
 
 def config_of(args: argparse.Namespace, level: str) -> Config | None:
@@ -145,13 +139,6 @@ def _is_pipeline(model: str) -> bool:
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or "\\" in model or not model.strip():
         raise TqaiError(f"no such folder: {model!r}; give an existing one, a hub id such as 'Qwen/Qwen3-0.6B', or --demo")
     return False
-
-
-def _installed(library: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(library) is None:
-        raise TqaiError(f"{library} is not installed: pip install 'tqai-core[{library}]'")
 
 
 def _device(name: str | None) -> torch.device:

@@ -215,7 +215,7 @@ def _nodes(case: Case, exact: Reference, nodes: Sequence[float], seeds: Sequence
 
     seeds = seeds or case.seeds
     make = lambda: SolverScheduler.of(Multistep(nodes, theta), lambda: None, lambda pipe, names: None)  # noqa: E731
-    return _walk(case, exact, case.model.walk(make, len(nodes) - 1, seeds), seeds)
+    return _walk(case, exact, case.model.run_scheduler(make, len(nodes) - 1, seeds), seeds)
 
 
 def _ours(case: Case, exact: Reference, file: str) -> Row:
@@ -225,7 +225,9 @@ def _ours(case: Case, exact: Reference, file: str) -> Row:
     sampler = CalibratedSampler.load(file)
     handle = tqai.apply(case.model.pipe, tqai.Config.from_json(sampler.difference)) if sampler.difference else None
     try:
-        return _walk(case, exact, case.model.walk(lambda: tqai.CalibratedScheduler.from_file(file), sampler.steps, case.seeds), case.seeds)
+        return _walk(
+            case, exact, case.model.run_scheduler(lambda: tqai.CalibratedScheduler.from_file(file), sampler.steps, case.seeds), case.seeds
+        )
     finally:
         if handle is not None:
             handle.remove()

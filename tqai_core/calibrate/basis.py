@@ -17,7 +17,7 @@ EVERY = 3  # computed calls between two that the verdict looks at
 
 
 class Moments:
-    """Running sums by layer and kind. ``see`` is what :func:`hosts.attention_interceptor.intercept_attention` calls."""
+    """Running sums by layer and kind. ``see`` is the change for :func:`hosts.attention_interceptor.intercept_attention`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}

@@ -43,7 +43,7 @@ class Calibration:
         check_model(model, self.header.get("model"), "this calibration")
 
     def save(self, path: str | Path) -> None:
-        """Write the file in one step: nobody sees it half written."""
+        """Write the file in one step: it is never seen half written."""
         tensors, bases = self.bases.content()
         tensors |= {name: x.contiguous() for name, x in self.tensors.items()}
         header = json.dumps({"format": FORMAT, "complete": True, **self.header})

@@ -48,7 +48,7 @@ def _calibration(made: Calibration) -> list[str]:
     for band, sigma in enumerate(sigmas):
         parts.append(_maps(t["fisher"][..., band], f"{{}}, sigma {sigma:.2f}"))
     verdict = h["verdicts"]["bits"]
-    losing = "" if verdict["kept"] == "fisher" else ", so that uniform bits stand in the file"
+    losing = "" if verdict["kept"] == "fisher" else ", so that the file has uniform bits"
     parts.append(
         f"<h2>Bits</h2><p>{verdict['average']} on average, {html.escape(verdict['how'])}. Loss on seeds {verdict['seeds']}: "
         f"{verdict['fisher']['loss']:.3g} ({verdict['fisher']['bytes']:,} bytes), uniform {verdict['uniform']['loss']:.3g} "

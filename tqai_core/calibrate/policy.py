@@ -18,11 +18,11 @@ from ..hosts.calibration_targets import CalibrationTarget
 from .file import codecs_of
 
 LOW, HIGH = 2, 6  # one bit errs too much for a second-order prediction; from seven on gains are wider, and equal bits no equal bytes
-MARGIN = 1.5  # how many times less uniform bits must lose for an allocation to be kept
+MARGIN = 1.5  # an allocation is kept where uniform bits lose so many times as much
 
 
 def water_fill(damage: Tensor, average: float, weight: Tensor | None = None, low: int = LOW, high: int = HIGH) -> Tensor:
-    """``uint8 [layers, heads, 2, bands]`` whose mean is ``average`` or just below, by the damage a next bit takes away.
+    """``uint8 [layers, heads, 2, bands]`` whose mean is ``average`` or just below, by the damage that one more bit removes.
 
     ``damage [layers, heads, 2, bands, 8]`` is what 1 to 8 bits cost in one call; ``weight [bands]`` the calls of a band, alike
     without. Units are alike in size, so that bits times calls are bytes.

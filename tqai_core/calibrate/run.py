@@ -37,7 +37,7 @@ def calibrate(
     codec: str = "turbo",
     progress: Progress = silent,
 ) -> Calibration:
-    """Measure ``subject`` and write ``path``. A stopped run leaves a partial file beside it, and the same call goes on from there.
+    """Measure ``target`` and write ``path``. A stopped run leaves a partial file beside it, and the same call continues it.
 
     ``probes`` backward passes a call; ``bits`` of the KLT bases; ``average`` bits of the allocation; ``codec`` the quantiser
     whose errors are weighed. Raises ValueError for settings that cannot be, and a model whose attention is not found.

@@ -176,7 +176,7 @@ class Model(Protocol):
 
     tick: Callable[[float], None]  # called after each step with the share of the seeds that made it
 
-    def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
+    def solve(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
         """One run a batch of seeds, with the solver that ``make`` gives to batch k; the solvers, at their ends."""
         ...
 
@@ -217,7 +217,7 @@ class Reference:
 
 def recorded(model: Model, seeds: Sequence[int], nodes: Sequence[float], theta: Any = None) -> Reference:
     """The calibrated step along ``nodes``, plain Adams-Bashforth 2 without ``theta``."""
-    runs = model.march(seeds, lambda k, barrier: RecordingSolver(nodes, theta))
+    runs = model.solve(seeds, lambda k, barrier: RecordingSolver(nodes, theta))
     return Reference([run for run in runs if isinstance(run, RecordingSolver)])
 
 
@@ -230,7 +230,7 @@ def fit(model: Model, seeds: Sequence[int], exact: Reference, nodes: Sequence[fl
     """``theta`` on the fitted solver's own states. ``form="last"`` fits the step to 0 alone."""
     only = range(len(nodes) - 1) if form == "all" else (len(nodes) - 2,)
     make = lambda k, barrier: Fit(nodes, exact.runs[k].at, lambda part: barrier.total(k, part), only)  # noqa: E731
-    first = model.march(seeds, make)[0]
+    first = model.solve(seeds, make)[0]
     assert isinstance(first, Fit)
     return tuple(first.fitted)
 

@@ -83,7 +83,7 @@ def spread(first: int, last: int, power: float, count: int, total: int) -> tuple
 
 
 def candidate(trial: Any, steps: int, budget: Budget, levels: Sequence[str], fragile: Sequence[int]) -> Config:
-    """The pipeline a trial stands for."""
+    """The pipeline of a trial."""
     level = trial.suggest_categorical("level", list(levels)) if len(levels) > 1 else levels[0]
     strategy: Row = {"name": trial.suggest_categorical("strategy", ["delta2", "delta", "tiered"])}
     if strategy["name"] != "delta":
@@ -95,7 +95,7 @@ def candidate(trial: Any, steps: int, budget: Budget, levels: Sequence[str], fra
     if name == "schedule":
         share = budget.limit if budget.what in ("calls", "time") else 0.5
         most = max(round(share * steps), 4)
-        if strategy["cfg"] == "difference":  # half of the computed steps spare a branch
+        if strategy["cfg"] == "difference":  # half of the computed steps forecast a branch
             most = min(round(most * 1.3), steps - 1)
         count = trial.suggest_int(f"count_{strategy['cfg']}", max(most - 2, 4), most)
         shape = (trial.suggest_int("first", 1, 3), trial.suggest_int("last", 1, 4), trial.suggest_float("power", 0.6, 1.6))
@@ -258,7 +258,7 @@ def front(rows: Sequence[Mapping[str, Any]], what: str) -> list[int]:
 
 
 def load_study(path: Path) -> Row:
-    """What a study file holds, as far as :func:`tune` came. TqaiError for a file that is none."""
+    """What a study file holds, finished or not. TqaiError for a file that is no study."""
     optuna = _optuna()
     if not path.is_file():
         raise TqaiError(f"study {path} is not there: tqai tune --study {path} makes it")

@@ -167,7 +167,7 @@ def water_fill(variance: Tensor, total: int) -> tuple[Run, ...]:
 
 @dataclass(frozen=True)
 class BasesFile:
-    """Calibrated bases by stream name; None stands for a head that keeps the random rotation."""
+    """Calibrated bases by stream name; None for a head that keeps the random rotation."""
 
     streams: Mapping[str, tuple[Basis | None, ...]]
     bits: int
@@ -199,7 +199,7 @@ class BasesFile:
         write_tensors(path, tensors, {FIELD: json.dumps(header)})
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and header of the file; other files may carry them beside their own."""
+        """Tensors and header of the file; other files may hold them too."""
         tensors: dict[str, Tensor] = {}
         header: dict[str, Any] = {"format": FORMAT, "bits": self.bits, "model": self.model, "streams": {}}
         for name, heads in self.streams.items():

@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits <-> bytes, along the last dimension, little end first.
+"""Codes of 1 to 8 bits <-> bytes, along the last dimension, little-endian.
 
 A row of ``d`` codes takes ``ceil(d * bits / 8)`` bytes: 8 codes of 3 bits in 3 bytes, 4 of 6 bits in 3 bytes, ...; the
 last group of a row is cut.

@@ -1,6 +1,6 @@
 """Rows of a KV cache: a random rotation, Lloyd-Max levels, one bf16 gain a row; appended to, and read where they lie.
 
-The container of ``turbo`` codes a whole tensor with one span of gains; a cache grows, so here each row stands for itself:
+The container of ``turbo`` codes a whole tensor with one span of gains; a cache grows, so here each row has a gain of its own:
 ``ceil(d * bits / 8)`` bytes, then two bytes of gain. The bytes of a row, which native kernels rely on:
 
 | bits | byte ``j`` of a row |
@@ -162,7 +162,7 @@ class Scratch(Workspace):
         self._views: dict[tuple[int, int, torch.Size, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def views(self, coder: Rows, codes: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Index and levels of a lookup, each in its shape and flat as the table wants it."""
+        """Index and levels of a lookup, each in its shape, and flat for the table."""
         key = (coder.bits, coder.d, codes.shape, dtype)
         if key not in self._views:
             lead = codes.shape[:-1]

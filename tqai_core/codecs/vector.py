@@ -94,7 +94,7 @@ class VectorCodec(Codec):
         work = Workspace(device)
         if len(chunks) == 1:
             tensors["codes"], gains = self._encode(rows, tensors.get("mean"), plan[0], kind, work)
-        else:  # results go into memory taken before: kept one by one they would split the memory the next chunk reuses
+        else:  # results go into memory allocated first: chunk by chunk they would fragment what the next chunk reuses
             tensors["codes"] = torch.empty(n, plan[0].row_bytes, dtype=torch.uint8, device=device)
             gains = torch.empty(n, dtype=torch.float32, device=device)
             for head, i, j in chunks:

@@ -33,7 +33,7 @@ class CalibrationTarget(Protocol):
     kind: str
     sigmas: tuple[float, ...]
     band: int  # of the call under way
-    probes: int  # a call, where nobody says how many
+    probes: int  # a call, by default
 
     def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
         """(band, call) of the model's calls with this seed; ``change`` gets all attention of the run."""
@@ -42,7 +42,7 @@ class CalibrationTarget(Protocol):
         """A random cotangent whose second moment is the output's metric."""
 
     def damage(self, out: Tensor, exact: Tensor) -> float:
-        """What is lost where ``out`` stands for ``exact``."""
+        """The loss of ``out`` against ``exact``."""
 
     def size(self, exact: Tensor) -> float:
         """What ``damage`` is relative to."""
@@ -97,7 +97,7 @@ class Diffusion:
         began = time.process_time()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # a candidate that skips nothing is a result like others
+                warnings.simplefilter("ignore", UserWarning)  # a candidate that skips nothing is a valid result
                 out = self._generate(seed)
             return out, time.process_time() - began, handle.report() if handle else None
         finally:

@@ -48,7 +48,7 @@ class Fisher(StepScorer, LayerScorer, name="fisher", paper="Gauss-Newton Fisher 
         return float(by_layer[layer, band] / by_layer.max())
 
     def finer(self, layer: int, layers: int, share: float) -> tuple[bool, bool]:
-        """Level kv: keys and values of a layer apart, by the damage that 4 bits do to them where the table tells it, else by
+        """Level kv: keys and values of a layer apart, by the damage that 4 bits do to them where the table has it, else by
         their sensitivity."""
         worth = load_units(self.file)
         if len(worth) != layers:

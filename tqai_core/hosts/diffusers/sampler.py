@@ -34,7 +34,7 @@ ONLY_FROM_NOISE = "a calibrated sampler goes the whole way from noise: use stren
 
 class SolverScheduler(SchedulerMixin, ConfigMixin):
     """A :class:`Multistep` where pipelines expect a scheduler. Its state between steps stays in fp32 whatever the pipeline's
-    dtype, as long as nobody changes the latents in between."""
+    dtype, as long as the latents are not changed in between."""
 
     order = 1
     init_noise_sigma = 1.0
@@ -222,7 +222,7 @@ class PipelineModel:
     def _batches(self, seeds: Sequence[int]) -> list[Sequence[int]]:
         return [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
 
-    def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
+    def solve(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
         batches = self._batches(seeds)
         barrier = BatchBarrier(len(batches))
         solvers = [make(k, barrier) for k in range(len(batches))]
@@ -250,9 +250,9 @@ class PipelineModel:
         return solvers
 
     def stock(self, name: str, shift: float, steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
-        return self.walk(lambda: stock_scheduler(name, shift, "flux" if "Flux" in type(self.pipe).__name__ else ""), steps, seeds)
+        return self.run_scheduler(lambda: stock_scheduler(name, shift, "flux" if "Flux" in type(self.pipe).__name__ else ""), steps, seeds)
 
-    def walk(self, scheduler: Callable[[], Any], steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
+    def run_scheduler(self, scheduler: Callable[[], Any], steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
         """(last sigma above 0, state there, final state) of every batch, under any scheduler of diffusers."""
         found = []
         for batch in self._batches(seeds):
