@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from tqai_core.codecs import viterbi
-from tqai_core.codecs.levels import Room
+from tqai_core.workspace import Workspace
 
 T, N = 256, 8192  # 2 million samples a round
 
@@ -28,9 +28,9 @@ def train(bits: int, rounds: int, seed: int = 0) -> tuple[list[float], float]:
     for _ in tqdm(range(rounds), desc=f"{bits} bits"):
         y = torch.randn(N, T, generator=g)
         tables = viterbi.Trellis4(bits, level.float(), y.device)
-        room = Room(y.device)
-        packed, _, _ = tables.encode(y.clone(), torch.ones(N, 1), None, room)
-        q = tables.decode(packed, T, room)
+        work = Workspace(y.device)
+        packed, _, _ = tables.encode(y.clone(), torch.ones(N, 1), None, work)
+        q = tables.decode(packed, T, work)
         error = float((y - q).square().mean())
         index = torch.bucketize(q.reshape(-1), (level[1:] + level[:-1]) / 2)
         total = torch.zeros(count).index_add_(0, index, y.reshape(-1))

@@ -13,50 +13,50 @@ from tqai_core.calibrate import policy, run
 from tqai_core.calibrate.file import WIDTHS, Calibration
 from tqai_core.calibrate.fisher import Sums, probe
 from tqai_core.cli import main
-from tqai_core.hosts import attention_interceptor as taps
-from tqai_core.hosts import calibration_targets as subjects
+from tqai_core.hosts import calibration_targets as targets
+from tqai_core.hosts.attention_interceptor import blocks_of, checkpointed, intercept_attention
 from tqai_core.registry import build
 from tqai_core.types import Step
 
 
 def small(kind="flux"):
-    return subjects.demo(kind, count=1, steps=4, bands=2)
+    return targets.demo(kind, count=1, steps=4, bands=2)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("calibration") / "flux.safetensors"
-    subject = small()
-    return subject, path, run.calibrate(subject, path, seeds=(100,))
+    target = small()
+    return target, path, run.calibrate(target, path, seeds=(100,))
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3", "wan", "lm"])
 def test_taps_show_attention_and_leave_the_model_as_it_was(kind):
-    subject = small(kind)
-    _, call = subject.record(1)[0]
+    target = small(kind)
+    _, call = target.record(1)[0]
     seen = []
     with torch.no_grad():
         exact = call()
-        with taps.checkpointed(subject.model), taps.tapped(subject.model, lambda i, q, k, v: seen.append((i, k.shape)) or (k, v)):
+        with checkpointed(target.model), intercept_attention(target.model, lambda i, q, k, v: seen.append((i, k.shape)) or (k, v)):
             assert torch.equal(call(), exact)
-        with taps.tapped(subject.model, lambda i, q, k, v: (k, v * 0 if i == 1 else v)):
+        with intercept_attention(target.model, lambda i, q, k, v: (k, v * 0 if i == 1 else v)):
             assert not torch.equal(call(), exact)
         assert torch.equal(call(), exact)
-    assert [i for i, _ in seen] == list(range(len(taps.blocks_of(subject.model))))
+    assert [i for i, _ in seen] == list(range(len(blocks_of(target.model))))
     assert len({shape for _, shape in seen}) == 1
-    assert not [name for name, module in subject.model.named_modules() if "forward" in vars(module)]
+    assert not [name for name, module in target.model.named_modules() if "forward" in vars(module)]
 
 
 @pytest.mark.parametrize("kind", ["sd3", "lm"])
 def test_probes_predict_what_a_small_error_costs(kind):
     """The mean over probes is e'J'GJe, here against two forward passes."""
-    subject = small(kind)
+    target = small(kind)
     codecs = {bits: build("codec", f"turbo:bits={bits}") for bits in WIDTHS}
-    band, call = subject.record(1)[-1]
+    band, call = target.record(1)[-1]
     heads = {"sd3": 3, "lm": 2}[kind]
-    sums = Sums(len(taps.blocks_of(subject.model)), heads, len(subject.sigmas))
+    sums = Sums(len(blocks_of(target.model)), heads, len(target.sigmas))
     for i in range(24):
-        probe(subject, band, call, sums, codecs, torch.Generator().manual_seed(i))
+        probe(target, band, call, sums, codecs, torch.Generator().manual_seed(i))
     damage = sums.tables()["damage"][1, 0, :, band, 5]
 
     def coded(which):
@@ -72,16 +72,16 @@ def test_probes_predict_what_a_small_error_costs(kind):
     with torch.no_grad():
         exact = call()
         for which in (0, 1):
-            with taps.tapped(subject.model, coded(which)):
-                true = subject.damage(call(), exact) / len(exact)
+            with intercept_attention(target.model, coded(which)):
+                true = target.damage(call(), exact) / len(exact)
             factor = 0.5 if kind == "lm" else 1.0  # KL is half the quadratic form
             assert true / 2.5 < factor * float(damage[which]) < true * 2.5
-    assert not [p for p in subject.model.parameters() if p.grad is not None]
+    assert not [p for p in target.model.parameters() if p.grad is not None]
 
 
 def test_the_file_holds_what_was_measured_and_knows_its_model(made):
-    subject, path, calibration = made
-    again = Calibration.load(path, subject.model)
+    target, path, calibration = made
+    again = Calibration.load(path, target.model)
     assert again.header["seeds"] == [100]
     assert again.header["samples"] == [2, 2]  # one sample, cond and uncond
     for name, x in calibration.tensors.items():
@@ -91,10 +91,10 @@ def test_the_file_holds_what_was_measured_and_knows_its_model(made):
     assert bool((error.diff(dim=-1) < 0).all()), "more bits, less error"
     assert bool((damage[..., 7] < damage[..., 1]).all())
     assert {v["kept"] for heads in again.header["verdicts"]["bases"].values() for v in heads} <= {"klt", "hadamard"}
-    other = subjects.demo("sd3").model
+    other = targets.demo("sd3").model
     with pytest.raises(ValueError, match="belongs to model"):
         Calibration.load(path, other)
-    with pytest.raises(ValueError, match="belong to model"):
+    with pytest.raises(ValueError, match="belongs to model"):
         again.bases.check(other)
 
 
@@ -109,17 +109,17 @@ def test_methods_read_the_same_file(made):
 
 
 def test_a_pipeline_reads_its_own_file_and_no_other(made):
-    subject, path, _ = made
+    target, path, _ = made
     plain = tqai.Config(monitor="lyapunov:tau=0.1,min_steps=1", codec="trellis:bits=4", strategy="delta2:slope_bits=4")
     with_file = tqai.Config.from_dict(plain.to_dict() | {"codec": f"trellis:basis={path}"})
     scored = tqai.Config.from_dict(plain.to_dict() | {"scorer": f"fisher:file={path}"})
-    subject = subjects.demo("flux", count=1, steps=24)
-    out = {name: subject.run(1, config) for name, config in (("plain", plain), ("bases", with_file), ("fisher", scored))}
+    target = targets.demo("flux", count=1, steps=24)
+    out = {name: target.run(1, config) for name, config in (("plain", plain), ("bases", with_file), ("fisher", scored))}
     assert torch.equal(out["plain"][0], out["bases"][0]), "outputs of steps have no calibrated axes"
     calls = {name: [d["action"] for d in report.decisions] for name, (_, _, report) in out.items()}
     assert calls["fisher"] != calls["plain"], "the tolerance follows the table"
     assert "forecast" in calls["plain"]
-    other = subjects.demo("sd3").pipe
+    other = targets.demo("sd3").pipe
     for config in (with_file, scored):
         with pytest.raises(ValueError, match="model"):
             tqai.apply(other, config)
@@ -127,7 +127,8 @@ def test_a_pipeline_reads_its_own_file_and_no_other(made):
 
 
 def test_streams_with_axes_of_their_own_use_them(tmp_path):
-    from tqai_core.codecs import bases
+    from bench import bases
+
     from tqai_core.memory import Memory
     from tqai_core.types import Part, Where
 
@@ -167,14 +168,14 @@ def test_a_stopped_calibration_goes_on_where_it_was(tmp_path):
     class Stop(Exception):
         pass
 
-    def tell(text, part):
+    def progress(text, part):
         if "102" in text:
             raise Stop
 
     ways = {}
     path = tmp_path / "a.safetensors"
     with pytest.raises(Stop):
-        run.calibrate(small(), path, seeds=(100, 102), tell=tell)
+        run.calibrate(small(), path, seeds=(100, 102), progress=progress)
     partial = tmp_path / "a.safetensors.partial"
     assert not path.exists()
     assert partial.exists()
@@ -183,7 +184,7 @@ def test_a_stopped_calibration_goes_on_where_it_was(tmp_path):
     with pytest.raises(ValueError, match="other settings"):
         run.calibrate(small(), path, seeds=(100, 103))
     seen = []
-    ways["resumed"] = run.calibrate(small(), path, seeds=(100, 102), tell=lambda text, part: seen.append(text))
+    ways["resumed"] = run.calibrate(small(), path, seeds=(100, 102), progress=lambda text, part: seen.append(text))
     assert not any("seed 100" in text for text in seen), "the finished seed is not run again"
     assert not partial.exists()
     ways["straight"] = run.calibrate(small(), tmp_path / "b.safetensors", seeds=(100, 102))
@@ -212,11 +213,11 @@ def test_water_filling_spends_the_budget_where_it_helps():
 
 
 def test_a_losing_allocation_is_dropped_and_the_file_says_so():
-    subject = small()
-    subject.record(1)
+    target = small()
+    target.record(1)
     damage = torch.ones(4, 1, 2, 2, 8) * torch.arange(8.0).flip(0)
     damage[0] *= 1e6  # all bits into one layer
-    bits, verdict = policy.allocate(subject, damage, 4, "turbo", (1,), (2,))
+    bits, verdict = policy.allocate(target, damage, 4, "turbo", (1,), (2,))
     assert verdict["kept"] == "uniform"
     assert bool((bits == 4).all())
     assert verdict["fisher"]["loss"] > verdict["uniform"]["loss"] / policy.MARGIN

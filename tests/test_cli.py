@@ -8,6 +8,7 @@ from bench import dit
 import tqai_core as tqai
 from tqai_core.cli import main
 from tqai_core.demo import chart
+from tqai_core.errors import TqaiError
 from tqai_core.report import dumps
 
 
@@ -45,6 +46,35 @@ def test_bad_input_is_one_line(capsys):
     assert capsys.readouterr().err == "tqai: unknown mini sdxl; known: flux, sd3, wan\n"
     with pytest.raises(SystemExit):
         main(["nonsense"])
+
+
+def test_an_error_of_a_library_keeps_its_traceback(monkeypatch, capsys):
+    def broken(*args):
+        raise ValueError("inside torch")
+
+    monkeypatch.setattr("tqai_core.demo.run", broken)
+    with pytest.raises(ValueError, match="inside torch"):
+        main(["demo"])
+    assert capsys.readouterr().err == ""
+
+    def ours(*args):
+        raise TqaiError("what, why, cure")
+
+    monkeypatch.setattr("tqai_core.demo.run", ours)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == "tqai: what, why, cure\n"
+
+
+def test_bench_works_in_a_checkout_and_says_so_elsewhere(monkeypatch, capsys, tmp_path):
+    from bench import codec
+
+    monkeypatch.setattr(codec, "bench", lambda peers, tell: {"verdicts": [{"ok": False}]})
+    monkeypatch.setattr(codec, "tables_of", lambda result: [("a table", ["what"], [["1"]])])
+    assert main(["bench", "codec"]) == 1, "a promise fails"
+    assert "a table" in capsys.readouterr().out
+    monkeypatch.setattr("tqai_core.cli.__file__", str(tmp_path / "site-packages" / "tqai_core" / "cli.py"))
+    assert main(["bench", "codec"]) == 2
+    assert "checkout" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("calls", range(5, 24))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from bench.bases import calibrate
 from torch import nn
 
 from tqai_core.codecs import bases
@@ -72,13 +73,13 @@ def test_what_cannot_be_hashed_says_why():
 def test_bases_are_refused_for_another_model(tmp_path):
     path = str(tmp_path / "bases.safetensors")
     samples = {"0/k": torch.randn(1, 400, 32)}
-    file, _ = bases.calibrate(samples, 4, model=small())
+    file, _ = calibrate(samples, 4, model=small())
     file.save(path)
     assert bases.load(path, small()).model == model_hash(small())
     assert bases.load(path).bits == 4, "nobody asked"
     with pytest.raises(ValueError, match=f"{model_hash(small())}.*{model_hash(small(1))}"):
         bases.load(path, small(1))
-    anonymous, _ = bases.calibrate(samples, 4)
+    anonymous, _ = calibrate(samples, 4)
     anonymous.save(path)
     with pytest.raises(ValueError, match="none written"):
         bases.BasesFile.load(path).check(small())

@@ -16,14 +16,14 @@ import tqai_core as tqai
 from tqai_core.calibrate import page, plots, tune
 from tqai_core.calibrate.run import calibrate
 from tqai_core.cli import main
-from tqai_core.hosts import calibration_targets as subjects
+from tqai_core.hosts import calibration_targets as targets
 from tqai_core.types import Step
 
 optuna = pytest.importorskip("optuna")
 
 
 def small(steps=16):
-    return subjects.demo("flux", count=1, steps=steps)
+    return targets.demo("flux", count=1, steps=steps)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_killed_study_loses_no_finished_trial(tmp_path):
     path = tmp_path / "k.db"
     code = """
 import os, pathlib, signal, sys
-from tqai_core.hosts import calibration_targets as subjects
+from tqai_core.hosts import calibration_targets as targets
 from tqai_core.calibrate import tune
 measure, calls = tune.Bench.measure, []
 def counted(self, config, seeds):
@@ -100,7 +100,7 @@ def counted(self, config, seeds):
         os.kill(os.getpid(), signal.SIGKILL)
     return measure(self, config, seeds)
 tune.Bench.measure = counted
-tune.tune(subjects.demo("flux", count=1, steps=16), tune.Budget("calls", 0.6), pathlib.Path(sys.argv[1]), trials=50)
+tune.tune(targets.demo("flux", count=1, steps=16), tune.Budget("calls", 0.6), pathlib.Path(sys.argv[1]), trials=50)
 """
     run = subprocess.run([sys.executable, "-c", code, str(path)], stderr=subprocess.DEVNULL, check=False)
     assert run.returncode == -signal.SIGKILL

@@ -19,8 +19,9 @@ from .report import Report
 from .roles import Codec
 from .stream import StreamCoder
 from .types import Packed
+from .version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "CalibratedScheduler", "Codec", "Config", "Handle", "KVCache", "Packed", "Report", "StreamCoder", "apply", "attn_processors", "codec",
     "methods", "preset",

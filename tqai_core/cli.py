@@ -16,16 +16,30 @@ from .calibrate.cli import add_arguments, add_tune
 from .calibrate.sampler_cli import add_sampler_arguments
 from .errors import TqaiError
 from .report import dumps
+from .text import comma_list, output_of
 
-WHAT = (
-    "dit: forecast-skipping; levels: block, attention, guidance, overhead; methods: every scorer x strategy x monitor; "
-    "attention: sparse and dense kernels; sampler: the calibrated sampler; codec: vectors; stream: trajectories; llm: KV caches; "
-    "calibrate: calibration and tuning (also --kinds lm)"
-)
+MINIS = ("flux", "sd3", "wan")
+BENCHES = {
+    "dit": "forecast-skipping", "levels": "block, attention, guidance, overhead", "methods": "every scorer x strategy x monitor",
+    "attention": "sparse and dense kernels", "sampler": "the calibrated sampler", "codec": "vectors", "stream": "trajectories",
+    "llm": "KV caches", "calibrate": "calibration and tuning (also --kinds lm)",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Bad input is one line on stderr and exit status 2."""
+    """Run a subcommand. A user's error is one line on stderr and exit status 2; any other error keeps its traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except TqaiError as error:
+        print(f"tqai: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ntqai: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tqai", description="Attention compression for diffusion transformers, measured.")
     sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -35,55 +49,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.set_defaults(run=call)
         return p
 
-    demo = command("demo", "run the trained minis with and without tqai and draw what came out", _demo)
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the page and the pictures")
-    demo.add_argument("--kinds", type=_names, help="minis to run, as in flux,wan; left out: all that are here (sd3 in a checkout alone)")
-    demo.add_argument("--seed", type=int, default=0)
+    p = command("demo", "run the trained minis with and without tqai and draw the results", _demo)
+    p.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the page and the pictures")
+    p.add_argument("--kinds", type=comma_list(str), help="minis to run, as in flux,wan; left out: all that are here")
+    p.add_argument("--seed", type=int, default=0)
     command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
-    calibrate = command("calibrate", "measure a model once; what helps is kept in a file tied to it", _calibrate)
-    calibrate.add_argument(
-        "-m", "--model", help="a diffusers pipeline: its folder or name; without --sampler also a language model's folder"
-    )
-    calibrate.add_argument("--demo", metavar="MINI", help="flux, sd3, wan (without --sampler also lm) instead of a model")
-    calibrate.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
-    add_sampler_arguments(calibrate)
-    add_arguments(calibrate)
+    p = command("calibrate", "measure a model once and write what improves it into a file tied to that model", _calibrate)
+    p.add_argument("-m", "--model", help="a diffusers pipeline: its folder or name; without --sampler also a language model's folder")
+    p.add_argument("--demo", metavar="MINI", help="flux, sd3, wan (without --sampler also lm) instead of a model")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    add_sampler_arguments(p)
+    add_arguments(p)
     add_tune(command("tune", "search for the pipeline with the least error within a budget, and prove it", _tune))
-    report = command("report", "one HTML page for a calibration or a study", _report)
-    report.add_argument("file", type=Path, help="a file of tqai calibrate, a study of tqai tune, or its --json")
-    report.add_argument("-o", "--out", type=Path, default=Path("out/report.html"), metavar="FILE", help="the page")
-    bench = command("bench", "measure, and print what is compared with", _bench)
-    bench.add_argument(
-        "what", choices=("dit", "levels", "methods", "attention", "sampler", "codec", "stream", "llm", "calibrate"), help=WHAT
-    )
+    p = command("report", "one HTML page for a calibration or a study", _report)
+    p.add_argument("file", type=Path, help="a file of tqai calibrate, a study of tqai tune, or its --json")
+    p.add_argument("-o", "--out", type=Path, default=Path("out/report.html"), metavar="FILE", help="the page")
+    p = command("bench", "measure tqai and what it is compared with (in a checkout of the project)", _bench)
+    p.add_argument("what", choices=tuple(BENCHES), help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))
     peers = "codec, stream, llm: beside other codecs (default); dit: other step caches instead"
-    bench.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
-    bench.add_argument("--report", action="store_true", help="stream: ten pipelines on seven model shapes, bytes counted")
-    bench.add_argument("--methods", action="store_true", help="llm: scorers, strategies and monitors on the packed cache instead")
+    p.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
+    p.add_argument("--report", action="store_true", help="stream: ten pipelines on seven model shapes, bytes counted")
+    p.add_argument("--methods", action="store_true", help="llm: scorers, strategies and monitors on the packed cache instead")
     plots = "as SVG; codec: NMSE against bits with the Shannon line; llm: KL against bits held; attention: speed against tokens"
-    bench.add_argument("--plot", type=Path, metavar="FILE", help=plots)
-    bench.add_argument("--kinds", type=_names, default=("flux", "sd3", "wan"), help="minis to run, as in flux,wan")
-    bench.add_argument("--seeds", type=_numbers, default=(0, 1, 2), help="seeds, as in 0,1,2")
-
+    p.add_argument("--plot", type=Path, metavar="FILE", help=plots)
+    p.add_argument("--kinds", type=comma_list(str), default=MINIS, help="minis to run, as in flux,wan")
+    p.add_argument("--seeds", type=comma_list(int), default=(0, 1, 2), help="seeds, as in 0,1,2")
     run.arguments(command("run", "one prompt through a language model or a diffusers pipeline, and what tqai saved and changed", _run))
-
-    args = parser.parse_args(argv)
-    try:
-        return int(args.run(args) or 0)
-    except ValueError as error:
-        print(f"tqai: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ntqai: stopped", file=sys.stderr)
-        return 130
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in _names(text))
+    return parser
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -103,33 +95,24 @@ def _run(args: argparse.Namespace) -> int:
     result = run.run(args)
     if args.json:
         _write(args.json, dumps(result))
-    print("", *run.lines_of(result), sep="\n", file=run.tell(args))
+    print("", *run.lines_of(result), sep="\n", file=output_of(args))
     return 0
 
 
 def _methods(args: argparse.Namespace) -> int:
     from .registry import REGISTRY
 
-    data: dict[str, dict[str, dict[str, Any]]] = {
-        role: {
-            name: {
-                "summary": cls.summary(),
-                "paper": cls.paper,
-                "options": {k: {"default": o["default"], "help": o["help"]} for k, o in cls.options().items()},
-            }
-            for name, cls in sorted(methods.items())
-        }
-        for role, methods in REGISTRY.items()
-    }
+    data: dict[str, dict[str, dict[str, Any]]] = {}
+    for role, methods in REGISTRY.items():
+        rows, data[role] = [], {}
+        for name, cls in sorted(methods.items()):
+            options = {key: {"default": o["default"], "help": o["help"]} for key, o in cls.options().items()}
+            data[role][name] = {"summary": cls.summary(), "paper": cls.paper, "options": options}
+            rows.append([name, cls.summary(), "\n".join(f"{key}={o['default']}: {o['help']}" for key, o in options.items())])
+        if not args.json:
+            _print_table(role, ["name", "what it does", "options"], rows)
     if args.json:
         _write(args.json, json.dumps(data, indent=1))
-        return 0
-    for role, methods in data.items():
-        rows = []
-        for name, m in methods.items():
-            options = "\n".join(f"{k}={o['default']}: {o['help']}" for k, o in m["options"].items())
-            rows.append([name, m["summary"], options])
-        _print_table(role, ["name", "what it does", "options"], rows)
     return 0
 
 
@@ -140,19 +123,16 @@ def _calibrate(args: argparse.Namespace) -> int:
         raise TqaiError("give either -m MODEL or --demo MINI to calibrate")
     if args.sampler:
         result = sampler_cli.run(args)
-        _finish(args.json, result, sampler_cli.tables_of(result))
-        return 0
+        return _finish(args.json, result, sampler_cli.tables_of(result))
     found = cli.summary(cli.run(args))
-    _finish(args.json, found, cli.tables_of(found))
-    return 0
+    return _finish(args.json, found, cli.tables_of(found))
 
 
 def _tune(args: argparse.Namespace) -> int:
     from .calibrate import cli
 
     found = cli.tune(args)
-    _finish(args.json, found, cli.tune_tables(found))
-    return 0
+    return _finish(args.json, found, cli.tune_tables(found))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -167,7 +147,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    """A bench takes of ``kinds, seeds, peers, tell`` what it has a use for, and is as found in ``bench/``."""
+    """Calls the ``bench`` of a module of ``benchmarks/bench`` with those of ``kinds, seeds, peers, tell`` that it takes."""
     instead = {"dit": ("dit_peers", args.peers), "stream": ("stream_report", args.report), "llm": ("llm_methods", args.methods)}
     name, asked = instead.get(args.what, ("", False))
     bench = _laboratory(name if asked else args.what)
@@ -194,12 +174,14 @@ def _laboratory(name: str) -> Any:
     return importlib.import_module(f"bench.{name}")
 
 
-def _finish(target: str | None, result: Any, tables: Iterable[tuple[str, list[str], list[list[str]]]]) -> None:
+def _finish(target: str | None, result: Any, tables: Iterable[tuple[str, list[str], list[list[str]]]]) -> int:
+    """The figures as JSON into ``target`` if there is one, and as tables unless it is stdout."""
     if target:
         _write(target, dumps(result))
     if target != "-":
         for title, head, rows in tables:
             _print_table(title, head, rows)
+    return 0
 
 
 def _write(target: str, text: str) -> None:
@@ -207,7 +189,7 @@ def _write(target: str, text: str) -> None:
         print(text)
     else:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(text + "\n")
+        Path(target).write_text(text + "\n")  # not in one step: it may be a pipe
 
 
 def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:

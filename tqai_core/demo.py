@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import preset
 from .errors import TqaiError
+from .plot import BLUE, ORANGE, Svg
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,9 +29,6 @@ ZOOM = 3  # of a 16 x 16 digit on the page
 def run(out: Path, kinds: Sequence[str] | None = None, seed: int = 0) -> dict[str, Any]:
     """Generate, measure, draw; writes ``out/index.html`` and the pictures, returns the figures as plain data. Without ``kinds``: all minis
     that are here."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from .measure import Mini, compare, machine, one_thread
     from .minis.names import KINDS, present
 
@@ -40,24 +40,18 @@ def run(out: Path, kinds: Sequence[str] | None = None, seed: int = 0) -> dict[st
     methods = ("exact", "tqai balanced", "tqai fast", "fewer steps")
     result: dict[str, Any] = {"machine": machine(), "seed": seed, "steps": STEPS, "rows": [], "decisions": {}}
     sections = []
-    bar = Progress(
-        TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task("loading", total=len(kinds) * len(methods))
-        for kind in kinds:
+    with progress_bar("loading") as progress:
+        for nth, kind in enumerate(kinds):
             mini = Mini(kind)
             labels = list(range(COUNT[kind]))
             mini.schedule("euler", 1.0)
             mini.run(labels, seed, 1)  # warm caches are part of no figure
             runs: dict[str, Run] = {}
-            for method in methods:
-                bar.update(task, description=f"{kind}: {method}")
+            for i, method in enumerate(methods):
+                progress(f"{kind}: {method}", (nth + i / len(methods)) / len(kinds))
                 config = preset(method.split()[1], kind) if method.startswith("tqai") else None
                 steps = round(runs["tqai balanced"].calls / runs["exact"].calls * STEPS) if method == "fewer steps" else STEPS
                 runs[method] = mini.run(labels, seed, steps, config)
-                bar.advance(task)
             exact = runs["exact"]
             for method, r in runs.items():
                 row = {
@@ -132,32 +126,24 @@ def _strip(x: Tensor) -> Image:
 
 def chart(decisions: Sequence[dict[str, Any]], width: int = 760, height: int = 190) -> str:
     """An SVG of one run: bars where a step was computed, the forecast's error (measured) and its estimate, log scale."""
-    import math
-
-    left, top, floor, low, high = 44, 14, height - 26, -3.0, 0.5
-    x = lambda i: left + (i + 0.5) * (width - left - 8) / max(len(decisions), 1)  # noqa: E731
+    left, top, right, floor, low, high = 44, 14, width - 8, height - 26, -3.0, 0.5
+    column = (right - left) / max(len(decisions), 1)
     y = lambda e: floor - (min(max(math.log10(max(e, 1e-9)), low), high) - low) / (high - low) * (floor - top)  # noqa: E731
-    w = (width - left - 8) / max(len(decisions), 1) * 0.8
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="10">'
-        f'<rect width="{width}" height="{height}" fill="#fff"/>'
-    ]
+    svg = Svg(width, height, 10)
     for e in (0.001, 0.01, 0.1, 1):
-        parts.append(f'<path d="M{left} {y(e):.1f}H{width - 8}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 4}" y="{y(e) + 3:.1f}" text-anchor="end">{e:g}</text>')
+        svg.level(y(e), left, right, f"{e:g}")
     for i, d in enumerate(decisions):
-        colour = "#b9cfe8" if d["action"] == "compute" else "#f3f3f3"
-        place = f'x="{x(i) - w / 2:.1f}" y="{top}" width="{w:.1f}" height="{floor - top}"'
-        told = f"step {d['step']}, sigma {d['sigma']:.3f}: {d['action']}, {html.escape(d['why'])}"
-        parts.append(f'<rect {place} fill="{colour}" opacity=".6"><title>{told}</title></rect>')
-        parts.append(f'<text x="{x(i):.1f}" y="{height - 14}" text-anchor="middle">{d["step"]}</text>')
+        middle, colour = left + (i + 0.5) * column, "#b9cfe8" if d["action"] == "compute" else "#f3f3f3"
+        title = f"step {d['step']}, sigma {d['sigma']:.3f}: {d['action']}, {d['why']}"
+        place = {"x": middle - 0.4 * column, "y": top, "width": 0.8 * column, "height": floor - top}
+        svg.add("rect", title, **place, fill=colour, opacity=".6")
+        svg.text(middle, height - 14, str(d["step"]), text_anchor="middle")
         if d["error"]:
-            parts.append(f'<circle cx="{x(i):.1f}" cy="{y(d["error"]):.1f}" r="3.5" fill="#1f5fa8"/>')
+            svg.dot(middle, y(d["error"]), BLUE, 3.5)
         if d["error_estimate"]:
-            parts.append(f'<path d="M{x(i) - 4:.1f} {y(d["error_estimate"]):.1f}h8" stroke="#d2691e" stroke-width="2"/>')
-    legend = "step: blue = computed, grey = forecast; dot = measured relative error of the forecast, dash = its estimate"
-    parts.append(f'<text x="{left}" y="{height - 2}">{legend}</text></svg>')
-    return "".join(parts)
+            svg.line([(middle - 4, y(d["error_estimate"])), (middle + 4, y(d["error_estimate"]))], ORANGE, stroke_width=2)
+    svg.text(left, height - 2, "step: blue = computed, grey = forecast; dot = measured relative error of the forecast, dash = its estimate")
+    return str(svg)
 
 
 PAGE = """<!doctype html><meta charset=utf-8><title>tqai demo</title>

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import TqaiError
 
@@ -30,12 +30,26 @@ def model_hash(module: nn.Module) -> str:
             raise TqaiError(f"parameter {name!r} of {type(module).__name__} has no values (meta device): load the weights first")
         digest.update(json.dumps([name, list(x.shape)]).encode())
         if x.numel():
-            at = torch.arange(SAMPLES, device=x.device) * x.numel() // SAMPLES
-            digest.update(bytes((x.detach().reshape(-1)[at] < 0).tolist()))
+            digest.update(signs(x, SAMPLES))
         names += 1
     if not names:
         raise TqaiError(f"{type(module).__name__} has no parameters to hash: give the model itself")
     return digest.hexdigest()[:16]
+
+
+def signs(x: Tensor, count: int) -> bytes:
+    """Signs of ``count`` evenly spaced values: they survive a cast to bf16 or fp16."""
+    at = torch.arange(count, device=x.device) * x.numel() // count
+    return bytes((x.detach().reshape(-1)[at] < 0).tolist())
+
+
+def check_model(module: nn.Module, stored: str | None, what: str) -> None:
+    """TqaiError unless ``what`` was calibrated on this model: ``stored`` is the hash in its file."""
+    if stored != (given := model_hash(module)):
+        raise TqaiError(
+            f"{what} belongs to model {stored or '(none written)'}, {type(module).__name__} here is {given}: "
+            "on another model it is worse than none; run tqai calibrate on this one"
+        )
 
 
 def _integers(config: Any) -> list[list[Any]]:

@@ -13,7 +13,7 @@ import torch
 CUDA = "torch.cuda.max_memory_allocated above what was allocated before"
 PROC = "peak resident memory of the process above what was resident before (VmHWM - VmRSS)"
 RUSAGE = "growth of the process's own peak resident memory (ru_maxrss): 0 where loading the model took more"
-NONE = "not measured: this system does not tell the peak of a process"
+NONE = "not measured: this system does not report the peak of a process"
 
 
 class Peak:

@@ -65,7 +65,7 @@ def _figure(value: float | None) -> str:
 
 
 class Recorder:
-    """Collects one generation. ``held`` tells the bytes held right now by everything that belongs to the handle."""
+    """Collects one generation. ``held()`` gives the bytes held right now by everything that belongs to the handle."""
 
     def __init__(self, held: Callable[[], int]) -> None:
         self._held = held

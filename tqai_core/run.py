@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch
 from .config import Config
 from .errors import TqaiError
 from .registry import ROLES, parse
+from .text import MAX_TOKENS, first_line
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 CACHE_OPTIONS = ("sink", "recent", "protect", "calibrate")
 LM_ONLY = ("bits_k", "bits_v", *CACHE_OPTIONS, "max_tokens", "temperature", "chat")
 PIPE_ONLY = ("level", "steps", "guidance", "negative", "height", "width", "frames", "video")
-TOKENS = {"demo": 512, "model": 256}  # the mini writes bytes, and packing starts at 256 tokens
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     lm.add_argument("--recent", type=int, help="last tokens that stay exact")
     lm.add_argument("--protect", type=int, help="first and last layers at 8 bits, at most an eighth of all each")
     lm.add_argument("--calibrate", type=int, help="tokens waited for before keys are scaled and packed; 0: never scaled, packed at once")
-    lm.add_argument("--max-tokens", type=int, help=f"most tokens to write; left out: {TOKENS['model']}, with --demo {TOKENS['demo']}")
+    lm.add_argument("--max-tokens", type=int, help=f"most tokens to write; default {MAX_TOKENS['model']}, with --demo {MAX_TOKENS['demo']}")
     lm.add_argument("--temperature", type=float, help="0 is greedy; left out: what the model's own settings say, with --demo .8")
     lm.add_argument("--chat", action=argparse.BooleanOptionalAction, help="the tokenizer's chat template; left out: where it has one")
     pipe = p.add_argument_group("diffusers pipelines (without stages: the balanced preset of the family)")
@@ -58,38 +58,31 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The figures. ValueError for what cannot be run, before anything large is loaded where that can be known."""
-    try:
-        return _run(args)
-    except torch.OutOfMemoryError as error:
-        raise TqaiError(f"out of memory ({_line(error)}): a smaller --dtype, fewer tokens or pixels, or --device cpu needs less") from None
-
-
-def _run(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures. TqaiError for what cannot be run, before anything large is loaded where that can be known."""
     if not args.prompt.strip():
         raise TqaiError("the prompt is empty: give some text, as in `tqai run 'Once upon' -m MODEL`")
     pipe = not args.demo and _is_pipeline(args.model)
-    foreign = [name for name in (LM_ONLY if pipe else PIPE_ONLY) if getattr(args, name) is not None]
-    if foreign:
+    if foreign := [name for name in (LM_ONLY if pipe else PIPE_ONLY) if getattr(args, name) is not None]:
         asked = ", ".join("--" + name.replace("_", "-") for name in foreign)
         raise TqaiError(f"{asked} asked, but this is a {'diffusers pipeline' if pipe else 'language model'}: leave it out")
-    if not args.demo:
-        _installed("diffusers" if pipe else "transformers")
+    library = "diffusers" if pipe else "transformers"
+    if util.find_spec(library) is None:
+        raise TqaiError(f"{library} is not installed: pip install 'tqai-core[{library}]'")
     config = config_of(args, "model" if pipe else "kv")
     device = _device(args.device)
-    if pipe:
-        from .hosts.diffusers import run as pipe_run
-
-        return pipe_run.run(args, config, device)
     if args.max_tokens is not None and args.max_tokens < 1:
         raise TqaiError(f"--max-tokens {args.max_tokens}: give 1 or more")
     if args.temperature is not None and not 0 <= args.temperature < math.inf:
         raise TqaiError(f"--temperature {args.temperature}: give 0 (greedy) or more")
-    _installed("transformers")
-    from .hosts.transformers import run as lm_run
-
-    assert config is not None
-    return lm_run.run(args, config, device)
+    host: Any
+    if pipe:
+        from .hosts.diffusers import run as host
+    else:
+        from .hosts.transformers import run as host
+    try:
+        return host.run(args, config, device)
+    except torch.OutOfMemoryError as error:
+        raise TqaiError(f"out of memory ({first_line(error)}): take a smaller --dtype, fewer tokens or pixels, or --device cpu") from None
 
 
 def config_of(args: argparse.Namespace, level: str) -> Config | None:
@@ -148,13 +141,6 @@ def _is_pipeline(model: str) -> bool:
     return False
 
 
-def _installed(library: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(library) is None:
-        raise TqaiError(f"{library} is not installed: pip install 'tqai-core[{library}]'")
-
-
 def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -162,13 +148,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise TqaiError(f"--device {name}: {_line(error)}; this torch ({torch.__version__}) can always use cpu") from None
+        raise TqaiError(f"--device {name}: {first_line(error)}; this torch ({torch.__version__}) can always use cpu") from None
     return device
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a library's complaint."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:
@@ -233,8 +214,3 @@ def _pipe_lines(result: dict[str, Any]) -> list[str]:
         _peak(other),
         f"saved {', '.join(other['files'])}",
     ]
-
-
-def tell(args: argparse.Namespace) -> Any:
-    """Where words go while it runs: stdout is the JSON's when it is asked for there."""
-    return sys.stderr if args.json == "-" else sys.stdout

@@ -7,6 +7,7 @@ value is served as well by one independent code of the same bytes, since the dec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,22 +103,17 @@ class StreamCoder:
             raise TqaiError(f"the stream has shape {tuple(past.values[0][1].shape)}, this step {tuple(x.shape)}: reset() for another one")
         at = -float(past.count) if step is None else float(step)
         bits, key = self._width(past)
-        exact = x.float()
-        side: dict[str, Tensor] = {}
-        guess = None
-        if not key:
-            guess = self._predict(past, at, exact, side)
+        exact, side = x.float(), dict[str, Tensor]()
+        guess = None if key else self._predict(past, at, exact, side)
         if self.nmse is not None:
             left = 1.0 if guess is None else float((exact - guess).square().sum() / exact.square().sum().clamp_min(1e-30))
             bits = next((b for b, e in enumerate(NMSE) if e * left <= self.nmse), 8)
             bits = max(bits, 1) if guess is None else bits
+        tensors, meta, codec = side, dict[str, Any](), replace(self.codec, bits=max(bits, 1))
         if bits:
-            codec = replace(self.codec, bits=bits)
             packed = codec.encode(exact if guess is None else exact - guess, bases=self._axes(past, exact, bits, key))
-            sent = Packed(packed.codec, tuple(x.shape), {**packed.tensors, **side}, {**packed.meta, "dtype": str(x.dtype)[6:]})
-        else:
-            sent = Packed(replace(self.codec, bits=1).spec, tuple(x.shape), side, {"dtype": str(x.dtype)[6:]})
-        sent = Packed(sent.codec, sent.shape, sent.tensors, {**sent.meta, "at": at, "bits": bits, "key": key})
+            tensors, meta = {**packed.tensors, **side}, dict(packed.meta)
+        sent = Packed(codec.spec, tuple(x.shape), tensors, {**meta, "dtype": str(x.dtype)[6:], "at": at, "bits": bits, "key": key})
         self._advance(past, sent, guess)
         self.bytes_sent += sent.nbytes
         return sent
@@ -130,7 +126,7 @@ class StreamCoder:
         for packed in steps:
             if not out and not packed.meta.get("key", False):
                 raise TqaiError("the first packed step needs the ones before it: start at the first or at a key step")
-            guess = None if packed.meta["key"] else self._predict(past, packed.meta["at"], None, dict(packed.tensors), packed.shape)
+            guess = None if packed.meta["key"] else self._predict(past, packed.meta["at"], None, dict(packed.tensors))
             value = self._advance(past, packed, guess)
             out.append(value.to(getattr(torch, packed.meta["dtype"])))
         return out
@@ -167,7 +163,7 @@ class StreamCoder:
         plain = hadamard(d, bits, self.codec.seed).heads[0]
         return Bases(tuple(klt(head, bits, centred=False) if bool(head.any()) else plain for head in rows))
 
-    def _predict(self, past: _Past, at: float, x: Tensor | None, side: dict[str, Tensor], shape: Sequence[int] = ()) -> Tensor | None:
+    def _predict(self, past: _Past, at: float, x: Tensor | None, side: dict[str, Tensor]) -> Tensor | None:
         """The prediction; with ``x`` (encoding) side information is written into ``side``, without it is read."""
         if self.predictor == "none":
             return None
@@ -187,18 +183,14 @@ class StreamCoder:
         # a tensor at a time, so that four candidates are never held at once
         candidates = (lambda: torch.zeros_like(x1), lambda: x1, lambda: line, lambda: fitted)
         if x is not None:
-            best, pick = None, None
+            best = torch.full(x1.shape[:-1], math.inf, device=x1.device)
+            pick = torch.zeros_like(best, dtype=torch.uint8)
             for i, make in enumerate(candidates):
                 energy = (x - make()).square_().sum(-1)
-                if best is None or pick is None:
-                    best, pick = energy, torch.zeros_like(energy, dtype=torch.uint8)
-                else:
-                    better = energy < best
-                    best, pick = torch.where(better, energy, best), pick.masked_fill_(better, i)
-            assert pick is not None
+                better = energy < best
+                best, pick = torch.where(better, energy, best), pick.masked_fill_(better, i)
             side["choice"] = pack(pick.view(1, -1), 2)
-        n = x1.numel() // x1.shape[-1]
-        flags = unpack(side["choice"], n, 2).view(x1.shape[:-1])
+        flags = unpack(side["choice"], x1[..., 0].numel(), 2).view(x1.shape[:-1])
         out = torch.zeros_like(x1)
         for i, make in enumerate(candidates[1:], start=1):
             out = torch.where((flags == i)[..., None], make(), out)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import TqaiError
+from .files import read_tensors, write_tensors
 
 FORMAT = 1  # of a saved Packed; a reader refuses newer ones
 
@@ -105,28 +106,12 @@ class Packed:
 
     def write(self, path: str | Path) -> None:
         """Write a safetensors file."""
-        from safetensors.torch import save_file
-
-        tensors, metadata = self.save()
-        save_file(tensors, str(path), metadata)
+        write_tensors(path, *self.save())
 
     @staticmethod
     def read(path: str | Path) -> Packed:
-        """Read a file of :meth:`write`; ValueError for a truncated, corrupted or foreign one."""
-        return Packed.from_bytes(Path(path).read_bytes())
-
-    @staticmethod
-    def from_bytes(blob: bytes) -> Packed:
-        """The content of a file of :meth:`write`."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            tensors = load(blob)
-            size = int.from_bytes(blob[:8], "little")
-            metadata = json.loads(blob[8 : 8 + size]).get("__metadata__")
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-            raise TqaiError(f"not a readable safetensors file ({error}): save the tensor again") from None
+        """Read a file of :meth:`write`; TqaiError for a truncated, corrupted or foreign one."""
+        metadata, tensors = read_tensors(path, what="packed tensor", again="save the tensor again")
         return Packed.load(tensors, metadata)
 
 

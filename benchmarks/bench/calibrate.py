@@ -19,9 +19,9 @@ from tqai_core.calibrate.file import Calibration
 from tqai_core.calibrate.run import calibrate
 from tqai_core.calibrate.tune import Budget, tune
 from tqai_core.codecs.bases import hadamard
-from tqai_core.hosts import attention_interceptor as taps
-from tqai_core.hosts import calibration_targets as subjects
-from tqai_core.hosts.calibration_targets import Diffusion, Language, Subject
+from tqai_core.hosts import calibration_targets as targets
+from tqai_core.hosts.attention_interceptor import intercept_attention
+from tqai_core.hosts.calibration_targets import CalibrationTarget, Diffusion, Language
 from tqai_core.registry import build
 
 from .harness import Row, Table, child, closing, machine, one_thread, promises
@@ -31,15 +31,15 @@ LM_SEEDS = (0, 1, 2, 3)
 TRIALS = 40
 PEAK = """
 import torch
-from tqai_core.hosts import calibration_targets as subjects
+from tqai_core.hosts import calibration_targets as targets
 from tqai_core.calibrate.basis import Moments
 from tqai_core.calibrate.file import WIDTHS
 from tqai_core.calibrate.fisher import Sums, probe
 from tqai_core.peak import status
 from tqai_core.registry import build
 kind = sys.argv[1]
-subject = subjects.demo(kind)
-weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
+target = targets.demo(kind)
+weights = sum(p.numel() * p.element_size() for p in target.model.parameters())
 found = {"infer": None, "fisher": None}
 before = 0
 def peak():
@@ -47,14 +47,14 @@ def peak():
     open("/proc/self/clear_refs", "w").write("5")
     return high
 def measure():
-    subject.final(100)
+    target.final(100)
     found["infer"] = peak()
     moments = Moments()
-    calls = subject.record(100, moments.see)
-    sums = Sums(len(moments.layers), len(moments.sums["0/mean"]), len(subject.sigmas))
+    calls = target.record(100, moments.see)
+    sums = Sums(len(moments.layers), len(moments.sums["0/mean"]), len(target.sigmas))
     codecs = {bits: build("codec", f"turbo:bits={bits}") for bits in WIDTHS}
     for band, call in calls:
-        probe(subject, band, call, sums, codecs, torch.Generator().manual_seed(0))
+        probe(target, band, call, sums, codecs, torch.Generator().manual_seed(0))
     found["fisher"] = peak()
 try:
     before = status("VmRSS:")
@@ -65,19 +65,13 @@ except OSError:
 """
 
 
-def held_out(kind: str) -> Subject:
+def held_out(kind: str) -> CalibrationTarget:
     """The mini on data that calibration never reads: other seeds, for language the other half of the text."""
     if kind != "lm":
-        return subjects.demo(kind)
+        return targets.demo(kind)
     from tqai_core import minis
 
-    text = minis.lm_text()[2**16 :]
-
-    def windows(seed: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed)
-        return torch.stack([text[i : i + 512] for i in torch.randint(0, len(text) - 512, (4,), generator=g).tolist()])
-
-    return Language(minis.lm(), windows)
+    return Language(minis.lm(), targets.windows_of(minis.lm_text()[2**16 :], 4))
 
 
 def bench(kinds: Sequence[str], tell: Callable[[str], None] = lambda text: None, trials: int = TRIALS) -> Row:
@@ -102,16 +96,16 @@ def calibrated(kind: str, tell: Callable[[str], None] = lambda text: None) -> Ro
     with tempfile.TemporaryDirectory() as folder:
         tell(f"{kind}: calibration")
         began = time.process_time()
-        made = calibrate(subjects.demo(kind), Path(folder) / f"{kind}.safetensors")
+        made = calibrate(targets.demo(kind), Path(folder) / f"{kind}.safetensors")
         table: Row = {"seconds_cpu": time.process_time() - began, "samples": made.header["samples"]}
-    subject = held_out(kind)
-    subject.sigmas = tuple(made.tensors["sigmas"].tolist())
+    target = held_out(kind)
+    target.sigmas = tuple(made.tensors["sigmas"].tolist())
     tell(f"{kind}: true damage of every unit")
-    table["rank"] = rank(subject, made, LM_SEEDS if kind == "lm" else SEEDS[:1])
+    table["rank"] = rank(target, made, LM_SEEDS if kind == "lm" else SEEDS[:1])
     tell(f"{kind}: bases")
-    table["bases"] = bases(subject, made, SEEDS[0])
+    table["bases"] = bases(target, made, SEEDS[0])
     tell(f"{kind}: bits")
-    table["bits"] = bits(subject, made, SEEDS)
+    table["bits"] = bits(target, made, SEEDS)
     tell(f"{kind}: memory")
     return table | {"peak": peak(kind)}
 
@@ -120,11 +114,11 @@ def tuned(kind: str, tell: Callable[[str], None] = lambda text: None, trials: in
     """A search at half the calls, and its proof on seeds it never saw."""
     one_thread()
     tell(f"{kind}: tuning, {trials} trials")
-    subject = subjects.demo(kind)
-    assert isinstance(subject, Diffusion)
+    target = targets.demo(kind)
+    assert isinstance(target, Diffusion)
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        found = tune(subject, Budget("calls", 0.5), Path(folder) / "study.db", trials)
+        found = tune(target, Budget("calls", 0.5), Path(folder) / "study.db", trials)
         spent = time.process_time() - began
     return {
         "seconds_cpu": spent,
@@ -134,14 +128,14 @@ def tuned(kind: str, tell: Callable[[str], None] = lambda text: None, trials: in
 
 
 @torch.no_grad()
-def rank(subject: Subject, made: Calibration, seeds: Sequence[int]) -> Row:
+def rank(target: CalibrationTarget, made: Calibration, seeds: Sequence[int]) -> Row:
     """Spearman of predictions with the true damage of units at 2 bits: each is coded alone and the model run."""
     from scipy.stats import spearmanr
 
     fisher, error, damage = (made.tensors[name] for name in ("fisher", "error", "damage"))
     true = torch.zeros_like(fisher)
     codec = build("codec", f"{made.header['codec']}:bits=2")
-    for band, call in itertools.chain.from_iterable(subject.record(seed) for seed in seeds):
+    for band, call in itertools.chain.from_iterable(target.record(seed) for seed in seeds):
         exact = call()
         for layer, head, which in itertools.product(*map(range, true.shape[:3])):
 
@@ -154,8 +148,8 @@ def rank(subject: Subject, made: Calibration, seeds: Sequence[int]) -> Row:
                 x[:, unit[1]] = codec.decode(codec.encode(own), x.dtype)
                 return kv[0], kv[1]
 
-            with taps.tapped(subject.model, change):
-                true[layer, head, which, band] += subject.damage(call(), exact)
+            with intercept_attention(target.model, change):
+                true[layer, head, which, band] += target.damage(call(), exact)
     how = lambda x: float(spearmanr(x.flatten().numpy(), true.flatten().numpy())[0])  # noqa: E731
     return {
         "units": true.numel(), "fisher x error": how(fisher * error[..., 1]), "damage at 2 bits": how(damage[..., 1]),
@@ -164,7 +158,7 @@ def rank(subject: Subject, made: Calibration, seeds: Sequence[int]) -> Row:
     }  # fmt: skip
 
 
-def bases(subject: Subject, made: Calibration, seed: int) -> Row:
+def bases(target: CalibrationTarget, made: Calibration, seed: int) -> Row:
     """NMSE of keys and values of a run, coded by trellis with the calibrated bases and with the rotation; bits held."""
     bits = made.bases.bits
     codec = build("codec", f"trellis:bits={bits}")
@@ -186,7 +180,7 @@ def bases(subject: Subject, made: Calibration, seed: int) -> Row:
                     held[what].append(packed.nbytes * 8 / x.numel())
         return k, v
 
-    subject.final(seed, watch)
+    target.final(seed, watch)
     kept = [v["kept"] for heads in made.header["verdicts"]["bases"].values() for v in heads]
     return {
         **{what: mean(values) for what, values in found.items()}, **{f"{what} bits": mean(values) for what, values in held.items()},
@@ -194,14 +188,14 @@ def bases(subject: Subject, made: Calibration, seed: int) -> Row:
     }  # fmt: skip
 
 
-def bits(subject: Subject, made: Calibration, seeds: Sequence[int]) -> Row:
+def bits(target: CalibrationTarget, made: Calibration, seeds: Sequence[int]) -> Row:
     """Loss of the end result with the file's bits and with uniform ones."""
     verdict = made.header["verdicts"]["bits"]
     exact: dict[int, Tensor] = {}
     average = verdict["average"]
     uniform = torch.full_like(made.tensors["bits"], average)
-    plain = policy.trial(subject, uniform, made.header["codec"], seeds, exact)
-    ours = policy.trial(subject, made.tensors["bits"], made.header["codec"], seeds, exact) if verdict["kept"] == "fisher" else plain
+    plain = policy.trial(target, uniform, made.header["codec"], seeds, exact)
+    ours = policy.trial(target, made.tensors["bits"], made.header["codec"], seeds, exact) if verdict["kept"] == "fisher" else plain
     return {"kept": verdict["kept"], "how": verdict["how"], "key_bits": verdict["key_bits"], "value_bits": verdict["value_bits"],
             "ours": ours, "uniform": plain, "choice": verdict["fisher"]["loss"] / verdict["uniform"]["loss"]}  # fmt: skip
 

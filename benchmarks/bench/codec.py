@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqai_core.codecs import bases
 from tqai_core.registry import build
 from tqai_core.types import nbytes
 
 from . import kv
+from .bases import calibrate
 from .harness import Mini, Row, Table, child, closing, machine, one_thread, promises
 from .peers import available
 from .plot import Chart
@@ -156,7 +156,7 @@ def _real(found: dict[str, Any]) -> tuple[list[Row], list[Row]]:
         test = kv.collect(mini, list(range(count)), seed=0, steps=20, every=5)
         flat = {n: torch.cat(x).transpose(0, 1).flatten(1, 2) for n, x in fit.items() if n[-1] in "kv"}
         shuffled = {n: x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:16384]] for n, x in flat.items()}
-        file, verdict = bases.calibrate(shuffled, 4, model=mini.pipe.transformer)
+        file, verdict = calibrate(shuffled, 4, model=mini.pipe.transformer)
         codecs = {name: build("codec", f"{name}:bits=4") for name in ("turbo", "trellis")}
         errors: dict[str, list[float]] = {"turbo": [], "trellis": [], "klt": []}
         rates: dict[str, list[float]] = {"turbo": [], "trellis": [], "klt": []}

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from tqai_core.calibrate.multistep import grid
-from tqai_core.calibrate.sampler import STOCK, CalibratedSampler, Truth, calibrate, truth, widen
+from tqai_core.calibrate.sampler import STOCK, CalibratedSampler, Reference, calibrate, extend_guidance_range, reference
 from tqai_core.calibrate.sampler_cli import FIRST, FIRST_HELD_OUT
+from tqai_core.errors import TqaiError
 from tqai_core.metrics import nmse
 
 from .harness import Row, Table, child, closing, machine, one_thread, promises
@@ -73,7 +74,7 @@ def case_of(kind: str, seeds: Sequence[int]) -> Case:
 
     samples = SAMPLES[kind]
     if any(seed >= FIRST // 100 for seed in seeds):
-        raise ValueError(f"seeds {list(seeds)}: calibration uses {FIRST // 100} and higher, give smaller ones")
+        raise TqaiError(f"seeds {list(seeds)}: calibration uses {FIRST // 100} and higher, give smaller ones")
     case = Case(kind, None, [100 * seed + i for seed in seeds for i in range(samples)], samples)
     pipe = minis.pipeline(kind)
     case.model = PipelineModel(pipe, lambda some: minis.inputs(kind, [case.label(s) for s in some], GUIDANCE), batch=max(samples, FIT))
@@ -99,7 +100,7 @@ def _mini(kind: str, seeds: Sequence[int], folder: Path, tell: Callable[[str], N
     made = _files(case, folder)
     inference = _child(INFER, kind, str(FIT))
     tell(f"{kind}: true ODE, {TRUTH} calls on {len(case.seeds)} samples")
-    exact = truth(case.model, case.seeds, TRUTH)
+    exact = reference(case.model, case.seeds, TRUTH)
     tell(f"{kind}: stock solvers, their best shift on the calibration seeds")
     tuned = _tuned(case)
     rows = []
@@ -127,7 +128,7 @@ def _files(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
     if made["12 steps"]["file"] is None:
         raise RuntimeError(f"no 12-step file for {case.kind}: {made['12 steps']['said']}")
     fit, held_out = [FIRST + i for i in range(FIT)], [FIRST_HELD_OUT + i for i in range(HELD_OUT)]
-    truths = truth(case.model, fit), truth(case.model, held_out)
+    references = reference(case.model, fit), reference(case.model, held_out)
     more: dict[str, dict[str, Any]] = {
         "10 steps": {"steps": 10}, "12 steps, last step only": {"steps": 12, "form": "last"}, "15 steps, difference": {"steps": 15},
     }  # fmt: skip
@@ -137,7 +138,7 @@ def _files(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
         path = folder / f"{case.kind} {what}.json"
         case.model.difference = "difference" in what
         try:
-            sampler = calibrate(case.model, **options, seeds=fit, held_out=held_out, truths=truths)
+            sampler = calibrate(case.model, **options, seeds=fit, held_out=held_out, references=references)
             sampler.save(path)
             made[what] = {"said": "", "file": str(path), "calls": sampler.calls}
         except ValueError as error:
@@ -161,7 +162,7 @@ def _child(work: str, *arguments: str) -> Row:
 
 def _tuned(case: Case) -> dict[str, float]:
     seeds = [FIRST + i for i in range(FIT)]
-    exact = truth(case.model, seeds)
+    exact = reference(case.model, seeds)
     best = {}
     for calls in CALLS:
         for name in STOCK:
@@ -170,7 +171,7 @@ def _tuned(case: Case) -> dict[str, float]:
     return best
 
 
-def _figures(case: Case, exact: Truth, end: Tensor, before: Tensor, sigma: float, seeds: Sequence[int]) -> Row:
+def _figures(case: Case, exact: Reference, end: Tensor, before: Tensor, sigma: float, seeds: Sequence[int]) -> Row:
     """Errors to the true ODE: median and range over test seeds, on labels 5 to 9 alone, and before the last step."""
     ode, at = exact.end, exact.at(sigma)
     size = min(case.samples, len(seeds))
@@ -183,35 +184,37 @@ def _figures(case: Case, exact: Truth, end: Tensor, before: Tensor, sigma: float
     }  # fmt: skip
 
 
-def _walk(case: Case, exact: Truth, runs: list[tuple[float, Tensor, Tensor]], seeds: Sequence[int]) -> Row:
+def _walk(case: Case, exact: Reference, runs: list[tuple[float, Tensor, Tensor]], seeds: Sequence[int]) -> Row:
     return _figures(case, exact, torch.cat([r[2] for r in runs]), torch.cat([r[1] for r in runs]), runs[0][0], seeds)
 
 
-def _stock(case: Case, exact: Truth, name: str, shift: float, steps: int, seeds: Sequence[int] | None = None) -> Row:
+def _stock(case: Case, exact: Reference, name: str, shift: float, steps: int, seeds: Sequence[int] | None = None) -> Row:
     seeds = seeds or case.seeds
     if name == "ab2":
         return _nodes(case, exact, grid(steps, shift), seeds)
     return _walk(case, exact, case.model.stock(name, shift, steps, seeds), seeds)
 
 
-def _nodes(case: Case, exact: Truth, nodes: Sequence[float], seeds: Sequence[int] | None = None, theta: Any = None) -> Row:
+def _nodes(case: Case, exact: Reference, nodes: Sequence[float], seeds: Sequence[int] | None = None, theta: Any = None) -> Row:
     """Adams-Bashforth 2 on these nodes, with fitted terms where ``theta`` has them."""
     from tqai_core.calibrate.multistep import Multistep
     from tqai_core.hosts.diffusers.sampler import SolverScheduler
 
     seeds = seeds or case.seeds
     make = lambda: SolverScheduler.of(Multistep(nodes, theta), lambda: None, lambda pipe, names: None)  # noqa: E731
-    return _walk(case, exact, case.model.walk(make, len(nodes) - 1, seeds), seeds)
+    return _walk(case, exact, case.model.run_scheduler(make, len(nodes) - 1, seeds), seeds)
 
 
-def _ours(case: Case, exact: Truth, file: str) -> Row:
+def _ours(case: Case, exact: Reference, file: str) -> Row:
     """Through the door that users take."""
     import tqai_core as tqai
 
     sampler = CalibratedSampler.load(file)
     handle = tqai.apply(case.model.pipe, tqai.Config.from_json(sampler.difference)) if sampler.difference else None
     try:
-        return _walk(case, exact, case.model.walk(lambda: tqai.CalibratedScheduler.from_file(file), sampler.steps, case.seeds), case.seeds)
+        return _walk(
+            case, exact, case.model.run_scheduler(lambda: tqai.CalibratedScheduler.from_file(file), sampler.steps, case.seeds), case.seeds
+        )
     finally:
         if handle is not None:
             handle.remove()
@@ -220,10 +223,10 @@ def _ours(case: Case, exact: Truth, file: str) -> Row:
 def _other(case: Case, file: str, tuned: dict[str, float]) -> dict[str, Any]:
     """Guidance 4 with a file made at 2: refused, or how it does beside stock solvers there."""
     path, seeds = Path(file).with_suffix(".wide.json"), case.seeds[: OTHER_SEEDS * case.samples]
-    sampler = widen(case.model, CalibratedSampler.load(file), OTHER)
+    sampler = extend_guidance_range(case.model, CalibratedSampler.load(file), OTHER)
     sampler.save(path)
     with case.model.guided(OTHER):
-        exact = truth(case.model, seeds, TRUTH_OTHER)
+        exact = reference(case.model, seeds, TRUTH_OTHER)
         found = {name: _stock(case, exact, name, tuned[f"{name} 12"], 12, seeds) for name in STOCK}
         ours = _nodes(case, exact, (*sampler.nodes, 0.0), seeds, sampler.theta)
         try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..codecs.bases import Bases, BasesFile, Basis, hadamard, klt_of
 from ..codecs.vector import MEAN_FROM
-from ..hosts.calibration_targets import Subject
+from ..hosts.calibration_targets import CalibrationTarget
 from ..registry import build
 
 KINDS = ("k", "v")
@@ -17,7 +17,7 @@ EVERY = 3  # computed calls between two that the verdict looks at
 
 
 class Moments:
-    """Running sums by layer and kind. ``see`` is what :func:`taps.tapped` calls."""
+    """Running sums by layer and kind. ``see`` is the change for :func:`hosts.attention_interceptor.intercept_attention`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -68,7 +68,9 @@ class Moments:
         return out
 
 
-def judge(subject: Subject, moments: Moments, bits: int, seed: int, model: str) -> tuple[BasesFile, dict[str, list[dict[str, Any]]]]:
+def judge(
+    target: CalibrationTarget, moments: Moments, bits: int, seed: int, model: str
+) -> tuple[BasesFile, dict[str, list[dict[str, Any]]]]:
     """Bases for every stream, each judged on the trajectory of a seed that nothing was fitted on: a head whose KLT does not
     beat the random rotation there, coded by ``trellis`` at the same bytes, keeps the rotation."""
     found = moments.bases(bits)
@@ -91,7 +93,7 @@ def judge(subject: Subject, moments: Moments, bits: int, seed: int, model: str) 
                 errors[name]["n"] = errors[name].get("n", torch.tensor(0)) + 1
         return k, v
 
-    subject.final(seed, watch)
+    target.final(seed, watch)
     streams, verdicts = {}, {}
     for name, heads in found.items():
         klt, rotation = (errors[name][what] / errors[name]["n"] for what in ("klt", "hadamard"))

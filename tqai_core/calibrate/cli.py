@@ -1,20 +1,19 @@
-"""``tqai calibrate``: arguments, progress, what is printed."""
+"""``tqai calibrate`` and ``tqai tune``: arguments, and the tables that are printed."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TqaiError
+from ..progress import progress_bar
+from ..registry import ROLES
+from ..text import comma_list, lines_in
 
 if TYPE_CHECKING:
-    from ..hosts.calibration_targets import Subject
+    from ..hosts.calibration_targets import CalibrationTarget
     from .file import Calibration
-    from .run import Tell
 
 DEMOS = ("flux", "sd3", "wan", "lm")
 
@@ -25,23 +24,26 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     which.add_argument("-m", "--model", type=Path, metavar="FOLDER", help="a diffusers pipeline or a language model of transformers")
     which.add_argument("--demo", choices=DEMOS, help="a mini that ships with tqai")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="pipelines: one prompt a line")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="language models: text to calibrate on")
-    parser.add_argument("--part", default="transformer", help="pipelines: transformer, or transformer_2 for WAN 2.2's second expert")
+    _add_data(parser)
     parser.add_argument("--steps", type=int, default=24, help="pipelines: sampler steps of a run")
     parser.add_argument("--batch", type=int, metavar="N", help="samples (or windows of text) a seed")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``tqai calibrate`` takes without ``--sampler``; -m, --demo, -o, --steps, --batch and --prompts are there already."""
-    parser = parser.add_argument_group("without --sampler")  # type: ignore[assignment]
+def _add_data(parser: Any) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="language models: text to calibrate on")
     parser.add_argument("--part", default="transformer", help="pipelines: transformer, or transformer_2 for WAN 2.2's second expert")
-    parser.add_argument("--seeds", type=_numbers, default=(100, 101, 102, 103), help="seeds to measure on, as in 100,101")
-    parser.add_argument("--bands", type=int, default=3, help="pipelines: sigma bands of the sensitivities")
-    parser.add_argument("--probes", type=int, help="backward passes a call; default 1, language models 4")
-    parser.add_argument("--bits", type=int, default=4, help="bits of the calibrated bases")
-    parser.add_argument("--average", type=int, default=3, help="bits a number on average that are shared out among units")
-    parser.add_argument("--codec", default="turbo", choices=("turbo", "trellis"), help="whose errors are weighed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``tqai calibrate`` takes without ``--sampler``; -m, --demo, -o, --steps, --batch and --prompts are there already."""
+    group = parser.add_argument_group("without --sampler")
+    _add_data(group)
+    group.add_argument("--seeds", type=comma_list(int), default=(100, 101, 102, 103), help="seeds to measure on, as in 100,101")
+    group.add_argument("--bands", type=int, default=3, help="pipelines: sigma bands of the sensitivities")
+    group.add_argument("--probes", type=int, help="backward passes a call; default 1, language models 4")
+    group.add_argument("--bits", type=int, default=4, help="bits of the calibrated bases")
+    group.add_argument("--average", type=int, default=3, help="average bits of a number, shared out among heads, layers and sigma bands")
+    group.add_argument("--codec", default="turbo", choices=("turbo", "trellis"), help="the codec whose errors are measured")
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=40, help="finished trials to reach, those of a resumed study counted")
     parser.add_argument("--study", type=Path, default=Path("out/tune.db"), metavar="FILE", help="SQLite file; resumed where it exists")
     parser.add_argument("--sampler", default="nsga2", choices=("nsga2", "tpe"), help="how candidates are proposed")
-    parser.add_argument("--levels", type=_names, default=("model",), help="levels to search, as in model,block")
+    parser.add_argument("--levels", type=comma_list(str), default=("model",), help="levels to search, as in model,block")
     parser.add_argument("-o", "--out", type=Path, default=Path("out/tuned.json"), metavar="FILE", help="the best Config, as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="error against cost of all trials, as SVG")
 
@@ -62,11 +64,11 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     from .tune import Budget, tune
 
     budget = Budget.parse(args.budget)
-    with progress("tuning") as tell:
-        subject = subject_of(args)
-        if not isinstance(subject, Diffusion):
+    with progress_bar("tuning") as progress:
+        target = target_of(args)
+        if not isinstance(target, Diffusion):
             raise TqaiError("tune searches pipelines of diffusion models; for a language model give Config(level='kv') a scorer or bits")
-        found = tune(subject, budget, args.study, args.trials, args.sampler, args.levels, tell=tell)
+        found = tune(target, budget, args.study, args.trials, args.sampler, args.levels, progress=progress)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(Config.from_dict(found["config"]).to_json() + "\n")
     if args.plot:
@@ -77,54 +79,41 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
 
 def tune_tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows): the Pareto front, layers, and the proof."""
-    what, by = found["budget"]["what"], {row["trial"]: row for row in found["trials"]}
-    line = lambda name, row: [name, f"{row['error'] * 1e4:.3f}", f"{row['calls']:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"]  # noqa: E731
-    told = lambda row: f"{row['config']['strategy']} {row['config']['monitor']} {row['config']['codec']}"  # noqa: E731
+    by_trial = {row["trial"]: row for row in found["trials"]}
+    figures = lambda row: [f"{row['error'] * 1e4:.3f}", f"{row['calls']:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"]  # noqa: E731
+    stages = lambda c: f"{c['level']}: " + " ".join(str(c[role]) for role in ROLES if c[role])  # noqa: E731
     head = ["error e-4", "calls", "bytes held", "time"]
-    rows = [[*line(str(n), by[n]), told(by[n])] for n in found["front"]]
-    out = [(f"Pareto front, error and {what}", ["trial", *head, "pipeline"], rows)]
+    rows = [[str(n), *figures(by_trial[n]), stages(by_trial[n]["config"])] for n in found["front"]]
+    out = [(f"Pareto front, error and {found['budget']['what']}", ["trial", *head, "pipeline"], rows)]
     layers = [[str(layer), f"{error * 1e4:.4f}"] for layer, error in found["layers"]]
-    told_skip = found["skip_layers"] or "none"
-    out.append((f"each layer forecast alone; proposed as skip_layers: {told_skip}", ["layer", "error e-4"], layers))
+    out.append((f"Layers, each forecast alone; proposed as skip_layers: {found['skip_layers'] or 'none'}", ["layer", "error e-4"], layers))
     if "proof" in found:
-        title = f"seeds the search never saw; written: {found['kept']}"
-        out.append((title, ["pipeline", *head], [line(name, row) for name, row in found["proof"].items()]))
+        title = f"Proof on seeds {found['proof_seeds']}, which the search never saw; written: {found['kept']}"
+        out.append((title, ["pipeline", *head], [[name, *figures(row)] for name, row in found["proof"].items()]))
     return out
 
 
-def subject_of(args: argparse.Namespace, bands: int = 3) -> Subject:
+def target_of(args: argparse.Namespace, bands: int = 3) -> CalibrationTarget:
     """ValueError for a folder that is no model, and for text or prompts that are not there."""
-    from ..hosts import calibration_targets as subjects
+    from ..hosts import calibration_targets
 
     steps = 24 if args.steps is None else args.steps
     if args.demo:
-        return subjects.demo(args.demo, args.batch, steps, bands)
+        return calibration_targets.demo(args.demo, args.batch, steps, bands)
     for given in (args.prompts, args.text):
         if given is not None and not given.is_file():
             raise TqaiError(f"{given} is not there: give a text file")
-    lines = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else []
+    lines = lines_in(args.prompts.read_text()) if args.prompts else []
     text = args.text.read_text() if args.text else ""
-    return subjects.folder(Path(args.model), lines, text, steps, bands, args.part, args.batch or 1)
+    return calibration_targets.folder(Path(args.model), lines, text, steps, bands, args.part, args.batch or 1)
 
 
 def run(args: argparse.Namespace) -> Calibration:
     from .run import calibrate
 
-    with progress("calibrating") as tell:
-        subject = subject_of(args, args.bands)
-        return calibrate(subject, args.output, args.seeds, args.probes, args.bits, args.average, args.codec, tell)
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Tell]:
-    """A bar on stderr with the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda text, part: bar.update(task, description=text, completed=part)
+    with progress_bar("calibrating") as progress:
+        target = target_of(args, args.bands)
+        return calibrate(target, args.output, args.seeds, args.probes, args.bits, args.average, args.codec, progress)
 
 
 def summary(made: Calibration) -> dict[str, Any]:
@@ -151,11 +140,3 @@ def tables_of(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
         ["bits of keys, values", f"{bits['key_bits']:.2f}, {bits['value_bits']:.2f}"],
     ]
     return [("calibration", ["what", "measured"], rows)]
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part.strip())
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..codecs.bases import BasesFile
 from ..errors import TqaiError
-from ..files import read_with_header
-from ..modelhash import model_hash
+from ..files import read_with_header, write_tensors
+from ..modelhash import check_model
+from ..registry import build
+from ..roles import Codec
 
 FORMAT = 1
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)  # bits whose damage is told
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)  # bits whose damage is measured
 UNFINISHED = ".partial"  # of the file that a stopped calibration leaves beside the target
 SHAPES = {"fisher": 4, "sigmas": 1, "error": 5, "damage": 5, "bits": 4, "mean": 3, "scale": 3}
 
@@ -39,20 +39,15 @@ class Calibration:
     bases: BasesFile = field(default_factory=lambda: BasesFile({}, 4))
 
     def check(self, model: nn.Module) -> None:
-        """ValueError if this was measured on another model."""
-        given = model_hash(model)
-        if self.header.get("model") != given:
-            raise TqaiError(
-                f"this calibration belongs to model {self.header.get('model')}, {type(model).__name__} here is {given}: "
-                "on another model it is worse than none; run tqai calibrate on this one"
-            )
+        """TqaiError if this was measured on another model."""
+        check_model(model, self.header.get("model"), "this calibration")
 
     def save(self, path: str | Path) -> None:
-        """Write the file in one go: it is never seen half written."""
+        """Write the file in one step: it is never seen half written."""
         tensors, bases = self.bases.content()
         tensors |= {name: x.contiguous() for name, x in self.tensors.items()}
         header = json.dumps({"format": FORMAT, "complete": True, **self.header})
-        write(path, tensors, {"tqai-calibration": header, "tqai-bases": json.dumps(bases)})
+        write_tensors(path, tensors, {"tqai-calibration": header, "tqai-bases": json.dumps(bases)})
 
     @staticmethod
     def load(path: str | Path, model: nn.Module | None = None) -> Calibration:
@@ -69,19 +64,16 @@ class Calibration:
                 raise TqaiError(f"{path}: field {name!r} is missing or damaged: calibrate again")
             found[name] = x
         if any(found[name].shape[:4] != found["fisher"].shape for name in ("error", "damage", "bits")):
-            raise TqaiError(f"{path}: fields 'fisher', 'error', 'damage' and 'bits' speak of different units: calibrate again")
+            raise TqaiError(f"{path}: fields 'fisher', 'error', 'damage' and 'bits' are of different units: calibrate again")
         made = Calibration(header, found, BasesFile.load(path))
         if model is not None:
             made.check(model)
         return made
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".writing")
-    save_file(dict(tensors), str(part), metadata)
-    os.replace(part, path)
+def codecs_of(name: str) -> dict[int, Codec]:
+    """The codec at every width."""
+    return {bits: build("codec", {"name": name, "bits": bits}) for bits in WIDTHS}
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,7 +5,7 @@ of a unit, and E[(g.e)^2] = e'J'GJe: what an error e of the unit costs the outpu
 Hutchinson 1989). Here e is what a quantiser really does to the unit, one width after the other, so that errors that add up
 over tokens are counted as such: the diagonal alone, sum of g^2 e^2, underrates values ten times against keys and ranks units
 with .67 to .93 where this ranks them with .96 to .99. One backward pass serves all units and widths; what arrives is contracted
-at once, so that memory stays that of one block (see ``taps.checkpointed``).
+at once, so that memory stays that of one block (see :func:`hosts.attention_interceptor.checkpointed`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hosts import attention_interceptor as taps
-from ..hosts.calibration_targets import Subject
+from ..hosts.attention_interceptor import checkpointed, intercept_attention
+from ..hosts.calibration_targets import CalibrationTarget
 from .file import WIDTHS
 
 
@@ -37,7 +37,9 @@ class Sums:
         return {"fisher": rate.mean(-1).exp().float(), "error": error.float(), "damage": damage.float()}
 
 
-def probe(subject: Subject, band: int, call: Callable[[], Tensor], sums: Sums, codecs: Mapping[int, Any], g: torch.Generator) -> None:
+def probe(
+    target: CalibrationTarget, band: int, call: Callable[[], Tensor], sums: Sums, codecs: Mapping[int, Any], g: torch.Generator
+) -> None:
     """One forward and backward pass of ``call``, added to ``sums``."""
     values: dict[tuple[int, int], Tensor] = {}
     back = False
@@ -58,9 +60,9 @@ def probe(subject: Subject, band: int, call: Callable[[], Tensor], sums: Sums, c
             sums.damage[layer, :, which, band, i] += (gap * grad).sum((2, 3)).square().sum(0).cpu()
             sums.error[layer, :, which, band, i] += gap.square_().sum((0, 2, 3)).cpu()
 
-    with torch.enable_grad(), taps.checkpointed(subject.model), taps.tapped(subject.model, change):
+    with torch.enable_grad(), checkpointed(target.model), intercept_attention(target.model, change):
         zero = torch.zeros((), requires_grad=True)
         out = call()
         back = True
-        (out * subject.probe(out, g)).sum().backward()
+        (out * target.probe(out, g)).sum().backward()
     sums.samples[band] += len(out)

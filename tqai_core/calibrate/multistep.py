@@ -9,6 +9,7 @@ statistics of the model. Here each step is a ridge least squares in closed form.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -28,8 +29,8 @@ def grid(steps: int, shift: float) -> tuple[float, ...]:
 class Multistep:
     """Steps along falling ``nodes`` (sigmas, the last one 0); plain Adams-Bashforth 2 without ``theta`` ``[steps][4]``.
 
-    Holds the last three velocities as fp32. ``begin`` starts a trajectory, ``step`` advances it. ``student`` says that it runs
-    as the finished sampler will, with the guidance difference forecast if that was asked for.
+    Holds the last three velocities as fp32. ``begin`` starts a trajectory, ``step`` advances it. ``student``: it runs as the
+    finished sampler will, with the guidance difference forecast if that was asked for.
     """
 
     def __init__(self, nodes: Sequence[float], theta: Sequence[Sequence[float]] | None = None) -> None:
@@ -70,8 +71,8 @@ class Multistep:
         return [h * self.past[0][1], *(h * h * s for s in (*slopes[:1], *bends)), h * x]
 
 
-class Teacher(Multistep):
-    """A fine run that remembers its way: ``states`` at every node on the CPU, ``change`` of the velocity between nodes."""
+class RecordingSolver(Multistep):
+    """Records ``states`` at every node, on the CPU, and the ``change`` of the velocity between nodes."""
 
     def begin(self) -> None:
         super().begin()
@@ -98,16 +99,12 @@ class Teacher(Multistep):
         near = range(first, first + 4)
         out = torch.zeros_like(self.states[0])
         for k in near:
-            weight = 1.0
-            for j in near:
-                if j != k:
-                    weight *= (sigma - nodes[j]) / (nodes[k] - nodes[j])
-            out += weight * self.states[k]
+            out += math.prod((sigma - nodes[j]) / (nodes[k] - nodes[j]) for j in near if j != k) * self.states[k]
         return out
 
 
 class Fit(Multistep):
-    """Walks on its own states and fits each step's weights to the teacher's next state. ``only`` are the steps to fit."""
+    """Steps from its own states and fits each step's weights to the reference's next state. ``only`` are the steps to fit."""
 
     def __init__(self, nodes: Sequence[float], target: Callable[[float], Tensor], total: Callable[[Tensor], Tensor], only: Sequence[int]):
         super().__init__(nodes)
@@ -130,7 +127,7 @@ class Fit(Multistep):
 def equidistributed(nodes: Sequence[float], change: Sequence[float], steps: int) -> tuple[float, ...]:
     """``steps`` nodes and the final 0 with equal shares of the integral of |dv/dsigma|^(1/2).
 
-    ``change[i]`` is |v_i+1 - v_i|^2 of a teacher between ``nodes`` i and i+1; the way to the final 0 goes on as before it.
+    ``change[i]`` is |v_i+1 - v_i|^2 of a fine run between ``nodes`` i and i+1; the way to the final 0 goes on as before it.
     """
     widths = [a - b for a, b in pairwise(nodes)]
     density = [(c**0.5 / w) ** 0.5 for c, w in zip(change, widths, strict=False)]
@@ -145,11 +142,11 @@ def equidistributed(nodes: Sequence[float], change: Sequence[float], steps: int)
     return (*out, 0.0)
 
 
-class Together:
-    """Batches that walk in step, so that a fit sees all of them while one at a time is in memory.
+class BatchBarrier:
+    """Runs batches step by step together, so that a fit sees all of them while one at a time computes.
 
-    Each runs in a thread of its own and holds the turn while it computes; at ``total`` it waits for the others. One batch
-    runs where it is called.
+    Each batch runs in a thread of its own and holds a lock while it computes; at ``total`` it waits for the others. A single
+    batch runs in the calling thread.
     """
 
     def __init__(self, count: int) -> None:
@@ -163,7 +160,7 @@ class Together:
         self.parts = {}
 
     def total(self, index: int, part: Tensor) -> Tensor:
-        """The sum over all batches, once all have brought their part."""
+        """The sum of all batches' parts, once all have arrived."""
         if self.count == 1:
             return part
         self.parts[index] = part
@@ -187,7 +184,7 @@ class Together:
                 with self.turn:
                     function()
             except threading.BrokenBarrierError:
-                pass  # another one's error
+                pass  # the error is another batch's
             except BaseException as error:  # KeyboardInterrupt too: it must reach the caller
                 errors.append(error)
                 self.barrier.abort()

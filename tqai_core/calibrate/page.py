@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import TqaiError
 from . import plots
+from .cli import tune_tables
 from .file import Calibration
 
-KINDS = ("keys", "values")
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #ccc;padding:2px 8px;text-align:left;vertical-align:top}
 .row{display:flex;flex-wrap:wrap;gap:14px}svg{max-width:100%}.won{color:#17632f}.lost{color:#8a3d00}pre{white-space:pre-wrap}"""
@@ -42,19 +44,18 @@ def _calibration(made: Calibration) -> list[str]:
     h, t = made.header, made.tensors
     rows = [[key, json.dumps(h.get(key))] for key in ("class", "model", "seeds", "held_out", "steps", "samples", "codec", "versions")]
     parts = [_table(["what", "value"], rows), "<h2>Sensitivity</h2><p>What a unit of squared error of keys or values costs the output.</p>"]
-    for band, sigma in enumerate(t["sigmas"].tolist()):
-        maps = [plots.heat(t["fisher"][:, :, which, band].tolist(), f"{KINDS[which]}, sigma {sigma:.2f}") for which in (0, 1)]
-        parts.append(f"<div class=row>{''.join(maps)}</div>")
+    sigmas = t["sigmas"].tolist()
+    for band, sigma in enumerate(sigmas):
+        parts.append(_maps(t["fisher"][..., band], f"{{}}, sigma {sigma:.2f}"))
     verdict = h["verdicts"]["bits"]
-    losing = "" if verdict["kept"] == "fisher" else ", so that uniform bits stand in the file"
+    losing = "" if verdict["kept"] == "fisher" else ", so that the file has uniform bits"
     parts.append(
         f"<h2>Bits</h2><p>{verdict['average']} on average, {html.escape(verdict['how'])}. Loss on seeds {verdict['seeds']}: "
         f"{verdict['fisher']['loss']:.3g} ({verdict['fisher']['bytes']:,} bytes), uniform {verdict['uniform']['loss']:.3g} "
         f"({verdict['uniform']['bytes']:,} bytes): {_mark(verdict['kept'], 'fisher')} kept{losing}.</p>"
     )
-    for band, sigma in enumerate(t["sigmas"].tolist()):
-        maps = [plots.heat(t["bits"][:, :, w, band].float().tolist(), f"bits of {KINDS[w]}, sigma {sigma:.2f}", log=False) for w in (0, 1)]
-        parts.append(f"<div class=row>{''.join(maps)}</div>")
+    for band, sigma in enumerate(sigmas):
+        parts.append(_maps(t["bits"][..., band].float(), f"bits of {{}}, sigma {sigma:.2f}", log=False))
     rows = [
         [name, str(i), f"{v['klt']:.2e}", f"{v['hadamard']:.2e}", _mark(v["kept"], "klt")]
         for name, heads in h["verdicts"]["bases"].items()
@@ -65,24 +66,21 @@ def _calibration(made: Calibration) -> list[str]:
     return parts
 
 
-def _study(found: Mapping[str, Any]) -> list[str]:
-    by = {row["trial"]: row for row in found["trials"]}
-    figures = lambda r: [f"{r['error']:.3e}", f"{r['calls']:.1%}", f"{r['bytes']:,.0f}", f"{r['time']:.2f}"]  # noqa: E731
-    what = found["budget"]
+def _maps(table: Tensor, title: str, log: bool = True) -> str:
+    """Keys and values side by side; ``table [layers, heads, 2]``."""
+    maps = [plots.heat_map(table[..., i].tolist(), title.format(kind), log) for i, kind in enumerate(("keys", "values"))]
+    return f"<div class=row>{''.join(maps)}</div>"
+
+
+def _study(found: dict[str, Any]) -> list[str]:
     parts = [
         _table(["what", "value"], [[key, json.dumps(value)] for key, value in found["settings"].items()]),
-        f"<h2>Error against {html.escape(str(what['what']))}</h2>" + (plots.pareto(found) if by else "<p>no trial is finished yet</p>"),
+        f"<h2>Error against {html.escape(str(found['budget']['what']))}</h2>",
+        plots.pareto(found) if found["trials"] else "<p>no trial is finished yet</p>",
     ]
-    head = ["error", "calls", "bytes held", "time"]
-    rows = [[str(n), *figures(by[n]), json.dumps(by[n]["config"])] for n in found["front"]]
-    parts.append("<h2>Pareto front</h2>" + _table(["trial", *head, "pipeline"], rows))
-    rows = [[str(layer), f"{error:.3e}"] for layer, error in found["layers"]]
-    told = found["skip_layers"] or "none stands out"
-    parts.append(f"<h2>Layers, each forecast alone</h2><p>proposed as skip_layers: {told}</p>" + _table(["layer", "error"], rows))
-    if "proof" in found:
-        parts.append(f"<h2>Proof on seeds {found['proof_seeds']}</h2><p>written: {_mark(found['kept'], 'tuned')}</p>")
-        parts.append(_table(["pipeline", *head], [[name, *figures(row)] for name, row in found["proof"].items()]))
-        parts.append(f"<pre>{html.escape(json.dumps(found['config'], indent=1))}</pre>")
+    parts += [f"<h2>{html.escape(title)}</h2>" + _table(head, rows) for title, head, rows in tune_tables(found)]
+    if "config" in found:
+        parts.append(f"<h2>Config</h2><pre>{html.escape(json.dumps(found['config'], indent=1))}</pre>")
     return parts
 
 

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from ..errors import TqaiError
-from ..hosts.calibration_targets import Subject
-from ..registry import build
-from .file import WIDTHS
+from ..hosts.calibration_targets import CalibrationTarget
+from .file import codecs_of
 
 LOW, HIGH = 2, 6  # one bit errs too much for a second-order prediction; from seven on gains are wider, and equal bits no equal bytes
-MARGIN = 1.5  # how many times less uniform bits must lose for an allocation to be kept
+MARGIN = 1.5  # an allocation is kept where uniform bits lose so many times as much
 
 
 def water_fill(damage: Tensor, average: float, weight: Tensor | None = None, low: int = LOW, high: int = HIGH) -> Tensor:
-    """``uint8 [layers, heads, 2, bands]`` whose mean is ``average`` or just below, by the damage a next bit takes away.
+    """``uint8 [layers, heads, 2, bands]`` whose mean is ``average`` or just below, by the damage that one more bit removes.
 
     ``damage [layers, heads, 2, bands, 8]`` is what 1 to 8 bits cost in one call; ``weight [bands]`` the calls of a band, alike
     without. Units are alike in size, so that bits times calls are bytes.
@@ -49,9 +48,11 @@ def water_fill(damage: Tensor, average: float, weight: Tensor | None = None, low
     return torch.tensor(bits, dtype=torch.uint8).view(damage.shape[:4])
 
 
-def quantised(subject: Subject, bits: Tensor, codec: str, counted: list[int]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """For :func:`taps.tapped`: every unit coded with its bits. ``counted[0]`` grows by the bytes of all codes."""
-    codecs = {b: build("codec", {"name": codec, "bits": b}) for b in WIDTHS}
+def quantised(target: CalibrationTarget, bits: Tensor, codec: str, counted: list[int]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """For :func:`hosts.attention_interceptor.intercept_attention`: every unit coded with its bits.
+
+    ``counted[0]`` grows by the bytes of all codes."""
+    codecs = codecs_of(codec)
     table = bits.tolist()
 
     def change(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +60,7 @@ def quantised(subject: Subject, bits: Tensor, codec: str, counted: list[int]) ->
         for which, x in enumerate((k, v)):
             y = torch.empty_like(x)
             for head in range(x.shape[1]):
-                own = codecs[table[layer][head][which][subject.band]]
+                own = codecs[table[layer][head][which][target.band]]
                 packed = own.encode(x[:, head].contiguous())
                 y[:, head] = own.decode(packed, x.dtype)
                 counted[0] += packed.nbytes
@@ -69,20 +70,20 @@ def quantised(subject: Subject, bits: Tensor, codec: str, counted: list[int]) ->
     return change
 
 
-def trial(subject: Subject, bits: Tensor, codec: str, seeds: Sequence[int], exact: dict[int, Tensor]) -> dict[str, Any]:
+def trial(target: CalibrationTarget, bits: Tensor, codec: str, seeds: Sequence[int], exact: dict[int, Tensor]) -> dict[str, Any]:
     """Runs with keys and values coded all the way: relative loss of the end result, mean over ``seeds``, and bytes of the
     codes. ``exact`` keeps the end results of exact runs."""
     counted, loss = [0], 0.0
     for seed in seeds:
         if seed not in exact:
-            exact[seed] = subject.final(seed)
-        out = subject.final(seed, quantised(subject, bits, codec, counted))
-        loss += subject.damage(out, exact[seed]) / subject.size(exact[seed])
+            exact[seed] = target.final(seed)
+        out = target.final(seed, quantised(target, bits, codec, counted))
+        loss += target.damage(out, exact[seed]) / target.size(exact[seed])
     return {"loss": loss / len(seeds), "bytes": counted[0]}
 
 
 def allocate(
-    subject: Subject, damage: Tensor, average: int, codec: str, choose: Sequence[int], seeds: Sequence[int]
+    target: CalibrationTarget, damage: Tensor, average: int, codec: str, choose: Sequence[int], seeds: Sequence[int]
 ) -> tuple[Tensor, dict[str, Any]]:
     """The allocation and its verdict. Two are made, one with a width for each band and one with the same at all sigmas; runs of
     the seeds ``choose`` say which is better, and runs of ``seeds`` whether it is kept: it must lose ``MARGIN`` times less than
@@ -92,17 +93,17 @@ def allocate(
     calls = torch.zeros(damage.shape[3])
 
     def count(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        calls[subject.band] += layer == 0
+        calls[target.band] += layer == 0
         return k, v
 
-    exact[choose[0]] = subject.final(choose[0], count)
+    exact[choose[0]] = target.final(choose[0], count)
     made = {"by unit and band": water_fill(damage, average, calls)}
     if len(calls) > 1:
         joined = (damage * (calls / calls.sum())[:, None]).sum(-2, keepdim=True)
         made["by unit"] = water_fill(joined, average).expand_as(uniform).contiguous()
-    tried = {name: trial(subject, bits, codec, choose, exact)["loss"] for name, bits in made.items()}
+    tried = {name: trial(target, bits, codec, choose, exact)["loss"] for name, bits in made.items()}
     best = min(tried, key=tried.__getitem__)
-    ours, plain = (trial(subject, bits, codec, seeds, exact) for bits in (made[best], uniform))
+    ours, plain = (trial(target, bits, codec, seeds, exact) for bits in (made[best], uniform))
     kept = ours["loss"] * MARGIN <= plain["loss"] and ours["bytes"] <= plain["bytes"]
     verdict = {
         "average": average, "how": best, "tried": tried, "seeds": list(seeds), "fisher": ours, "uniform": plain,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,31 @@ import torch
 from torch import Tensor
 
 from ..errors import TqaiError
-from ..hosts import attention_interceptor as taps
-from ..hosts.calibration_targets import Diffusion, Subject
+from ..files import write_tensors
+from ..hosts.attention_interceptor import blocks_of
+from ..hosts.calibration_targets import CalibrationTarget, Diffusion
 from ..modelhash import model_hash
-from ..registry import build
+from ..progress import Progress, silent
 from . import basis, policy
-from .file import FORMAT, UNFINISHED, WIDTHS, Calibration, read, write
+from .file import FORMAT, UNFINISHED, Calibration, codecs_of, read
 from .fisher import Sums, probe
 
 SEEDS = (100, 101, 102, 103)
 HELD_OUT = 104  # verdicts on bases
 CHOICE, VALIDATION = (105,), (106, 107)  # of an allocation, and its verdict
-Tell = Callable[[str, float], None]  # what is being done, part done in [0, 1]
 
 
 def calibrate(
-    subject: Subject,
+    target: CalibrationTarget,
     path: Path,
     seeds: Sequence[int] = SEEDS,
     probes: int | None = None,
     bits: int = 4,
     average: int = 3,
     codec: str = "turbo",
-    tell: Tell = lambda text, part: None,
+    progress: Progress = silent,
 ) -> Calibration:
-    """Measure ``subject`` and write ``path``. A stopped run leaves a partial file beside it, and the same call goes on from there.
+    """Measure ``target`` and write ``path``. A stopped run leaves a partial file beside it, and the same call continues it.
 
     ``probes`` backward passes a call; ``bits`` of the KLT bases; ``average`` bits of the allocation; ``codec`` the quantiser
     whose errors are weighed. Raises ValueError for settings that cannot be, and a model whose attention is not found.
@@ -46,46 +46,28 @@ def calibrate(
         raise TqaiError(f"seeds {list(seeds)}: give one or more, each once")
     if taken := set(seeds) & {HELD_OUT, *CHOICE, *VALIDATION}:
         raise TqaiError(f"seeds {sorted(taken)} are kept for the verdicts: give others")
-    probes = subject.probes if probes is None else probes
+    probes = target.probes if probes is None else probes
     if probes < 1:
         raise TqaiError(f"probes={probes}: give 1 or more")
-    name = model_hash(subject.model)
+    name, began, total = model_hash(target.model), time.process_time(), len(seeds) + 1
     settings = {
-        "model": name, "class": type(subject.model).__name__, "kind": subject.kind,
-        "family": subject.family.name if isinstance(subject, Diffusion) else "", "seeds": list(seeds), "probes": probes,
-        "codec": codec, "basis_bits": bits, "average": average, "steps": getattr(subject, "steps", None),
+        "model": name, "class": type(target.model).__name__, "kind": target.kind,
+        "family": target.family.name if isinstance(target, Diffusion) else "", "seeds": list(seeds), "probes": probes,
+        "codec": codec, "basis_bits": bits, "average": average, "steps": getattr(target, "steps", None),
     }  # fmt: skip
-    began = time.process_time()
-    codecs = {b: build("codec", {"name": codec, "bits": b}) for b in WIDTHS}
     partial = path.with_name(path.name + UNFINISHED)
-    moments, sums, done = basis.Moments(), None, 0
-    if partial.exists():
-        moments, sums, done = _resume(partial, settings, subject)
-    for nth, seed in enumerate(seeds):
-        if nth < done:
-            continue
-        tell(f"seed {seed}: a run", nth / (len(seeds) + 1))
-        calls = subject.record(seed, moments.see)
-        if sums is None:
-            heads = {len(moments.sums[f"{layer}/mean"]) for layer in moments.layers}
-            if moments.layers != list(range(len(taps.blocks_of(subject.model)))) or len(heads) != 1:
-                raise TqaiError(
-                    f"{type(subject.model).__name__}: attention was seen in layers {moments.layers} with {sorted(heads)} heads; "
-                    "calibration needs one self-attention a layer through scaled_dot_product_attention, alike in all"
-                )
-            sums = Sums(len(moments.layers), heads.pop(), len(subject.sigmas))
-        for i, (band, call) in enumerate(calls):
-            tell(f"seed {seed}: sensitivity", (nth + (i + 1) / (len(calls) + 1)) / (len(seeds) + 1))
-            for p in range(probes):
-                probe(subject, band, call, sums, codecs, torch.Generator().manual_seed(seed * 1_000_003 + i * 1009 + p))
-        _keep(partial, settings, moments, sums, nth + 1, subject.sigmas)
+    moments, sums, done = _resume(partial, settings, target) if partial.exists() else (basis.Moments(), None, 0)
+    for nth, seed in enumerate(seeds[done:], start=done):
+        part = lambda text, share, nth=nth, seed=seed: progress(f"seed {seed}: {text}", (nth + share) / total)  # noqa: E731
+        sums = _measure(target, seed, probes, codec, moments, sums, part)
+        _keep(partial, settings, moments, sums, nth + 1, target.sigmas)
     assert sums is not None
-    tables = sums.tables() | {"sigmas": torch.tensor(subject.sigmas)}
-    tell("verdicts on bases", len(seeds) / (len(seeds) + 1))
-    bases, verdicts = basis.judge(subject, moments, bits, HELD_OUT, name)
-    tell("verdict on bits", (len(seeds) + 0.5) / (len(seeds) + 1))
-    tables["bits"], verdict = policy.allocate(subject, tables["damage"], average, codec, CHOICE, VALIDATION)
-    if subject.kind == "lm":
+    tables = sums.tables() | {"sigmas": torch.tensor(target.sigmas)}
+    progress("verdicts on bases", len(seeds) / total)
+    bases, verdicts = basis.judge(target, moments, bits, HELD_OUT, name)
+    progress("verdict on bits", (len(seeds) + 0.5) / total)
+    tables["bits"], verdict = policy.allocate(target, tables["damage"], average, codec, CHOICE, VALIDATION)
+    if target.kind == "lm":
         tables |= moments.keys()
     header = {
         **settings, "held_out": HELD_OUT, "samples": sums.samples.int().tolist(), "seconds_cpu": time.process_time() - began,
@@ -95,18 +77,40 @@ def calibrate(
     made = Calibration(header, tables, bases)
     made.save(path)
     partial.unlink(missing_ok=True)
-    tell("done", 1.0)
+    progress("done", 1.0)
     return made
+
+
+def _measure(
+    target: CalibrationTarget, seed: int, probes: int, codec: str, moments: basis.Moments, sums: Sums | None, progress: Progress
+) -> Sums:
+    """One run of ``seed`` into ``moments``, and probes at its calls into ``sums`` (made here for the first seed)."""
+    progress("a run", 0.0)
+    calls = target.record(seed, moments.see)
+    if sums is None:
+        heads = {len(moments.sums[f"{layer}/mean"]) for layer in moments.layers}
+        if moments.layers != list(range(len(blocks_of(target.model)))) or len(heads) != 1:
+            raise TqaiError(
+                f"{type(target.model).__name__}: attention was seen in layers {moments.layers} with {sorted(heads)} heads; "
+                "calibration needs one self-attention a layer through scaled_dot_product_attention, alike in all"
+            )
+        sums = Sums(len(moments.layers), heads.pop(), len(target.sigmas))
+    codecs = codecs_of(codec)
+    for i, (band, call) in enumerate(calls):
+        progress("sensitivity", (i + 1) / (len(calls) + 1))
+        for p in range(probes):
+            probe(target, band, call, sums, codecs, torch.Generator().manual_seed(seed * 1_000_003 + i * 1009 + p))
+    return sums
 
 
 def _keep(partial: Path, settings: dict[str, Any], moments: basis.Moments, sums: Sums, done: int, sigmas: Sequence[float]) -> None:
     tensors: dict[str, Tensor] = {f"moments/{name}": x.contiguous() for name, x in moments.sums.items()}
     tensors |= {f"sums/{name}": x for name, x in vars(sums).items()}
     header = {"format": FORMAT, "complete": False, "done": done, "sigmas": list(sigmas), **settings}
-    write(partial, tensors, {"tqai-calibration": json.dumps(header)})
+    write_tensors(partial, tensors, {"tqai-calibration": json.dumps(header)})
 
 
-def _resume(partial: Path, settings: dict[str, Any], subject: Subject) -> tuple[basis.Moments, Sums, int]:
+def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) -> tuple[basis.Moments, Sums, int]:
     header, tensors = read(partial)
     if differing := [key for key, value in settings.items() if header.get(key) != value]:
         raise TqaiError(
@@ -120,5 +124,5 @@ def _resume(partial: Path, settings: dict[str, Any], subject: Subject) -> tuple[
         if f"sums/{name}" not in tensors:
             raise TqaiError(f"{partial}: field {name!r} is missing: delete it and calibrate again")
         setattr(sums, name, tensors[f"sums/{name}"])
-    subject.sigmas = tuple(header["sigmas"])
+    target.sigmas = tuple(header["sigmas"])
     return moments, sums, header["done"]

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,20 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TqaiError
+from ..files import write_text
 from ..metrics import nmse
-from .multistep import TERMS, Fit, Multistep, Teacher, Together, equidistributed, grid
+from ..modelhash import model_hash, signs
+from ..progress import Progress, silent
+from .multistep import TERMS, BatchBarrier, Fit, Multistep, RecordingSolver, equidistributed, grid
 
 FORMAT, VERSION = "tqai-sampler", 1
-TEACHER = 100  # calls of the fine run; 240 at the same shift change its end by .0x of a student's error
-TEACHER_SHIFT = 2.0
+REFERENCE_CALLS = 100  # calls of the fine run; 240 at the same shift change its end by a few hundredths of a sampler's error
+REFERENCE_SHIFT = 2.0
 SHIFTS = (1.0, 2.0, 3.0)  # grids that the stock solvers may take
-MARGIN = 0.75  # of the best stock solver's error: what is closer is a tie on a few seeds
-NEAR = 1.25  # a guidance so near to the calibrated one needs no proof of its own
+MARGIN = 0.75  # of the best stock solver's error: a smaller gain may be chance on a few seeds
+NEAR = 1.25  # a guidance within this factor of the calibrated one needs no proof of its own
 STOCK = ("ab2", "unipc", "dpm++")
 MOST = 1_000_000  # bytes a file may have; one takes a few thousand
 ENTRIES = ("x_embedder.weight", "img_in.weight", "pos_embed.proj.weight", "x_embedder.proj.weight", "patch_embedding.weight")
-Make = Callable[[int, Together], Multistep]
-Tell = Callable[[str, float], None]  # what is being done, part done in [0, 1]
+Make = Callable[[int, BatchBarrier], Multistep]
 
 
 @dataclass(frozen=True)
@@ -83,27 +84,23 @@ class CalibratedSampler:
         return Multistep((*self.nodes, 0.0), self.theta)
 
     def check(self, models: Mapping[str, nn.Module] | None = None, steps: int | None = None, guidance: float | None = None) -> None:
-        """ValueError unless the file was made for these transformers, this number of steps and a range with this guidance."""
-        from ..modelhash import model_hash
-
+        """TqaiError unless the file was made for these transformers, this number of steps and a range with this guidance."""
         if steps is not None and steps != self.steps:
             raise TqaiError(
                 f"{steps} steps asked, but this sampler was calibrated for {self.steps}: set num_inference_steps={self.steps}, or make "
                 f"a file for {steps} (tqai calibrate --sampler --steps {steps})"
             )
-        if guidance is not None and not self.guidance["low"] <= guidance <= self.guidance["high"]:
-            g = self.guidance
+        g = self.guidance
+        if guidance is not None and not g["low"] <= guidance <= g["high"]:
             raise TqaiError(
                 f"{g['name']}={guidance:g} asked, but this sampler was calibrated at {g['made']:g} and is good for {g['low']:g} to "
                 f"{g['high']:g}: stay in that range, or calibrate at {guidance:g}"
             )
-        if models is not None:
-            found = {name: model_hash(module) for name, module in models.items()}
-            if found != self.models:
-                raise TqaiError(
-                    f"this sampler was calibrated for {self.model_class} {self.models}, the model at hand is {found}: calibrate this "
-                    "model (tqai calibrate --sampler). Loaded LoRAs change a model; load or fuse them before calibrating, too"
-                )
+        if models is not None and (found := {name: model_hash(module) for name, module in models.items()}) != self.models:
+            raise TqaiError(
+                f"this sampler was calibrated for {self.model_class} {self.models}, the model at hand is {found}: calibrate this "
+                "model (tqai calibrate --sampler). Loaded LoRAs change a model; load or fuse them before calibrating, too"
+            )
 
     def check_entry(self, module: nn.Module) -> bool:
         """For hosts whose models have other names: compare the first layer's weights alone. False where there is nothing
@@ -139,12 +136,8 @@ class CalibratedSampler:
             raise TqaiError(f"sampler file is damaged ({error}): calibrate again") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the file in one go: a broken-off save leaves the old one."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        part.replace(path)
+        """Write the file in one step: a stopped save leaves the old one."""
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CalibratedSampler:
@@ -174,9 +167,7 @@ def entry_hash(module: nn.Module) -> str | None:
     for name in ENTRIES:
         x = parameters.get(name)
         if x is not None and x.device.type != "meta" and x.is_floating_point() and x.numel():
-            at = torch.arange(4096, device=x.device) * x.numel() // 4096
-            signs = bytes((x.detach().reshape(-1)[at].float() < 0).tolist())
-            return hashlib.sha256(json.dumps([x.numel()]).encode() + signs).hexdigest()[:16]
+            return hashlib.sha256(json.dumps([x.numel()]).encode() + signs(x, 4096)).hexdigest()[:16]
     return None
 
 
@@ -185,8 +176,8 @@ class Model(Protocol):
 
     tick: Callable[[float], None]  # called after each step with the share of the seeds that made it
 
-    def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
-        """One run a batch of seeds; ``make`` gives batch k its solver, which is walked to its end."""
+    def solve(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
+        """One run a batch of seeds, with the solver that ``make`` gives to batch k; the solvers, at their ends."""
         ...
 
     def stock(self, name: str, shift: float, steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
@@ -194,7 +185,7 @@ class Model(Protocol):
         ...
 
     def guided(self, guidance: float) -> AbstractContextManager[None]:
-        """Runs within take another guidance."""
+        """While the context lasts, runs take another guidance."""
         ...
 
     def header(self) -> dict[str, Any]:
@@ -206,121 +197,59 @@ class Model(Protocol):
         ...
 
 
-class Loop:
-    """A bare transformer in a loop of your own, for the calibrator: ``velocity(x, sigma, seeds)`` -> v, guidance done, and
-    ``noise(seeds)`` -> x at sigma 1, a sample a seed. Its rival is Adams-Bashforth 2: give ``calibrate(stock=("ab2",))``.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        velocity: Callable[[Tensor, float, Sequence[int]], Tensor],
-        noise: Callable[[Sequence[int]], Tensor],
-        guidance: float = 1.0,
-        batch: int = 8,
-    ) -> None:
-        self.module, self.velocity, self.noise, self.guidance, self.batch = module, velocity, noise, guidance, batch
-        self.tick: Callable[[float], None] = lambda share: None
-        self.spent = 0.0
-        self.shape: tuple[int, ...] = ()
-
-    def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
-        batches = [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
-        together = Together(len(batches))
-        solvers = [make(k, together) for k in range(len(batches))]
-
-        def run(k: int) -> None:
-            with torch.no_grad():
-                x = self.noise(batches[k])
-                self.shape = tuple(x.shape[1:])
-                for i, sigma in enumerate(solvers[k].nodes[:-1]):
-                    x = solvers[k].step(i, self.velocity(x, sigma, batches[k]), x)
-                    self.tick(len(batches[k]) / len(seeds))
-
-        together.run([partial(run, k) for k in range(len(batches))])
-        self.spent = solvers[0].steps
-        return solvers
-
-    def stock(self, name: str, shift: float, steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
-        raise TqaiError(f"a loop of your own has no solver {name!r}: give calibrate(stock=('ab2',))")
-
-    def guided(self, guidance: float) -> AbstractContextManager[None]:
-        raise TqaiError(f"guidance {guidance:g}: a loop of your own has one guidance, calibrate again for another")
-
-    def header(self) -> dict[str, Any]:
-        from ..modelhash import model_hash
-
-        return {
-            "models": {"transformer": model_hash(self.module)}, "model_class": type(self.module).__name__, "entry": entry_hash(self.module),
-            "guidance": guidance_range("guidance_scale", self.guidance),
-            "shape": self.shape, "versions": {"torch": str(torch.__version__)},
-        }  # fmt: skip
-
-    def branch_calls(self) -> float:
-        return self.spent
-
-
 @dataclass(frozen=True)
-class Truth:
-    """Fine runs over some seeds, a batch each."""
+class Reference:
+    """Runs over some seeds, a batch each, whose states were recorded."""
 
-    runs: list[Teacher]
+    runs: list[RecordingSolver]
+
+    def state(self, index: int) -> Tensor:
+        """State number ``index`` of all samples, -1 is the result."""
+        return torch.cat([run.states[index] for run in self.runs])
 
     @property
     def end(self) -> Tensor:
-        return torch.cat([run.states[-1] for run in self.runs])
+        return self.state(-1)
 
     def at(self, sigma: float) -> Tensor:
         return torch.cat([run.at(sigma) for run in self.runs])
 
 
-def truth(model: Model, seeds: Sequence[int], calls: int = TEACHER, shift: float = TEACHER_SHIFT) -> Truth:
-    """Adams-Bashforth 2 on a fine grid: the true ODE for all purposes here."""
-    return Truth([run for run in model.march(seeds, lambda k, together: Teacher(grid(calls, shift))) if isinstance(run, Teacher)])
+def recorded(model: Model, seeds: Sequence[int], nodes: Sequence[float], theta: Any = None) -> Reference:
+    """The calibrated step along ``nodes``, plain Adams-Bashforth 2 without ``theta``."""
+    runs = model.solve(seeds, lambda k, barrier: RecordingSolver(nodes, theta))
+    return Reference([run for run in runs if isinstance(run, RecordingSolver)])
 
 
-def fit(model: Model, seeds: Sequence[int], teacher: Truth, nodes: Sequence[float], form: str) -> tuple[tuple[float, ...], ...]:
-    """``theta`` on the student's own states. ``form="last"`` fits the step to 0 alone."""
+def reference(model: Model, seeds: Sequence[int], calls: int = REFERENCE_CALLS) -> Reference:
+    """A fine run, whose result stands for the exact solution of the ODE."""
+    return recorded(model, seeds, grid(calls, REFERENCE_SHIFT))
+
+
+def fit(model: Model, seeds: Sequence[int], exact: Reference, nodes: Sequence[float], form: str) -> tuple[tuple[float, ...], ...]:
+    """``theta`` on the fitted solver's own states. ``form="last"`` fits the step to 0 alone."""
     only = range(len(nodes) - 1) if form == "all" else (len(nodes) - 2,)
-    make = lambda k, together: Fit(nodes, teacher.runs[k].at, lambda part: together.total(k, part), only)  # noqa: E731
-    first = model.march(seeds, make)[0]
+    make = lambda k, barrier: Fit(nodes, exact.runs[k].at, lambda part: barrier.total(k, part), only)  # noqa: E731
+    first = model.solve(seeds, make)[0]
     assert isinstance(first, Fit)
     return tuple(first.fitted)
 
 
-def errors(model: Model, seeds: Sequence[int], exact: Truth, nodes: Sequence[float], theta: Any = None) -> dict[str, float]:
-    """NMSE of a student (Adams-Bashforth 2 without ``theta``) at the end and at its last node above 0."""
-    runs = model.march(seeds, lambda k, together: _Watched(nodes, theta))
-    before = torch.cat([run.states[-2] for run in runs])  # type: ignore[attr-defined]
-    end = torch.cat([run.states[-1] for run in runs])  # type: ignore[attr-defined]
-    return _against(exact, len(seeds), end, before, nodes[-2])
+def errors(model: Model, seeds: Sequence[int], exact: Reference, nodes: Sequence[float], theta: Any = None) -> dict[str, float]:
+    """NMSE to ``exact`` at the end and at the last node above 0."""
+    run = recorded(model, seeds, nodes, theta)
+    return _against(exact, len(seeds), run.end, run.state(-2), nodes[-2])
 
 
-class _Watched(Multistep):
-    """Keeps the two last states."""
-
-    def begin(self) -> None:
-        super().begin()
-        self.states: list[Tensor] = []
-
-    def step(self, i: int, v: Tensor, x: Tensor) -> Tensor:
-        if not self.states:
-            self.states = [x.float().cpu()]
-        out = super().step(i, v, x)
-        self.states = [self.states[-1], out.cpu()]
-        return out
-
-
-def stock_errors(model: Model, name: str, shift: float, steps: int, seeds: Sequence[int], exact: Truth) -> dict[str, float]:
+def stock_errors(model: Model, name: str, shift: float, steps: int, seeds: Sequence[int], exact: Reference) -> dict[str, float]:
     """The same of a stock solver."""
     if name == "ab2":
         return errors(model, seeds, exact, grid(steps, shift))
-    runs = model.stock(name, shift, steps, seeds)
-    end, before = torch.cat([r[2] for r in runs]), torch.cat([r[1] for r in runs])
-    return _against(exact, len(seeds), end, before, runs[0][0])
+    sigmas, before, end = zip(*model.stock(name, shift, steps, seeds), strict=True)
+    return _against(exact, len(seeds), torch.cat(end), torch.cat(before), sigmas[0])
 
 
-def _against(exact: Truth, count: int, end: Tensor, before: Tensor, sigma: float) -> dict[str, float]:
+def _against(exact: Reference, count: int, end: Tensor, before: Tensor, sigma: float) -> dict[str, float]:
     """Errors over the first ``count`` samples; a seed is a sample."""
     return {"error": nmse(end, exact.end[:count]), "before_last": nmse(before, exact.at(sigma)[:count])}
 
@@ -333,47 +262,46 @@ def calibrate(
     held_out: Sequence[int] = (8800, 8801, 8802),
     form: str = "all",
     shift: float | None = None,
-    teacher: int = TEACHER,
+    reference_calls: int = REFERENCE_CALLS,
     tune: int = 2,
     stock: Sequence[str] = STOCK,
-    truths: tuple[Truth, Truth] | None = None,
-    tell: Tell = lambda text, part: None,
+    references: tuple[Reference, Reference] | None = None,
+    progress: Progress = silent,
 ) -> CalibratedSampler:
     """Fit on ``seeds``, choose the grid and prove it on ``held_out`` against the best of ``stock``.
 
-    ``form="last"`` fits the last step alone, on the grid of ``shift``: it costs no call and repairs what every solver
-    does worst. ``shift`` is the user's grid; without one the best of the stock grids stands for it. The first ``tune`` seeds
-    choose each stock solver's shift. ``truths`` are fine runs of both kinds of seeds made before. Raises ValueError where the
-    sampler does not win by ``MARGIN``.
+    ``form="last"`` fits the last step alone, on the grid of ``shift``: it costs no call and improves the step at which every
+    solver errs most. ``shift`` is the user's grid; without one the best of the stock grids takes its place. The first ``tune``
+    seeds choose each stock solver's shift. ``references`` are fine runs of both kinds of seeds made before. Raises TqaiError
+    where the sampler does not win by ``MARGIN``.
     """
     seeds, held_out = list(seeds), list(held_out)
-    _sane(steps, seeds, held_out, form, teacher)
-    few = seeds[:tune]
-    grids = 3 if form == "all" else 1
-    fine, coarse = teacher * (len(seeds) + len(held_out)), len(stock) * (len(SHIFTS) * len(few) + len(held_out))
-    clock = Clock(fine + steps * (coarse + grids * (len(seeds) + len(held_out))), tell)
+    _check(steps, seeds, held_out, form, reference_calls)
+    few, count = seeds[:tune], len(seeds) + len(held_out)
+    coarse = len(stock) * (len(SHIFTS) * len(few) + len(held_out)) + (3 if form == "all" else 1) * count
+    clock = Clock(reference_calls * count + steps * coarse, progress)
     model.tick = clock.tick
 
-    clock.stage(f"teacher: {teacher} calls on {len(seeds)} seeds", len(seeds))
-    known = truths[0] if truths else truth(model, seeds, teacher)
+    clock.stage(f"reference: {reference_calls} calls on {len(seeds)} seeds", len(seeds))
+    known = references[0] if references else reference(model, seeds, reference_calls)
     clock.stage("stock solvers: their best grid", len(few))
     tuned: dict[str, float] = {}
     for name in stock:
         found = {s: stock_errors(model, name, s, steps, few, known)["error"] for s in SHIFTS}
         tuned[name] = min(found, key=found.__getitem__)
-    clock.stage(f"teacher: {teacher} calls on {len(held_out)} seeds that the fit does not see", len(held_out))
-    unseen = truths[1] if truths else truth(model, held_out, teacher)
+    clock.stage(f"reference: {reference_calls} calls on {len(held_out)} seeds that the fit does not see", len(held_out))
+    unseen = references[1] if references else reference(model, held_out, reference_calls)
     clock.stage("stock solvers on these", len(held_out))
     rivals: list[dict[str, Any]] = [{"name": n, "shift": s, **stock_errors(model, n, s, steps, held_out, unseen)} for n, s in tuned.items()]
     best = min(rivals, key=lambda r: r["error"])
-    clock.stage("the sampler", (len(seeds) + len(held_out)) / 2)
-    students = {}
-    for name, nodes in _grids(known, steps, form, shift, tuned.get("ab2", best["shift"])).items():
+    clock.stage("the sampler", count / 2)
+    fitted = {}
+    for name, nodes in _grids(known, steps, form, tuned.get("ab2", best["shift"]) if shift is None else shift).items():
         theta = fit(model, seeds, known, nodes, form)
-        students[name] = errors(model, held_out, unseen, nodes, theta), nodes, theta
+        fitted[name] = errors(model, held_out, unseen, nodes, theta), nodes, theta
     calls = model.branch_calls()
-    chosen = min(students, key=lambda n: students[n][0]["error"])
-    figures, nodes, theta = students[chosen]
+    chosen = min(fitted, key=lambda n: fitted[n][0]["error"])
+    figures, nodes, theta = fitted[chosen]
     if form == "last":  # its rival is the same solver on the same grid
         best = {"name": "ab2", "shift": shift or tuned["ab2"], **errors(model, held_out, unseen, nodes)}
     if not figures["error"] <= MARGIN * best["error"]:
@@ -382,25 +310,25 @@ def calibrate(
             f"{best['name']} at shift {best['shift']:g} has {best['error']:.3g}, and less than a quarter below it is not worth a file. "
             "Use that solver, or calibrate with more steps or more seeds"
         )
-    held = {**figures, "stock": best, "grids": {name: student[0]["error"] for name, student in students.items()}}
+    held = {**figures, "stock": best, "grids": {name: made[0]["error"] for name, made in fitted.items()}}
     return CalibratedSampler(
-        **model.header(), grid=chosen, nodes=nodes[:-1], theta=theta, form=form, calls=calls,
-        teacher={"calls": teacher, "shift": TEACHER_SHIFT}, seeds={"fit": tuple(seeds), "held_out": tuple(held_out)}, held_out=held,
+        **model.header(), grid=chosen, nodes=nodes[:-1], theta=theta, form=form, calls=calls, held_out=held,
+        teacher={"calls": reference_calls, "shift": REFERENCE_SHIFT}, seeds={"fit": tuple(seeds), "held_out": tuple(held_out)},
     )  # fmt: skip
 
 
-def widen(
-    model: Model, sampler: CalibratedSampler, guidance: float, samples: int = 2, tell: Tell = lambda text, part: None
+def extend_guidance_range(
+    model: Model, sampler: CalibratedSampler, guidance: float, samples: int = 2, progress: Progress = silent
 ) -> CalibratedSampler:
     """The sampler, allowed up (or down) to ``guidance`` if it wins there, too, against the stock solver it was proved
     against; unchanged if it does not."""
     seeds = list(sampler.seeds["held_out"])[:samples]
-    teacher, rival = int(sampler.teacher["calls"]), sampler.held_out["stock"]
-    clock = Clock((teacher + 2 * sampler.steps) * len(seeds), tell)
+    calls, rival = int(sampler.teacher["calls"]), sampler.held_out["stock"]
+    clock = Clock((calls + 2 * sampler.steps) * len(seeds), progress)
     model.tick = clock.tick
     clock.stage(f"guidance {guidance:g}", len(seeds))
     with model.guided(guidance):
-        exact = truth(model, seeds, teacher)
+        exact = reference(model, seeds, calls)
         ours = errors(model, seeds, exact, (*sampler.nodes, 0.0), sampler.theta)["error"]
         theirs = stock_errors(model, rival["name"], rival["shift"], sampler.steps, seeds, exact)["error"]
     g = dict(sampler.guidance)
@@ -415,37 +343,37 @@ def widen(
 class Clock:
     """How much of a calibration is done, counted in samples that went through the model."""
 
-    def __init__(self, total: float, tell: Tell) -> None:
-        self.total, self.tell, self.done = total, tell, 0.0
+    def __init__(self, total: float, progress: Progress) -> None:
+        self.total, self.progress, self.done = total, progress, 0.0
 
     def stage(self, text: str, samples: float) -> None:
         self.text, self.samples = text, samples
-        self.tell(text, min(self.done / self.total, 1.0))
+        self.progress(text, min(self.done / self.total, 1.0))
 
     def tick(self, share: float) -> None:
         """A batch of ``share`` of the stage's samples has made a step."""
         self.done += self.samples * share
-        self.tell(self.text, min(self.done / self.total, 1.0))
+        self.progress(self.text, min(self.done / self.total, 1.0))
 
 
-def _grids(teacher: Truth, steps: int, form: str, shift: float | None, tuned: float) -> dict[str, tuple[float, ...]]:
-    """The grids to try: nodes at equal shares of the teacher's change, stock ones, and half-way between, which spares the
-    dense end where the former bet too much on it."""
-    home = tuned if shift is None else shift
+def _grids(exact: Reference, steps: int, form: str, shift: float) -> dict[str, tuple[float, ...]]:
+    """The grids to try: nodes at equal shares of the velocity's change, the stock one, and half-way between, which is less
+    dense at the end where the first has most of its nodes."""
+    stock = {f"shift {shift:g}": grid(steps, shift)}
     if form == "last":
-        return {f"shift {home:g}": grid(steps, home)}
-    change = [sum(parts) for parts in zip(*(run.change for run in teacher.runs), strict=True)]
-    equal, stock = equidistributed(teacher.runs[0].nodes, change, steps), grid(steps, home)
-    between = tuple((a + b) / 2 for a, b in zip(equal, grid(steps, TEACHER_SHIFT), strict=True))
-    return {"equidistributed": equal, "half-way": between, f"shift {home:g}": stock}
+        return stock
+    change = [sum(parts) for parts in zip(*(run.change for run in exact.runs), strict=True)]
+    equal = equidistributed(exact.runs[0].nodes, change, steps)
+    between = tuple((a + b) / 2 for a, b in zip(equal, grid(steps, REFERENCE_SHIFT), strict=True))
+    return {"equidistributed": equal, "half-way": between, **stock}
 
 
-def _sane(steps: int, seeds: Sequence[int], held_out: Sequence[int], form: str, teacher: int) -> None:
+def _check(steps: int, seeds: Sequence[int], held_out: Sequence[int], form: str, calls: int) -> None:
     if form not in ("all", "last"):
         raise TqaiError(f"form={form!r}: give 'all' (every step) or 'last' (the step to 0 alone)")
     if steps < 3:
         raise TqaiError(f"{steps} steps: a calibrated sampler takes 3 or more")
-    if teacher < 4 * steps:
-        raise TqaiError(f"a teacher of {teacher} calls is too coarse for {steps} steps: give {max(4 * steps, TEACHER)} or more")
+    if calls < 4 * steps:
+        raise TqaiError(f"a reference of {calls} calls is too coarse for {steps} steps: give {max(4 * steps, REFERENCE_CALLS)} or more")
     if not seeds or not held_out or set(seeds) & set(held_out):
         raise TqaiError(f"seeds {list(seeds)} and held-out seeds {list(held_out)}: give at least one each, and none twice")

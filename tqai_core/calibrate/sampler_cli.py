@@ -1,15 +1,18 @@
-"""``tqai calibrate --sampler``: arguments, prompts and the bar."""
+"""``tqai calibrate --sampler``: arguments, prompts and the table that is printed."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import TqaiError
+from ..progress import progress_bar
+from ..text import comma_list, lines_in
 
 PROMPTS = (
     "a portrait of an old fisherman, studio light",
@@ -32,13 +35,13 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--form", choices=("all", "last"), default="all", help="fit every step, or only the step to 0 on your own grid")
     group.add_argument("--shift", type=float, help="your own grid's shift; always the grid of --form last")
     group.add_argument("--difference", action="store_true", help="with guidance: forecast cond - uncond on half of the steps while fitting")
-    group.add_argument("--teacher", type=int, default=100, help="calls of the fine run")
+    group.add_argument("--teacher", type=int, default=100, help="model calls of the fine reference run that the sampler is fitted to")
     group.add_argument("--samples", type=int, default=4, help="seeds to fit on")
     group.add_argument("--held-out", type=int, default=3, help="other seeds, which prove it")
     group.add_argument("--batch", type=int, help="seeds in one call of the model; default: 1, and all for a demo")
     group.add_argument("--guidance", type=float, help="guidance to calibrate at; default: the pipeline's own, and 2 for a demo")
     group.add_argument(
-        "--reach", type=_guidances, default=(), metavar="W,...", help="other guidances to prove it at; allowed where it wins"
+        "--reach", type=comma_list(float), default=(), metavar="W,...", help="other guidances to prove it at; allowed where it wins"
     )
     group.add_argument("--prompts", type=Path, metavar="TEXTFILE", help="one prompt a line; eight of ours without it")
     group.add_argument("--size", help="WIDTHxHEIGHT, and xFRAMES for video; default: the pipeline's own")
@@ -46,14 +49,10 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="bfloat16", help="of the weights of -m")
 
 
-def _guidances(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(",") if part.strip())
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Make the file and return its content with what it cost."""
     from ..hosts.diffusers.sampler import PipelineModel
-    from .sampler import calibrate, widen
+    from .sampler import calibrate, extend_guidance_range
 
     args.steps = 12 if args.steps is None else args.steps
     if args.samples < 1 or args.held_out < 1:
@@ -61,13 +60,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipe, inputs = _demo(args) if args.demo else _pipeline(args)
     model = PipelineModel(pipe, inputs, batch=args.batch or (args.samples if args.demo else 1), difference=args.difference)
     began = time.process_time()
-    with Bar() as bar:
+    with progress_bar("calibrating") as progress:
         sampler = calibrate(
             model, args.steps, seeds=range(FIRST, FIRST + args.samples), held_out=range(FIRST_HELD_OUT, FIRST_HELD_OUT + args.held_out),
-            form=args.form, shift=args.shift, teacher=args.teacher, tell=bar,
+            form=args.form, shift=args.shift, reference_calls=args.teacher, progress=progress,
         )  # fmt: skip
         for guidance in args.reach:
-            sampler = widen(model, sampler, guidance, tell=bar)
+            sampler = extend_guidance_range(model, sampler, guidance, progress=progress)
     sampler.save(args.output)
     return {**sampler.to_dict(), "file": str(args.output), "seconds_cpu": time.process_time() - began}
 
@@ -92,11 +91,11 @@ def _demo(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict
 
 
 def _pipeline(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict[str, Any]]]:
-    from ..hosts.diffusers.sampler import load_pipeline
+    from ..hosts.diffusers.load import pipeline
 
-    prompts = PROMPTS
+    prompts: Sequence[str] = PROMPTS
     if args.prompts is not None:
-        prompts = tuple(line.strip() for line in args.prompts.read_text().splitlines() if line.strip())
+        prompts = lines_in(args.prompts.read_text())
         if not prompts:
             raise TqaiError(f"{args.prompts} has no prompts: write one a line")
     fixed: dict[str, Any] = {}
@@ -105,28 +104,11 @@ def _pipeline(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], 
             fixed = dict(zip(("width", "height", "num_frames"), map(int, args.size.lower().split("x")), strict=False))
         except ValueError:
             raise TqaiError(f"--size {args.size}: give WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, as in 1024x1024") from None
-    pipe, guidance = load_pipeline(args.model, args.dtype, args.device)
+    if not isinstance(dtype := getattr(torch, args.dtype, None), torch.dtype):
+        raise TqaiError(f"dtype {args.dtype!r} is unknown: give bfloat16, float16 or float32")
+    pipe = pipeline(args.model, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(args.device)
     if args.guidance is not None:
-        fixed[guidance] = args.guidance
+        fixed["guidance_scale"] = args.guidance
     return pipe, lambda seeds: {"prompt": [prompts[seed % len(prompts)] for seed in seeds], **fixed}
-
-
-class Bar:
-    """A progress bar on stderr; says nothing where that is no terminal."""
-
-    def __enter__(self) -> Bar:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self.progress = Progress(console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.progress.add_task("calibrating", total=1.0)
-        self.progress.start()
-        return self
-
-    def __call__(self, text: str, part: float) -> None:
-        self.progress.update(self.task, description=text, completed=part)
-
-    def __exit__(self, *error: Any) -> None:
-        self.progress.stop()
-        sys.stderr.flush()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -22,12 +22,13 @@ from ..config import FAMILIES, Config, preset
 from ..errors import TqaiError
 from ..hosts.calibration_targets import Diffusion
 from ..modelhash import model_hash
+from ..progress import Progress, silent
+from ..roles import STEPS
 
 SEEDS, CHOICE, PROOF = (100, 101), (102, 103), (104, 105, 106)  # of the search, of the pick among its best, of the proof
 BUDGETS = ("calls", "bytes", "time")
 FINALISTS = 3
 Row = dict[str, Any]
-Tell = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Budget:
 
 
 class Bench:
-    """Runs pipelines on one subject and remembers exact runs."""
+    """Runs pipelines on one target and remembers exact runs."""
 
-    def __init__(self, subject: Diffusion) -> None:
-        self.subject = subject
+    def __init__(self, target: Diffusion) -> None:
+        self.target = target
         self._exact: dict[int, tuple[Tensor, float]] = {}
 
     def measure(self, config: Config, seeds: Sequence[int]) -> Row:
@@ -62,14 +63,13 @@ class Bench:
         rows = []
         for seed in seeds:
             if seed not in self._exact:
-                self._exact[seed] = self.subject.run(seed)[:2]
-            truth, seconds = self._exact[seed]
-            out, spent, report = self.subject.run(seed, config)
+                self._exact[seed] = self.target.run(seed)[:2]
+            exact, seconds = self._exact[seed]
+            out, spent, report = self.target.run(seed, config)
             assert report is not None
-            rows.append((
-                self.subject.damage(out, truth) / self.subject.size(truth), (report.calls - report.calls_skipped) / max(report.calls, 1),
-                report.bytes_held_peak, spent / seconds,
-            ))  # fmt: skip
+            error = self.target.damage(out, exact) / self.target.size(exact)
+            calls = (report.calls - report.calls_skipped) / max(report.calls, 1)
+            rows.append((error, calls, report.bytes_held_peak, spent / seconds))
         return dict(zip(("error", "calls", "bytes", "time"), map(mean, zip(*rows, strict=True)), strict=True))
 
 
@@ -83,7 +83,7 @@ def spread(first: int, last: int, power: float, count: int, total: int) -> tuple
 
 
 def candidate(trial: Any, steps: int, budget: Budget, levels: Sequence[str], fragile: Sequence[int]) -> Config:
-    """The pipeline a trial stands for."""
+    """The pipeline of a trial."""
     level = trial.suggest_categorical("level", list(levels)) if len(levels) > 1 else levels[0]
     strategy: Row = {"name": trial.suggest_categorical("strategy", ["delta2", "delta", "tiered"])}
     if strategy["name"] != "delta":
@@ -95,7 +95,7 @@ def candidate(trial: Any, steps: int, budget: Budget, levels: Sequence[str], fra
     if name == "schedule":
         share = budget.limit if budget.what in ("calls", "time") else 0.5
         most = max(round(share * steps), 4)
-        if strategy["cfg"] == "difference":  # half of the computed steps spare a branch
+        if strategy["cfg"] == "difference":  # half of the computed steps forecast a branch
             most = min(round(most * 1.3), steps - 1)
         count = trial.suggest_int(f"count_{strategy['cfg']}", max(most - 2, 4), most)
         shape = (trial.suggest_int("first", 1, 3), trial.suggest_int("last", 1, 4), trial.suggest_float("power", 0.6, 1.6))
@@ -119,17 +119,17 @@ def candidate(trial: Any, steps: int, budget: Budget, levels: Sequence[str], fra
     )
 
 
-def fragile_layers(bench: Bench, seed: int, tell: Tell = lambda text, part: None) -> list[tuple[int, float]]:
+def fragile_layers(bench: Bench, seed: int, progress: Progress = silent) -> list[tuple[int, float]]:
     """(layer, error) of forecasting every second step of one layer alone, worst first: what to propose as ``skip_layers``."""
-    from ..hosts import attention_interceptor as taps
+    from ..hosts.attention_interceptor import blocks_of
 
-    depth = len(taps.blocks_of(bench.subject.model))
+    depth = len(blocks_of(bench.target.model))
     found = []
     for layer in range(depth):
         others = tuple(i for i in range(depth) if i != layer)
         config = Config(level="block", monitor={"name": "fixed", "interval": 2.0, "min_steps": 1}, skip_layers=others)
         found.append((layer, bench.measure(config, [seed])["error"]))
-        tell(f"layer {layer} alone", (layer + 1) / depth)
+        progress(f"layer {layer} alone", (layer + 1) / depth)
     return sorted(found, key=lambda pair: -pair[1])
 
 
@@ -142,97 +142,107 @@ def proposed(layers: Sequence[tuple[int, float]]) -> tuple[int, ...]:
 
 
 def tune(
-    subject: Diffusion,
+    target: Diffusion,
     budget: Budget,
     study_file: Path,
     trials: int = 40,
     sampler: str = "nsga2",
     levels: Sequence[str] = ("model",),
     seed: int = 0,
-    tell: Tell = lambda text, part: None,
+    progress: Progress = silent,
 ) -> Row:
     """Search until ``trials`` are finished, those of a resumed study counted, then choose and prove. Plain data."""
-    optuna = _optuna()
     if trials < 1:
         raise TqaiError(f"trials={trials}: give 1 or more")
-    if unknown := [level for level in levels if level not in ("model", "block", "attention")]:
-        raise TqaiError(f"levels {unknown}: give model, block, attention")
-    makers = {
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=12, seed=seed),
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, group=True),
-    }
-    if sampler not in makers:
-        raise TqaiError(f"sampler {sampler!r} is unknown; known: {', '.join(makers)}")
-    study_file.parent.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=f"sqlite:///{study_file}", study_name="tqai", sampler=makers[sampler](), load_if_exists=True,
-        directions=["minimize", "minimize"],
-    )  # fmt: skip
+    if unknown := [level for level in levels if level not in STEPS]:
+        raise TqaiError(f"levels {unknown}: give {', '.join(STEPS)}")
     settings = {
-        "model": model_hash(subject.model), "class": type(subject.model).__name__, "steps": subject.steps, "levels": list(levels),
+        "model": model_hash(target.model), "class": type(target.model).__name__, "steps": target.steps, "levels": list(levels),
         "budget": [budget.what, budget.limit], "seeds": list(SEEDS),
     }  # fmt: skip
-    had = study.user_attrs.get("settings")
-    if had is not None and had != settings:
-        differing = ", ".join(f"{k}={had.get(k)!r}" for k in settings if had.get(k) != settings[k])
-        raise TqaiError(f"study {study_file} was begun with other settings ({differing}): give the same ones, or another --study")
-    study.set_user_attr("settings", settings)
-    bench = Bench(subject)
-    fragile: list[tuple[int, float]] = [tuple(pair) for pair in study.user_attrs.get("layers", [])]
-    if not fragile:
-        fragile = fragile_layers(bench, SEEDS[0], lambda text, part: tell(text, 0.0))
-        study.set_user_attr("layers", fragile)
-    skip = proposed(fragile)
-    finished = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    study = _open(study_file, sampler, seed, settings)
+    bench = Bench(target)
+    layers: list[tuple[int, float]] = [tuple(pair) for pair in study.user_attrs.get("layers", [])]
+    if not layers:
+        layers = fragile_layers(bench, SEEDS[0], lambda text, share: progress(text, 0.0))
+        study.set_user_attr("layers", layers)
     if not study.trials:
-        for known in _known(subject.steps, budget):
+        for known in _known(target.steps, budget):
             study.enqueue_trial(known)
+    finished = lambda study: sum(t.state.name == "COMPLETE" for t in study.trials)  # noqa: E731
+    skip = proposed(layers)
 
     def objective(trial: Any) -> tuple[float, float]:
-        config = candidate(trial, subject.steps, budget, levels, skip)
+        config = candidate(trial, target.steps, budget, levels, skip)
         row = bench.measure(config, SEEDS)
         trial.set_user_attr("config", config.to_dict())
         trial.set_user_attr("row", row)
         trial.set_constraint(budget.what, row[budget.what] - budget.limit)
         return row["error"], row[budget.what]
 
-    def heard(study: Any, trial: Any) -> None:
-        count = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
-        tell(f"{count} of {trials} trials", 0.9 * count / trials)
-
-    study.optimize(objective, n_trials=max(trials - len(finished), 0), callbacks=[heard])
-    return _outcome(subject, bench, study, budget, settings, fragile, skip, tell)
+    show = lambda study, trial: progress(f"{finished(study)} of {trials} trials", 0.9 * finished(study) / trials)  # noqa: E731
+    study.optimize(objective, n_trials=max(trials - finished(study), 0), callbacks=[show])
+    return _outcome(bench, study, budget, progress)
 
 
-def _outcome(
-    subject: Diffusion, bench: Bench, study: Any, budget: Budget, settings: Row, layers: Sequence[Any], skip: Sequence[int], tell: Tell
-) -> Row:
-    rows = rows_of(study)
-    default = preset("balanced", subject.family.name if subject.family.name in FAMILIES else None)
-    allowed = sorted((r for r in rows if r[budget.what] <= budget.limit), key=lambda r: r["error"])
+def _open(file: Path, sampler: str, seed: int, settings: Row) -> Any:
+    """The study in ``file``, new or resumed; TqaiError where it was begun with other settings."""
+    optuna = _optuna()
+    makers = {
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=12, seed=seed),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, group=True),
+    }
+    if sampler not in makers:
+        raise TqaiError(f"sampler {sampler!r} is unknown; known: {', '.join(makers)}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{file}", study_name="tqai", sampler=makers[sampler](), load_if_exists=True, directions=["minimize", "minimize"]
+    )
+    had = study.user_attrs.get("settings", settings)
+    if had != settings:
+        differing = ", ".join(f"{k}={had.get(k)!r}" for k in settings if had.get(k) != settings[k])
+        raise TqaiError(f"study {file} was begun with other settings ({differing}): give the same ones, or another --study")
+    study.set_user_attr("settings", settings)
+    return study
+
+
+def _outcome(bench: Bench, study: Any, budget: Budget, progress: Progress) -> Row:
+    """The best on other seeds, and the proof on seeds that neither the search nor the choice saw."""
+    found, family = summary(study), bench.target.family.name
+    default = preset("balanced", family if family in FAMILIES else None)
+    allowed = sorted((r for r in found["trials"] if r[budget.what] <= budget.limit), key=lambda r: r["error"])
     unique = list({json.dumps(r["config"], sort_keys=True): r for r in reversed(allowed)}.values())[::-1][:FINALISTS]
     finals: list[tuple[float, Config]] = []
     for i, row in enumerate(unique):
-        tell("the best on other seeds", 0.9 + 0.05 * i / FINALISTS)
+        progress("the best on other seeds", 0.9 + 0.05 * i / FINALISTS)
         config = Config.from_dict(row["config"])
-        found = bench.measure(config, CHOICE)
-        if found[budget.what] <= budget.limit:
-            finals.append((row["error"] + found["error"], config))
+        chosen = bench.measure(config, CHOICE)
+        if chosen[budget.what] <= budget.limit:
+            finals.append((row["error"] + chosen["error"], config))
     best = min(finals, key=lambda pair: pair[0])[1] if finals else default
-    tell("the proof on unseen seeds", 0.96)
+    progress("the proof on unseen seeds", 0.96)
     proof = {"default": bench.measure(default, PROOF), "tuned": bench.measure(best, PROOF)}
     fits = proof["default"][budget.what] <= budget.limit
     kept = best != default and (proof["tuned"]["error"] <= proof["default"]["error"] or not fits)
     return {
-        "what": "study", "settings": settings, "budget": {"what": budget.what, "limit": budget.limit}, "trials": rows,
-        "front": front(rows, budget.what), "layers": [list(pair) for pair in layers], "skip_layers": list(skip),
-        "proof_seeds": list(PROOF), "proof": proof, "kept": "tuned" if kept else "default", "tuned": best.to_dict(),
+        **found, "proof_seeds": list(PROOF), "proof": proof, "kept": "tuned" if kept else "default", "tuned": best.to_dict(),
         "config": (best if kept else default).to_dict(), "default_fits": fits,
     }  # fmt: skip
 
 
+def summary(study: Any) -> Row:
+    """What a study holds, finished or not, as plain data."""
+    settings, layers = study.user_attrs.get("settings", {}), study.user_attrs.get("layers", [])
+    what, limit = settings.get("budget", ["calls", 0.5])
+    rows = rows_of(study)
+    return {
+        "what": "study", "settings": settings, "budget": {"what": what, "limit": limit}, "trials": rows, "front": front(rows, what),
+        "layers": [list(pair) for pair in layers], "skip_layers": list(proposed(layers)),
+    }  # fmt: skip
+
+
 def rows_of(study: Any) -> list[Row]:
-    """Finished trials as plain data."""
+    """Finished trials."""
     done = [t for t in study.trials if t.values is not None and "row" in t.user_attrs]
     return [{"trial": t.number, "config": t.user_attrs["config"], **t.user_attrs["row"]} for t in done]
 
@@ -248,21 +258,14 @@ def front(rows: Sequence[Mapping[str, Any]], what: str) -> list[int]:
 
 
 def load_study(path: Path) -> Row:
-    """What a study file holds, as far as :func:`tune` came. ValueError for a file that is none."""
+    """What a study file holds, finished or not. TqaiError for a file that is no study."""
     optuna = _optuna()
     if not path.is_file():
         raise TqaiError(f"study {path} is not there: tqai tune --study {path} makes it")
     try:
-        study = optuna.load_study(study_name="tqai", storage=f"sqlite:///{path}")
+        return summary(optuna.load_study(study_name="tqai", storage=f"sqlite:///{path}"))
     except Exception as error:  # SQLAlchemy has many
         raise TqaiError(f"{path} is no study of tqai tune ({type(error).__name__})") from None
-    settings = study.user_attrs.get("settings", {})
-    what, limit = settings.get("budget", ["calls", 0.5])
-    rows = rows_of(study)
-    return {
-        "what": "study", "settings": settings, "budget": {"what": what, "limit": limit}, "trials": rows, "front": front(rows, what),
-        "layers": study.user_attrs.get("layers", []), "skip_layers": list(proposed(study.user_attrs.get("layers", []))),
-    }  # fmt: skip
 
 
 def _known(steps: int, budget: Budget) -> list[Row]:

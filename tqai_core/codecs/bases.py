@@ -11,22 +11,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import TqaiError
-from ..modelhash import model_hash
+from ..files import once_per_version, read_with_header, write_tensors
+from ..modelhash import check_model
 from . import rotation
 from .scalar import run_bytes
 
-FORMAT = 1
+FIELD, FORMAT = "tqai-bases", 1  # of the file's header
 BAND = 8  # coordinates that share a width
 # NMSE of a unit-variance coordinate by width: what a bit buys. Measured with the trellis (benchmarks/trellis_levels.py)
 NMSE = (1.0, 0.316, 0.0884, 0.0242, 0.00656, 0.0018, 0.000454, 0.000114, 0.000029)
@@ -96,33 +95,26 @@ class Bases:
     """The bases of one stream: one for all heads, or one a head."""
 
     heads: tuple[Basis, ...]
-    _moved: dict[torch.device, tuple[Basis, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _moved: dict[str, tuple[Basis, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, device: torch.device) -> tuple[Basis, ...]:
-        if device not in self._moved:
-            self._moved[device] = tuple(basis.to(device) for basis in self.heads)
-        return self._moved[device]
+        if (key := str(device)) not in self._moved:
+            self._moved[key] = tuple(basis.to(device) for basis in self.heads)
+        return self._moved[key]
 
 
-@lru_cache(maxsize=64)
+_HADAMARD: dict[tuple[int, int, int], Bases] = {}  # a plain dict: torch.compile reads it, but not a cache
+
+
 def hadamard(d: int, bits: int, seed: int) -> Bases:
-    """The random rotation for vectors of ``d``."""
-    block = rotation.block_size(d)
-    matrix = rotation.matrix(block, seed)
-    fast = block == d and d & (d - 1) == 0 and d >= 4 * rotation.SMALL
-    signs = matrix[0].sign() if fast else None  # the first row of Sylvester's matrix is all ones
-    return Bases((Basis(matrix, ((0, d, bits),), None, None if block == d else block, d, signs),))
-
-
-_AT: dict[tuple[int, int, int, str], tuple[Basis, ...]] = {}  # a plain dict: torch.compile reads it, but not a cache
-
-
-def hadamard_at(d: int, bits: int, seed: int, device: torch.device) -> tuple[Basis, ...]:
-    """:func:`hadamard` on a device."""
-    key = (d, bits, seed, str(device))
-    if key not in _AT:
-        _AT[key] = hadamard(d, bits, seed).at(device)
-    return _AT[key]
+    """The random rotation for vectors of ``d``, made once."""
+    if (key := (d, bits, seed)) not in _HADAMARD:
+        block = rotation.block_size(d)
+        matrix = rotation.matrix(block, seed)
+        fast = block == d and d & (d - 1) == 0 and d >= 4 * rotation.SMALL
+        signs = matrix[0].sign() if fast else None  # the first row of Sylvester's matrix is all ones
+        _HADAMARD[key] = Bases((Basis(matrix, ((0, d, bits),), None, None if block == d else block, d, signs),))
+    return _HADAMARD[key]
 
 
 def klt(samples: Tensor, bits: int, centred: bool = True) -> Basis:
@@ -173,59 +165,9 @@ def water_fill(variance: Tensor, total: int) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def calibrate(
-    samples: Mapping[str, Tensor], bits: int, codec: Any = None, held_out: float = 0.25, model: nn.Module | None = None
-) -> tuple[BasesFile, dict[str, list[dict[str, Any]]]]:
-    """Bases for every stream of ``samples`` (name -> ``[heads, n, d]``) with a held-out verdict a head.
-
-    The last ``held_out`` share of the vectors judges: a head whose KLT does not beat the random rotation there, coded by
-    ``codec`` at the same bytes, keeps the rotation. ``model`` is whose samples they are: its hash goes into the file.
-    Returns the file and, a stream, one verdict a head.
-    """
-    from ..registry import build
-
-    codec = codec or build("codec", {"name": "trellis", "bits": bits})
-    if codec.bits != bits:
-        raise TqaiError(f"the codec has {codec.bits} bits, the bases are for {bits}: give both the same")
-    streams: dict[str, tuple[Basis | None, ...]] = {}
-    verdicts: dict[str, list[dict[str, Any]]] = {}
-    for name, x in samples.items():
-        if x.ndim != 3 or not x.is_floating_point():
-            raise TqaiError(f"samples of {name!r} have shape {tuple(x.shape)}: give floats [heads, n, d]")
-        cut = int(x.shape[1] * (1 - held_out))
-        d = x.shape[-1]
-        chosen: list[Basis | None] = []
-        verdicts[name] = []
-        for head in x:
-            fit, test = head[:cut].float(), head[cut:].float()
-            verdict: dict[str, Any] = {"vectors": cut}
-            basis = None
-            if cut >= 2 * d and len(test):
-                basis = klt(fit, bits)
-                error = {
-                    kind: _error(codec, test, bases)
-                    for kind, bases in (("klt", Bases((basis,))), ("hadamard", hadamard(d, bits, codec.seed)))
-                }
-                verdict |= error
-                if error["klt"] >= error["hadamard"]:
-                    basis = None
-            else:
-                verdict["why"] = f"{cut} vectors are fewer than 2 d = {2 * d}"
-            verdict["kept"] = "hadamard" if basis is None else "klt"
-            verdicts[name].append(verdict)
-            chosen.append(basis)
-        streams[name] = tuple(chosen)
-    return BasesFile(streams, bits, "" if model is None else model_hash(model)), verdicts
-
-
-def _error(codec: Any, x: Tensor, bases: Bases) -> float:
-    y = codec.decode(codec.encode(x, bases=bases), torch.float32, bases=bases)
-    return float(((x - y).square().sum(-1) / x.square().sum(-1).clamp_min(1e-30)).mean())
-
-
 @dataclass(frozen=True)
 class BasesFile:
-    """Calibrated bases by stream name; None stands for a head that keeps the random rotation."""
+    """Calibrated bases by stream name; None for a head that keeps the random rotation."""
 
     streams: Mapping[str, tuple[Basis | None, ...]]
     bits: int
@@ -248,21 +190,16 @@ class BasesFile:
         return Bases(out)
 
     def check(self, model: nn.Module) -> None:
-        """ValueError if these bases were calibrated on another model, or nobody knows on which."""
-        given = model_hash(model)
-        if self.model != given:
-            raise TqaiError(
-                f"these bases belong to model {self.model or '(none written)'}, {type(model).__name__} here is {given}: "
-                "on another model they are worse than none; calibrate on this one"
-            )
+        """TqaiError if these bases were calibrated on another model, or if the file does not say on which."""
+        check_model(model, self.model, "this file of bases")
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with a JSON header."""
         tensors, header = self.content()
-        save_file(tensors, str(path), {"tqai-bases": json.dumps(header)})
+        write_tensors(path, tensors, {FIELD: json.dumps(header)})
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and header of the file; other files may carry them beside their own."""
+        """Tensors and header of the file; other files may hold them too."""
         tensors: dict[str, Tensor] = {}
         header: dict[str, Any] = {"format": FORMAT, "bits": self.bits, "model": self.model, "streams": {}}
         for name, heads in self.streams.items():
@@ -275,25 +212,20 @@ class BasesFile:
 
     @staticmethod
     def load(path: str | Path) -> BasesFile:
-        """Read a file of :meth:`save`. ValueError names the field that is missing or wrong."""
+        """Read a file of :meth:`save`. TqaiError names the field that is missing or wrong."""
+        again = "calibrate again"
+        header, tensors = read_with_header(path, FIELD, FORMAT, what="file of tqai bases", make="run tqai calibrate", again=again)
         try:
-            with safe_open(str(path), framework="pt") as f:
-                header = json.loads((f.metadata() or {}).get("tqai-bases", "null"))
-                if not isinstance(header, dict):
-                    raise TqaiError(f"{path}: field 'tqai-bases' is missing: this is no file of tqai bases; run tqai calibrate")
-                if header.get("format") != FORMAT:
-                    raise TqaiError(
-                        f"{path}: field 'format' is {header.get('format')!r}, this tqai reads {FORMAT}: upgrade or calibrate again"
-                    )
-                streams: dict[str, tuple[Basis | None, ...]] = {}
-                for name, heads in header["streams"].items():
-                    streams[name] = tuple(
-                        None if runs is None else _basis(f.get_tensor(f"{name}/{i}/matrix"), f.get_tensor(f"{name}/{i}/scale"), runs)
-                        for i, runs in enumerate(heads)
-                    )
-                return BasesFile(streams, int(header["bits"]), str(header["model"]))
-        except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise TqaiError(f"{path}: not a readable file of bases ({error}): calibrate again") from None
+            streams = {
+                name: tuple(
+                    None if runs is None else _basis(tensors[f"{name}/{i}/matrix"], tensors[f"{name}/{i}/scale"], runs)
+                    for i, runs in enumerate(heads)
+                )
+                for name, heads in header["streams"].items()
+            }
+            return BasesFile(streams, int(header["bits"]), str(header["model"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise TqaiError(f"{path}: not a readable file of tqai bases ({error}): {again}") from None
 
 
 def _basis(matrix: Tensor, scale: Tensor, runs: Any) -> Basis:
@@ -307,15 +239,12 @@ def _basis(matrix: Tensor, scale: Tensor, runs: Any) -> Basis:
     return Basis(matrix.float(), runs, scale.float())
 
 
-@lru_cache(maxsize=8)
-def _load(path: str, stamp: float) -> BasesFile:
-    return BasesFile.load(path)
+_load = once_per_version(BasesFile.load)
 
 
 def load(path: str, model: nn.Module | None = None) -> BasesFile:
-    """A file of bases, kept in memory until it changes on disk. ValueError if ``model`` is given and they are not its."""
-    file = Path(path)
-    found = _load(str(file), file.stat().st_mtime if file.exists() else 0.0)
+    """A file of bases. TqaiError if ``model`` is given and they are not its."""
+    found = _load(path)
     if model is not None:
         found.check(model)
     return found

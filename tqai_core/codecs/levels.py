@@ -7,7 +7,6 @@ the midpoints of the levels; iterated here until nothing moves.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import numpy as np
@@ -15,28 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import TqaiError
+from ..workspace import Workspace
 
 REACH = 8.0  # standard deviations; beyond lies 1e-15 of a Gaussian
 GRID = 1 << 17
-
-
-class Room:
-    """Memory that the chunks of one call share by name: fresh pages would cost more than the arithmetic on them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._kept: dict[str, Tensor] = {}
-
-    def of(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """A contiguous tensor, its content undefined; it lasts until the name is asked for again."""
-        kept = self._kept.get(name)
-        if kept is not None and kept.shape == shape:
-            return kept
-        size = math.prod(shape)
-        if kept is None or kept.numel() < size:
-            kept = self._kept[name] = torch.empty(shape, dtype=dtype, device=self.device)
-            return kept
-        return kept.view(-1)[:size].view(shape)
 
 
 class Grid:
@@ -51,9 +32,9 @@ class Grid:
     def over(level: Tensor, cells: int, least: float = 0.0) -> Grid:
         return Grid(cells, max(float(level[-1]) * 1.05 + 0.1, least))
 
-    def cells(self, y: Tensor, inverse: Tensor, room: Room) -> Tensor:
-        """Cells ``int32`` of ``y * inverse``, in ``room`` under "scaled"; what lies outside takes the first or the last."""
-        scaled = torch.mul(y, inverse * self.scale, out=room.of("scaled", y.shape)).add_(self.middle).clamp_(0, self.last)
+    def cells(self, y: Tensor, inverse: Tensor, work: Workspace) -> Tensor:
+        """Cells ``int32`` of ``y * inverse``, in ``work`` under "scaled"; what lies outside takes the first or the last."""
+        scaled = torch.mul(y, inverse * self.scale, out=work.take("scaled", y.shape)).add_(self.middle).clamp_(0, self.last)
         if torch.compiler.is_compiling():
             return scaled.to(torch.int32)
         return scaled.view(torch.int32).copy_(scaled)  # each number over itself: fresh memory would cost more

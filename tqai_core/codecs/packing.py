@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits <-> bytes, along the last dimension, little end first.
+"""Codes of 1 to 8 bits <-> bytes, along the last dimension, little-endian.
 
 A row of ``d`` codes takes ``ceil(d * bits / 8)`` bytes: 8 codes of 3 bits in 3 bytes, 4 of 6 bits in 3 bytes, ...; the
 last group of a row is cut.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .levels import Room
+from ..workspace import Workspace
 
 # bits -> (codes a group, bytes a group): the smallest group that ends on a byte
 GROUPS = {1: (8, 1), 2: (4, 1), 3: (8, 3), 4: (2, 1), 5: (8, 5), 6: (4, 3), 7: (8, 7), 8: (1, 1)}
@@ -58,15 +58,15 @@ def unpack(packed: Tensor, d: int, bits: int) -> Tensor:
     return codes.flatten(1)[:, :d].to(torch.int32)
 
 
-def lookup(table: Tensor, index: Tensor, room: Room) -> Tensor:
-    """Rows ``table[index]`` (fp32 ``[rows, k]``, ``int32 [n, units]``) side by side: ``[n, units * k]``, in ``room``."""
+def lookup(table: Tensor, index: Tensor, work: Workspace) -> Tensor:
+    """Rows ``table[index]`` (fp32 ``[rows, k]``, ``int32 [n, units]``) side by side: ``[n, units * k]``, in ``work``."""
     n, units = index.shape
     k = table.shape[1]
     # two fp32 numbers read as one of 8 bytes, four as one of 16: the gather is then 3 times faster
     wide = None if torch.compiler.is_compiling() else {1: torch.float32, 2: torch.float64, 4: torch.complex128}.get(k)
     if wide is None:
         return F.embedding(index, table).flatten(1)
-    out = room.of("scaled", (n, units * k))
+    out = work.take("scaled", (n, units * k))
     torch.index_select(table.view(wide).view(-1), 0, index.reshape(-1), out=out.view(-1).view(wide))
     return out
 

@@ -39,20 +39,20 @@ def matrix(d: int, seed: int) -> Tensor:
     return (q * r.diagonal().sign()).T.float().contiguous()
 
 
-def hadamard(x: Tensor, small: Tensor, spare: Tensor) -> Tensor:
+def hadamard(x: Tensor, small: Tensor, other: Tensor) -> Tensor:
     """``x @ (H kron small)`` for ``x [n, d]``, ``small [b, b]`` and the Sylvester-Hadamard ``H`` of d / b, in the memory of
-    ``x`` and ``spare``: returns the one that has the result, ``spare`` for an even :func:`stages`."""
+    ``x`` and ``other``: returns the one that has the result, ``other`` for an even :func:`stages`."""
     n, width = len(x), len(small)
-    torch.mm(x.view(-1, width), small, out=spare.view(-1, width))
-    return _butterflies(spare, x, n, width, 1)
+    torch.mm(x.view(-1, width), small, out=other.view(-1, width))
+    return _butterflies(other, x, n, width, 1)
 
 
-def hadamard_columns(x: Tensor, small: Tensor, out: Tensor, spare: Tensor) -> Tensor:
+def hadamard_columns(x: Tensor, small: Tensor, out: Tensor, other: Tensor) -> Tensor:
     """The same, stored coordinate by coordinate: ``small [d / b, b, b]``, a matrix for each block of ``x [n, d]``; into
-    ``out`` or ``spare [d, n]``, ``out`` for an even :func:`stages`."""
+    ``out`` or ``other [d, n]``, ``out`` for an even :func:`stages`."""
     n, (blocks, width, _) = len(x), small.shape
     torch.bmm(small, x.view(n, blocks, width).permute(1, 2, 0), out=out.view(blocks, width, n))
-    return _butterflies(out, spare, 1, width, n)
+    return _butterflies(out, other, 1, width, n)
 
 
 def stages(d: int) -> int:
@@ -70,15 +70,3 @@ def _butterflies(now: Tensor, free: Tensor, outer: int, width: int, inner: int) 
         torch.sub(left, right, out=to[:, :, 1])
         now, free, span = free, now, span * 2
     return now
-
-
-def rotate(x: Tensor, m: Tensor) -> Tensor:
-    """``x [n, d]`` into the rotated domain."""
-    b = len(m)
-    return x @ m.T if x.shape[-1] == b else (x.reshape(-1, b) @ m.T).view(x.shape)
-
-
-def unrotate(x: Tensor, m: Tensor) -> Tensor:
-    """``x [n, d]`` back; the inverse of an orthogonal matrix is its transpose."""
-    b = len(m)
-    return x @ m if x.shape[-1] == b else (x.reshape(-1, b) @ m).view(x.shape)

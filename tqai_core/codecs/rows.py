@@ -1,6 +1,6 @@
 """Rows of a KV cache: a random rotation, Lloyd-Max levels, one bf16 gain a row; appended to, and read where they lie.
 
-The container of ``turbo`` codes a whole tensor with one span of gains; a cache grows, so here each row stands for itself:
+The container of ``turbo`` codes a whole tensor with one span of gains; a cache grows, so here each row has a gain of its own:
 ``ceil(d * bits / 8)`` bytes, then two bytes of gain. The bytes of a row, which native kernels rely on:
 
 | bits | byte ``j`` of a row |
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TqaiError
+from ..workspace import Workspace
 from . import packing
 from .levels import lloyd_max
 from .rotation import matrix
@@ -153,15 +154,15 @@ class Rows:
         return x @ self.back
 
 
-class Scratch:
-    """Memory that the steps of one attention share: fresh pages cost more than the work on them, and so do a dozen views a call."""
+class Scratch(Workspace):
+    """The workspace of one attention; it remembers the views that a lookup needs, since a dozen views a call cost as much as the work."""
 
     def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
+        super().__init__()
         self._views: dict[tuple[int, int, torch.Size, torch.dtype], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def views(self, coder: Rows, codes: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Index and levels of a lookup, each in its shape and flat as the table wants it."""
+        """Index and levels of a lookup, each in its shape, and flat for the table."""
         key = (coder.bits, coder.d, codes.shape, dtype)
         if key not in self._views:
             lead = codes.shape[:-1]
@@ -171,14 +172,6 @@ class Scratch:
             out = self.take("levels", (*lead, coder.d), dtype, codes.device)
             self._views[key] = index, index.view(-1), out, out.view(table.dtype).view(-1)
         return self._views[key]
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory that the next call with this name overwrites."""
-        size = math.prod(shape) * dtype.itemsize
-        have = self._memory.get(name)
-        if have is None or len(have) < size:
-            have = self._memory[name] = torch.empty(size, dtype=torch.uint8, device=device)
-        return have[:size].view(dtype).view(shape)
 
 
 _MADE: dict[tuple[int, int, int, str], Rows] = {}

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..workspace import Workspace
 from . import packing
-from .levels import Grid, Room, lloyd_max
+from .levels import Grid, lloyd_max
 
 # codes a lookup unit: the decoder reads a whole unit by one gather
 UNIT = {1: 8, 2: 4, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1, 8: 1}
@@ -35,13 +36,13 @@ class Scalar:
         unit = torch.arange(2 ** (bits * self.per))[:, None] >> torch.arange(0, bits * self.per, bits)
         self.table = level[unit & (2**bits - 1)].contiguous().to(device)
 
-    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, room: Room) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """``y fp32 [n, d]`` (overwritten) and ``inverse [n, 1]`` that brings it to unit variance.
 
         Returns bytes ``uint8 [n, bytes]`` and the weighted sums <y, q> and <q, q> with the levels chosen, ``fp32 [n]``.
         """
-        cells = self.grid.cells(y, inverse, room)
-        codes = room.of("codes", y.shape, torch.uint8)
+        cells = self.grid.cells(y, inverse, work)
+        codes = work.take("codes", y.shape, torch.uint8)
         if self.even:
             codes.copy_(cells)
         else:
@@ -49,18 +50,18 @@ class Scalar:
         if y.shape[1] % self.per:
             codes = F.pad(codes, (0, -y.shape[1] % self.per))
         packed = packing.pack(codes, self.bits)
-        q = self.decode(packed, y.shape[1], room)
+        q = self.decode(packed, y.shape[1], work)
         if weight is None:
             return packed, y.mul_(q).sum(-1), torch.linalg.vector_norm(q, dim=-1).square_()
         return packed, y.mul_(q) @ weight, q.mul_(q) @ weight
 
-    def decode(self, packed: Tensor, d: int, room: Room) -> Tensor:
-        """``uint8 [n, bytes] -> fp32 [n, d]``: unpacks and dequantises at once; lives in ``room``."""
+    def decode(self, packed: Tensor, d: int, work: Workspace) -> Tensor:
+        """``uint8 [n, bytes] -> fp32 [n, d]``: unpacks and dequantises at once; lives in ``work``."""
         if 8 % self.bits == 0:
-            units = room.of("units", packed.shape, torch.int32).copy_(packed)
+            units = work.take("units", packed.shape, torch.int32).copy_(packed)
         else:
             units = packing.unpack(packed, -(-d // self.per), self.bits * self.per)
-        out = packing.lookup(self.table, units, room)
+        out = packing.lookup(self.table, units, work)
         return out if out.shape[1] == d else out[:, :d]
 
 

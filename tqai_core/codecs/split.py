@@ -2,7 +2,7 @@
 
 Values of a trained model lie near a subspace: in the mini LM a quarter of the axes holds nearly all of the energy. The first
 ``r`` axes span that subspace, the others the rest; each part is coded as rows of its own (:mod:`codecs.rows`: rotation,
-levels, one gain), so a token that leaves the subspace is still coded soundly, with the error of the fewer bits.
+levels, one gain), so a token that leaves the subspace is still coded, with the error of the fewer bits.
 
 The axes are a product of ``r`` Householder reflections, one int8 vector each: ``r`` bytes a dimension and head instead of a
 matrix, and orthogonal whatever the rounding. They are shared by all sequences of a batch. Keys gain nothing: their

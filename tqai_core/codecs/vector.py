@@ -17,9 +17,9 @@ from ..errors import TqaiError
 from ..registry import param
 from ..roles import Codec
 from ..types import Packed
+from ..workspace import Workspace
 from . import gain, rotation
-from .bases import Bases, Basis, hadamard_at, load
-from .levels import Room
+from .bases import Bases, Basis, hadamard, load
 from .scalar import run_bytes
 
 MEAN_FROM = 256  # vectors a head from which its mean costs less than a sixteenth of a bit a coordinate
@@ -33,14 +33,14 @@ class Quantiser(Protocol):
     chunk: int  # coordinates coded at a time: bounds the extra memory
     columns: bool  # whether it reads a vector's coordinates one after the other, for all vectors at once
 
-    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, room: Room) -> tuple[Tensor, Tensor, Tensor]: ...
+    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, work: Workspace) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def decode(self, packed: Tensor, d: int, room: Room) -> Tensor: ...
+    def decode(self, packed: Tensor, d: int, work: Workspace) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class VectorCodec(Codec):
-    """Base of the codecs of vectors; see the module for the way of a tensor."""
+    """Base of the codecs of vectors; the module says what happens to a tensor."""
 
     bits: int = param(4, "bits a coordinate", low=1, high=8)
     mean: str = param("auto", "remove each head's token mean: auto = from 256 vectors a head", choices=("auto", "always", "never"))
@@ -91,54 +91,49 @@ class VectorCodec(Codec):
             # rounded to what is stored before it is taken off, so that the rounding is coded, not lost
             tensors["mean"] = rows.view(heads, tokens, d).mean(1, dtype=torch.float32).to(torch.bfloat16)
         chunks = _chunks(heads, tokens, self._step(kind, plan, device), whole=len(plan) == 1 and not with_mean)
-        room = Room(device)
+        work = Workspace(device)
         if len(chunks) == 1:
-            tensors["codes"], gains = self._encode(rows, tensors.get("mean"), plan[0], kind, room)
-        else:  # results go into memory taken before: kept one by one they would split the memory the next chunk reuses
+            tensors["codes"], gains = self._encode(rows, tensors.get("mean"), plan[0], kind, work)
+        else:  # results go into memory allocated first: chunk by chunk they would fragment what the next chunk reuses
             tensors["codes"] = torch.empty(n, plan[0].row_bytes, dtype=torch.uint8, device=device)
             gains = torch.empty(n, dtype=torch.float32, device=device)
             for head, i, j in chunks:
                 mu = tensors["mean"][head] if with_mean else None
-                tensors["codes"][i:j], gains[i:j] = self._encode(rows[i:j], mu, plan[head % len(plan)], kind, room)
+                tensors["codes"][i:j], gains[i:j] = self._encode(rows[i:j], mu, plan[head % len(plan)], kind, work)
         tensors["gain"], tensors["span"] = gain.encode(gains, 16 if self.bits >= 7 else 8)
         meta: dict[str, Any] = {"dtype": str(x.dtype)[6:], "kind": kind}
         if stream is not None:
             meta["stream"] = stream
         return Packed(self.spec, tuple(x.shape), tensors, meta)
 
-    def _encode(self, rows: Tensor, mu: Tensor | None, basis: Basis, kind: str, room: Room) -> tuple[Tensor, Tensor]:
+    def _encode(self, rows: Tensor, mu: Tensor | None, basis: Basis, kind: str, work: Workspace) -> tuple[Tensor, Tensor]:
         """Bytes and gains of ``rows [n, d]``, which have one basis and one mean ``[d]``."""
         chunk = rows.float()
         mu = None if mu is None else mu.float().flatten()
         columns = self.quantiser(basis.runs[0][2] or 1, basis.levels_for, rows.device, kind).columns
         top: Tensor | float | None = None
-        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            y, rms = _onto(basis, chunk, mu, None, columns, room)
-            low, high = map(float, rms.aminmax()) if rms.numel() else (1.0, 1.0)
-            if not (low > 1e-12 and high < 1e15):  # squares left fp32, or a zero vector
-                top = max(float(chunk.abs().max()), 1e-37)
-                if not math.isfinite(top):
-                    raise TqaiError(f"{self.name} cannot code NaN or inf, and the tensor has some: drop or repair them first")
-        else:  # a question to the device would wait for it: always scaled
+        asks = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not asks:  # a question to the device would wait for it: always scaled
             chunk = chunk.nan_to_num(0.0, 0.0, 0.0)
             top = chunk.abs().amax().clamp_min(1e-37) if chunk.numel() else None
-            if top is None:
-                y, rms = _onto(basis, chunk, mu, None, columns, room)
-        if top is not None:
-            y, rms = _onto(basis, chunk, mu, top, columns, room)
+        y, rms = _onto(basis, chunk, mu, top, columns, work)
+        low, high = map(float, rms.aminmax()) if asks and rms.numel() else (1.0, 1.0)
+        if not (low > 1e-12 and high < 1e15):  # squares left fp32, or a zero vector
+            top = max(float(chunk.abs().max()), 1e-37)
+            if not math.isfinite(top):
+                raise TqaiError(f"{self.name} cannot code NaN or inf, and the tensor has some: drop or repair them first")
+            y, rms = _onto(basis, chunk, mu, top, columns, work)
         inverse = rms.clamp_min(1e-30).reciprocal_()
         coded = []
         for a, b, bits in basis.runs:
             if bits:
                 run = y if basis.whole else y[:, a:b]
                 weight = None if basis.scale is None else basis.scale[a:b].square()
-                coded.append(self.quantiser(bits, basis.levels_for, y.device, kind).encode(run, inverse, weight, room))
-        if len(coded) == 1:
-            code, above, below = coded[0]
-        else:
-            code = torch.cat([c for c, _, _ in coded], dim=1)
-            above = torch.stack([a for _, a, _ in coded]).sum(0)
-            below = torch.stack([b for _, _, b in coded]).sum(0)
+                coded.append(self.quantiser(bits, basis.levels_for, y.device, kind).encode(run, inverse, weight, work))
+        code, above, below = coded[0]
+        if len(coded) > 1:
+            codes, tops, bottoms = zip(*coded, strict=True)
+            code, above, below = torch.cat(codes, dim=1), torch.stack(tops).sum(0), torch.stack(bottoms).sum(0)
         rms = rms[:, 0]
         # least squares; the bounds keep a degenerate vector sane
         fit = torch.clamp(above / below.clamp_min(1e-30), rms * 0.25, rms * 4)
@@ -149,10 +144,10 @@ class VectorCodec(Codec):
         return self._decode(packed, dtype, bases, rotated=False)
 
     def decode_rotated(self, packed: Packed, dtype: torch.dtype | None = None, bases: Bases | None = None) -> Tensor:
-        """The vectors in the basis' own domain, without the mean.
+        """The vectors in the basis' own domain, without the mean. Faster than :meth:`decode`.
 
         ``(rotate(q) * decode_rotated(p)).sum(-1) + (q * mean).sum(-1) == (q * decode(p)).sum(-1)``: the mean adds one
-        number to all scores of a query, which softmax ignores. Faster than :meth:`decode`.
+        number to all scores of a query, which softmax ignores.
         """
         return self._decode(packed, dtype, bases, rotated=True)
 
@@ -170,7 +165,10 @@ class VectorCodec(Codec):
     def _decode(self, packed: Packed, dtype: torch.dtype | None, bases: Bases | None, rotated: bool) -> Tensor:
         if packed.codec != self.spec:
             raise TqaiError(f"packed by {packed.codec!r}, this codec is {self.spec!r}: decode with tqai.codec(packed.codec)")
-        n, tokens, d = _sizes(packed.shape)
+        if not packed.shape:
+            raise TqaiError("field 'shape' is empty: vectors have at least one dimension")
+        *lead, d = packed.shape
+        n, tokens = math.prod(lead), lead[-1] if lead else 1
         heads = max(n // max(tokens, 1), 1)
         _check(packed, n, heads, d)
         kind, codes = packed.meta["kind"], packed.tensors["codes"]
@@ -180,27 +178,27 @@ class VectorCodec(Codec):
             raise TqaiError(f"field 'codes' has rows of {codes.shape[1]} bytes, expected {plan[0].row_bytes}: save the tensor again")
         gains = gain.decode(packed.tensors["gain"], packed.tensors["span"])[:, None]
         mean = None if rotated else packed.tensors.get("mean")
-        room = Room(codes.device)
+        work = Workspace(codes.device)
         chunks = _chunks(heads, tokens, self._step(kind, plan, codes.device), whole=len(plan) == 1 and mean is None)
         if len(chunks) == 1:
-            return self._decode_chunk(codes, gains, mean, plan[0], kind, dtype, rotated, room).to(dtype).view(packed.shape)
+            return self._decode_chunk(codes, gains, mean, plan[0], kind, dtype, rotated, work).to(dtype).view(packed.shape)
         out = torch.empty(n, d, dtype=dtype, device=codes.device)
         for head, i, j in chunks:
             mu = None if mean is None else mean[head]
-            out[i:j] = self._decode_chunk(codes[i:j], gains[i:j], mu, plan[head % len(plan)], kind, dtype, rotated, room)
+            out[i:j] = self._decode_chunk(codes[i:j], gains[i:j], mu, plan[head % len(plan)], kind, dtype, rotated, work)
         return out.view(packed.shape)
 
     def _decode_chunk(
-        self, codes: Tensor, gains: Tensor, mean: Tensor | None, basis: Basis, kind: str, dtype: torch.dtype, rotated: bool, room: Room
+        self, codes: Tensor, gains: Tensor, mean: Tensor | None, basis: Basis, kind: str, dtype: torch.dtype, rotated: bool, work: Workspace
     ) -> Tensor:
-        """Vectors ``fp32 [n, d]`` with one basis and one mean, in ``room``; within the range of ``dtype``."""
-        u = self._levels(codes, basis, kind, basis.runs[-1][1], room)
+        """Vectors ``fp32 [n, d]`` with one basis and one mean, in ``work``; within the range of ``dtype``."""
+        u = self._levels(codes, basis, kind, basis.runs[-1][1], work)
         back = not rotated and basis.butterfly(u)
         if back:
-            u = rotation.hadamard(u, basis.small, room.of("y", tuple(u.shape)))
+            u = rotation.hadamard(u, basis.small, work.take("y", tuple(u.shape)))
         elif not rotated:
             k = len(basis.matrix)
-            u = torch.mm(u.reshape(-1, k), basis.matrix, out=room.of("y", (u.numel() // k, k))).view(u.shape)
+            u = torch.mm(u.reshape(-1, k), basis.matrix, out=work.take("y", (u.numel() // k, k))).view(u.shape)
         u = u.mul_(gains)
         if not back:
             if mean is not None:
@@ -211,19 +209,17 @@ class VectorCodec(Codec):
             torch.addcmul(mean.float(), u, basis.signs, out=u)  # type: ignore[arg-type]
         return u.clamp_(-65504, 65504) if dtype == torch.float16 else u  # rounding must not make an inf
 
-    def _levels(self, codes: Tensor, basis: Basis, kind: str, d: int, room: Room) -> Tensor:
+    def _levels(self, codes: Tensor, basis: Basis, kind: str, d: int, work: Workspace) -> Tensor:
+        decode = lambda bits, codes, d: self.quantiser(bits, basis.levels_for, codes.device, kind).decode(codes, d, work)  # noqa: E731
         if basis.whole:
-            u = self.quantiser(basis.runs[0][2], basis.levels_for, codes.device, kind).decode(codes, d, room)
+            u = decode(basis.runs[0][2], codes, d)
         else:
-            u = torch.zeros(len(codes), d, device=codes.device)
-            at = 0
+            u, at = torch.zeros(len(codes), d, device=codes.device), 0
             for a, b, bits in basis.runs:
-                size = run_bytes(b - a, bits) if bits else 0
                 if bits:
-                    u[:, a:b] = self.quantiser(bits, basis.levels_for, codes.device, kind).decode(
-                        codes[:, at : at + size].contiguous(), b - a, room
-                    )
-                at += size
+                    size = run_bytes(b - a, bits)
+                    u[:, a:b] = decode(bits, codes[:, at : at + size].contiguous(), b - a)
+                    at += size
         return u if basis.scale is None else u.mul_(basis.scale)
 
     def _step(self, kind: str, plan: tuple[Basis, ...], device: torch.device) -> int:
@@ -237,12 +233,12 @@ class VectorCodec(Codec):
         if bases is not None:
             return bases.at(device)
         if self.basis == "hadamard":
-            return hadamard_at(d, self.bits, self.seed, device)
+            return hadamard(d, self.bits, self.seed).at(device)
         return load(self.basis).of(stream, d, heads, self.bits, self.seed).at(device)
 
 
-def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None, columns: bool, room: Room) -> tuple[Tensor, Tensor]:
-    """``x / top`` without its mean on the axes of ``basis``, in ``room``, and its RMS ``[n, 1]`` over the coordinates with
+def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None, columns: bool, work: Workspace) -> tuple[Tensor, Tensor]:
+    """``x / top`` without its mean on the axes of ``basis``, in ``work``, and its RMS ``[n, 1]`` over the coordinates with
     bits. ``columns``: stored coordinate by coordinate."""
     n, d = x.shape
     if basis.butterfly(x):
@@ -251,26 +247,26 @@ def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None
         before, after = ("scaled", "y") if rotation.stages(d) % 2 == 0 else ("y", "scaled")
         if columns:
             small = basis.signed if top is None else basis.signed / top
-            y = rotation.hadamard_columns(x, small, room.of(after, (d, n)), room.of(before, (d, n)))
+            y = rotation.hadamard_columns(x, small, work.take(after, (d, n)), work.take(before, (d, n)))
             if mu is not None:
                 y.sub_(((mu if top is None else mu / top) @ basis.columns)[:, None])
             y = y.T
         else:
             signs = basis.signs if top is None else basis.signs / top
-            flipped = room.of(before, (n, d))
+            flipped = work.take(before, (n, d))
             if mu is None:
                 torch.mul(x, signs, out=flipped)
             else:
                 torch.addcmul(mu * -signs, x, signs, out=flipped)
-            y = rotation.hadamard(flipped, basis.small, room.of(after, (n, d)))
+            y = rotation.hadamard(flipped, basis.small, work.take(after, (n, d)))
     else:
         down = basis.columns if top is None else basis.columns / top
         k = len(down)
         if columns and basis.block is None:  # the product writes either layout alike
-            y = room.of("y", (d, n)).T
+            y = work.take("y", (d, n)).T
             torch.mm(x, down, out=y)
         else:
-            y = room.of("y", (n, d))
+            y = work.take("y", (n, d))
             torch.mm(x.reshape(-1, k), down, out=y.view(-1, k))
         if mu is not None:
             y.sub_((mu.view(-1, k) @ down).flatten())
@@ -281,14 +277,7 @@ def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None
     if not columns:
         return y, torch.linalg.vector_norm(live, dim=-1, keepdim=True) / root
     # along columns a norm is ten times slower than its parts
-    return y, torch.mul(live, live, out=room.of("scaled", live.T.shape).T).sum(-1, keepdim=True).sqrt_() / root
-
-
-def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(vectors, tokens a head, d) of a tensor of this shape."""
-    if not shape:
-        raise TqaiError("field 'shape' is empty: vectors have at least one dimension")
-    return math.prod(shape[:-1]), shape[-2] if len(shape) > 1 else 1, shape[-1]
+    return y, torch.mul(live, live, out=work.take("scaled", live.T.shape).T).sum(-1, keepdim=True).sqrt_() / root
 
 
 def _check(packed: Packed, n: int, heads: int, d: int) -> None:

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..workspace import Workspace
 from . import packing
-from .levels import Grid, Room
+from .levels import Grid
 from .scalar import UNIT
 
 BLOCK = 8  # coordinates whose branch metrics are in memory at a time, and between two renormalisations
@@ -70,33 +71,33 @@ class Trellis4:
             u.append(now)
         return torch.stack(columns, dim=1)
 
-    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, room: Room) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, y: Tensor, inverse: Tensor, weight: Tensor | None, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """``y fp32 [n, d]`` (overwritten; columns contiguous) and ``inverse [n, 1]`` that brings it to unit variance.
 
         Returns bytes ``uint8 [n, bytes]`` and the weighted sums <y, q> and <q, q> with the levels chosen, ``fp32 [n]``.
         """
         d = y.shape[1]
         y = y.T.contiguous()  # [t, n]
-        cell = self.grid.cells(y, inverse.T, room)
+        cell = self.grid.cells(y, inverse.T, work)
         if d % self.per:
             cell = F.pad(cell, (0, 0, 0, -d % self.per), value=(self.grid.last + 1) // 2)
-        u = self._path(cell, room)
-        label = torch.bitwise_xor(u[2:], u[:-2], out=room.of("label", cell.shape, torch.uint8)).mul_(2).add_(u[1:-1])
+        u = self._path(cell, work)
+        label = torch.bitwise_xor(u[2:], u[:-2], out=work.take("label", cell.shape, torch.uint8)).mul_(2).add_(u[1:-1])
         u = u[2:]
         index = cell.mul_(4).add_(label).view(-1)
-        q = torch.index_select(self.near, 0, index, out=room.of("q", (index.numel(),))).view(cell.shape)[:d]
+        q = torch.index_select(self.near, 0, index, out=work.take("q", (index.numel(),))).view(cell.shape)[:d]
         place = torch.index_select(self.place, 0, index, out=label.view(-1)).view(cell.shape)
         above, below = y.mul_(q), q.mul_(q)
         if weight is None:
             return self._pack(u, place), above.sum(0), below.sum(0)
         return self._pack(u, place), weight @ above, weight @ below
 
-    def _path(self, cell: Tensor, room: Room) -> Tensor:
+    def _path(self, cell: Tensor, work: Workspace) -> Tensor:
         """The best sequence of u for ``cell int32 [t, n]``, by Viterbi: ``uint8 [t + 2, n]``, from u_{-2} on."""
         t, n = cell.shape
 
         def new(name: str, *shape: int) -> Tensor:
-            return room.of(name, shape, torch.int16)
+            return work.take(name, shape, torch.int16)
 
         taken = new("taken", t, 2, 2, n)  # the u_{t-2} that won, by (u_t, u_{t-1})
         costs = new("costs", 2, 2, 2, n).fill_(FAR)  # of the states (u_t, u_{t-1}), now and next
@@ -129,7 +130,7 @@ class Trellis4:
         for i in range(t - 1, -1, -1):
             torch.bitwise_right_shift(links[i], rows[i + 1], out=rows[i])
             torch.bitwise_and(rows[i], mask, out=rows[i])
-        u = room.of("u", (t + 2, n), torch.uint8)
+        u = work.take("u", (t + 2, n), torch.uint8)
         u[0] = 0
         u[1:] = state.bitwise_right_shift_(3)
         return u
@@ -145,18 +146,18 @@ class Trellis4:
                 unit = torch.add(m[:, c], unit, alpha=2**m_bits)
         return packing.pack(unit.T.contiguous(), self.bits * per)
 
-    def decode(self, packed: Tensor, d: int, room: Room) -> Tensor:
+    def decode(self, packed: Tensor, d: int, work: Workspace) -> Tensor:
         """``uint8 [n, bytes] -> fp32 [n, d]``; parallel over coordinates, random access over vectors."""
         width = self.bits * self.per
         codes = packing.unpack(packed, -(-d // self.per), width)
-        index = room.of("units", codes.shape, torch.int32).copy_(codes)
+        index = work.take("units", codes.shape, torch.int32).copy_(codes)
         top = index >> (width - min(self.per, 2))
         if self.per == 1:
             index[:, 1:].add_(top[:, :-1], alpha=2 << width)
             index[:, 2:].add_(top[:, :-2], alpha=1 << width)
         else:
             index[:, 1:].add_(top[:, :-1], alpha=1 << width)
-        out = packing.lookup(self.table, index, room)
+        out = packing.lookup(self.table, index, work)
         return out if out.shape[1] == d else out[:, :d]
 
 

@@ -18,25 +18,32 @@ Change = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer
 
 
 @contextmanager
-def tapped(model: Any, change: Change) -> Iterator[None]:
-    """While the context lasts, self-attention of layer ``i`` sees the keys and values that ``change(i, q, k, v)`` returns.
+def intercept_attention(model: Any, change: Change | None) -> Iterator[None]:
+    """While the context lasts, self-attention of layer ``i`` gets the keys and values that ``change(i, q, k, v)`` returns.
 
     Tensors are as attention gets them: after norms and rotary positions, text and image tokens together; of a language
     model its own key heads, before they are repeated. Works through ``scaled_dot_product_attention``: models of
     diffusers with its native attention, and any transformers model that lets its attention be set.
     """
-    libraries = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
-    with _language(model, change) if "transformers" in libraries else _diffusion(model, change):
+    change = change or (lambda layer, q, k, v: (k, v))
+    with _language(model, change) if _is_language(model) else _diffusion(model, change):
         yield
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """The layers in the order they run, as ``tapped`` numbers them."""
-    if any(cls.__module__.startswith("transformers") for cls in type(model).__mro__):
-        return list(_decoder(model).layers)
-    from .diffusers.door import family_of
+    """The layers in the order in which they run, as :func:`intercept_attention` numbers them."""
+    if not _is_language(model):
+        from .diffusers.door import family_of
 
-    return [block for _, block in family_of(model).layers(model)]
+        return [block for _, block in family_of(model).layers(model)]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if not hasattr(decoder, "layers"):
+        raise TqaiError(f"{type(model).__name__} has no decoder layers that tqai finds: give a causal language model of transformers")
+    return list(decoder.layers)
+
+
+def _is_language(model: Any) -> bool:
+    return any(cls.__module__.split(".")[0] == "transformers" for cls in type(model).__mro__)
 
 
 @contextmanager
@@ -49,22 +56,21 @@ def checkpointed(model: Any) -> Iterator[None]:
         yield
 
 
-class _Seen(TorchFunctionMode):
-    """Hands the first attention call of a module to ``change``."""
+class _FirstAttention(TorchFunctionMode):
+    """Calls ``change`` on the first attention of a module."""
 
     def __init__(self, change: Change, layer: int) -> None:
         super().__init__()
         self.change, self.layer = change, layer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self.layer >= 0:
             layer, self.layer = self.layer, -1  # a second call in one module is another attention (an adapter's)
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+            given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
             given["key"], given["value"] = self.change(layer, given["query"], given["key"], given["value"])
             return func(**given)
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -85,7 +91,7 @@ def _diffusion(model: Any, change: Change) -> Iterator[None]:
 
 def _watched(change: Change, layer: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # entered for each module: a context around the whole run would be off on the way back, inside Tensor.backward
-    with _Seen(change, layer):
+    with _FirstAttention(change, layer):
         return forward(*args, **kwargs)
 
 
@@ -93,14 +99,7 @@ def _replaced(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
     """Set ``forward`` on the module itself; returns the undo."""
     before = vars(module).get("forward")
     module.forward = forward
-
-    def undo() -> None:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-    return undo
+    return partial(setattr, module, "forward", before) if before is not None else partial(delattr, module, "forward")
 
 
 @contextmanager
@@ -113,18 +112,11 @@ def _language(model: Any, change: Change) -> Iterator[None]:
         key, value = change(module.layer_idx, query, key, value)
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
-    AttentionInterface.register("tqai_tap", attention)
-    AttentionMaskInterface.register("tqai_tap", sdpa_mask)
+    AttentionInterface.register("tqai_interceptor", attention)
+    AttentionMaskInterface.register("tqai_interceptor", sdpa_mask)
     before = model.config._attn_implementation
-    model.set_attn_implementation("tqai_tap")
+    model.set_attn_implementation("tqai_interceptor")
     try:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-def _decoder(model: Any) -> Any:
-    found = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if not hasattr(found, "layers"):
-        raise TqaiError(f"{type(model).__name__} has no decoder layers that tqai finds: give a causal language model of transformers")
-    return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..errors import TqaiError
 from ..report import Report
-from . import attention_interceptor as taps
+from .attention_interceptor import Change, intercept_attention
 
 Run = Callable[[], Tensor]
 PROMPTS = (
@@ -26,29 +26,29 @@ PROMPTS = (
 )  # fmt: skip
 
 
-class Subject(Protocol):
-    """A model with its calibration data. ``sigmas``: the noise levels that sensitivity is told for ([0] for language)."""
+class CalibrationTarget(Protocol):
+    """A model with its calibration data. ``sigmas``: the noise levels at which sensitivity is measured ([0] for language)."""
 
     model: nn.Module
     kind: str
     sigmas: tuple[float, ...]
     band: int  # of the call under way
-    probes: int  # a call, where nobody says how many
+    probes: int  # a call, by default
 
-    def record(self, seed: int, change: taps.Change | None = None) -> list[tuple[int, Run]]:
-        """(band, call) of the model's calls with this seed. ``change`` is shown all attention on the way."""
+    def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
+        """(band, call) of the model's calls with this seed; ``change`` gets all attention of the run."""
 
     def probe(self, out: Tensor, generator: torch.Generator) -> Tensor:
         """A random cotangent whose second moment is the output's metric."""
 
     def damage(self, out: Tensor, exact: Tensor) -> float:
-        """What is lost where ``out`` stands for ``exact``."""
+        """The loss of ``out`` against ``exact``."""
 
     def size(self, exact: Tensor) -> float:
         """What ``damage`` is relative to."""
 
-    def final(self, seed: int, change: taps.Change | None = None) -> Tensor:
-        """The end result with this seed, attention changed all the way."""
+    def final(self, seed: int, change: Change | None = None) -> Tensor:
+        """The end result with this seed, with all attention changed."""
 
 
 @dataclass
@@ -76,14 +76,16 @@ class Diffusion:
         self.family = family_of(self.model)
         self.model.requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def final(self, seed: int, change: taps.Change | None = None) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(seed)
+    def _generate(self, seed: int) -> Tensor:
         given = {"num_inference_steps": self.steps, "output_type": "latent", "return_dict": False, **self.inputs(seed)}
+        return self.pipe(**given, generator=torch.Generator("cpu").manual_seed(seed))[0].float()
+
+    @torch.no_grad()
+    def final(self, seed: int, change: Change | None = None) -> Tensor:
         hook = self.model.register_forward_pre_hook(self._look, with_kwargs=True)
         try:
-            with taps.tapped(self.model, change or (lambda layer, q, k, v: (k, v))):
-                return self.pipe(**given, generator=generator)[0].float()
+            with intercept_attention(self.model, change):
+                return self._generate(seed)
         finally:
             hook.remove()
 
@@ -92,12 +94,11 @@ class Diffusion:
         import tqai_core
 
         handle = tqai_core.apply(self.pipe, config) if config is not None else None
-        generator, began = torch.Generator("cpu").manual_seed(seed), time.process_time()
+        began = time.process_time()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # a candidate that skips nothing is a result like others
-                given = {"num_inference_steps": self.steps, "output_type": "latent", "return_dict": False, **self.inputs(seed)}
-                out = self.pipe(**given, generator=generator)[0].float()
+                warnings.simplefilter("ignore", UserWarning)  # a candidate that skips nothing is a valid result
+                out = self._generate(seed)
             return out, time.process_time() - began, handle.report() if handle else None
         finally:
             if handle:
@@ -107,7 +108,7 @@ class Diffusion:
         sigma = self.family.sigma(kwargs["timestep"])
         self.band = min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigma), default=0)
 
-    def record(self, seed: int, change: taps.Change | None = None) -> list[tuple[int, Run]]:
+    def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
         calls: list[tuple[float, dict[str, Any]]] = []
 
         def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -124,10 +125,8 @@ class Diffusion:
         seen = sorted({sigma for sigma, _ in calls}, reverse=True)
         chosen = [seen[round((i + 0.5) / self.bands * (len(seen) - 1))] for i in range(self.bands)]
         self.sigmas = self.sigmas or tuple(chosen)
-        return [(chosen.index(sigma), self._again(kwargs)) for sigma, kwargs in calls if sigma in chosen]
-
-    def _again(self, kwargs: dict[str, Any]) -> Run:
-        return lambda: self.model(**{**kwargs, "return_dict": False})[0]
+        again = lambda kwargs: lambda: self.model(**{**kwargs, "return_dict": False})[0]  # noqa: E731
+        return [(chosen.index(sigma), again(kwargs)) for sigma, kwargs in calls if sigma in chosen]
 
     def probe(self, out: Tensor, generator: torch.Generator) -> Tensor:
         signs = torch.randint(0, 2, out.shape, generator=generator, dtype=torch.int8)
@@ -158,11 +157,11 @@ class Language:
         return self.model(ids.to(self.model.device), use_cache=False).logits.float().log_softmax(-1)
 
     @torch.no_grad()
-    def final(self, seed: int, change: taps.Change | None = None) -> Tensor:
-        with taps.tapped(self.model, change or (lambda layer, q, k, v: (k, v))):
+    def final(self, seed: int, change: Change | None = None) -> Tensor:
+        with intercept_attention(self.model, change):
             return self._run(self.windows(seed))
 
-    def record(self, seed: int, change: taps.Change | None = None) -> list[tuple[int, Run]]:
+    def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
         ids = self.windows(seed)
         if change is not None:
             self.final(seed, change)
@@ -182,54 +181,51 @@ class Language:
         return float(exact[..., 0].numel())
 
 
-def demo(kind: str, count: int | None = None, steps: int = 24, bands: int = 3) -> Subject:
+def windows_of(ids: Tensor, count: int, length: int = 512) -> Callable[[int], Tensor]:
+    """``count`` windows ``[count, length]`` of the tokens ``ids [n]`` at random places, by seed."""
+
+    def windows(seed: int) -> Tensor:
+        places = torch.randint(0, len(ids) - length, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+        return torch.stack([ids[i : i + length] for i in places])
+
+    return windows
+
+
+def demo(kind: str, count: int | None = None, steps: int = 24, bands: int = 3) -> CalibrationTarget:
     """A mini that ships with tqai: flux, sd3, wan or lm."""
-    from .. import minis as public
+    from .. import minis
 
     if kind == "lm":
-        text = public.lm_text()[: 2**16]  # the other half is for benches
-
-        def windows(seed: int) -> Tensor:
-            g = torch.Generator().manual_seed(seed)
-            at = torch.randint(0, len(text) - 512, (count or 4,), generator=g).tolist()
-            return torch.stack([text[i : i + 512] for i in at])
-
-        return Language(public.lm(), windows)
-    if kind not in public.KINDS:
-        raise TqaiError(f"unknown mini {kind!r}; known: {', '.join(public.KINDS)}, lm")
+        return Language(minis.lm(), windows_of(minis.lm_text()[: 2**16], count or 4))  # the other half is for benches
+    if kind not in minis.KINDS:
+        raise TqaiError(f"unknown mini {kind!r}; known: {', '.join(minis.KINDS)}, lm")
     many = count or {"flux": 8, "sd3": 6, "wan": 2}[kind]
-    inputs = lambda seed: public.inputs(kind, [(i + 3 * seed) % 10 for i in range(many)])  # noqa: E731
-    return Diffusion(public.pipeline(kind), inputs, steps, bands)
+    return Diffusion(minis.pipeline(kind), lambda seed: minis.inputs(kind, [(i + 3 * seed) % 10 for i in range(many)]), steps, bands)
 
 
 def folder(path: Path, prompts: Sequence[str] = (), text: str = "", steps: int = 24, bands: int = 3, part: str = "transformer",
-           count: int = 1, length: int = 512) -> Subject:  # fmt: skip
-    """A diffusers pipeline or a transformers causal LM in a folder. Raises ValueError where it is neither."""
+           count: int = 1, length: int = 512) -> CalibrationTarget:  # fmt: skip
+    """A diffusers pipeline or a transformers causal LM in a folder. Raises TqaiError where it is neither."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if (path / "model_index.json").is_file():
         from .diffusers.load import pipeline
 
         pipe = pipeline(path, local_files_only=True)
-        if torch.cuda.is_available():
-            pipe.to("cuda")
+        pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
         lines = list(prompts) or list(PROMPTS)
         inputs = lambda seed: {"prompt": [lines[(seed * count + i) % len(lines)] for i in range(count)]}  # noqa: E731
         return Diffusion(pipe, inputs, steps, bands, part)
-    if (path / "config.json").is_file():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    if not (path / "config.json").is_file():
+        raise TqaiError(
+            f"{path} holds neither model_index.json (a diffusers pipeline) nor config.json (a language model): give such a folder"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        if not text:
-            raise TqaiError(f"{path} is a language model: give text it shall be calibrated on, --text FILE")
-        lm = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        if torch.cuda.is_available():
-            lm.to("cuda")
-        ids = AutoTokenizer.from_pretrained(path, local_files_only=True)(text, return_tensors="pt")["input_ids"][0]
-        if len(ids) <= length:
-            raise TqaiError(f"the text has {len(ids)} tokens, calibration reads windows of {length}: give a longer one")
-
-        def windows(seed: int) -> Tensor:
-            g = torch.Generator().manual_seed(seed)
-            return torch.stack([ids[i : i + length] for i in torch.randint(0, len(ids) - length, (count,), generator=g).tolist()])
-
-        return Language(lm, windows)
-    raise TqaiError(f"{path} holds neither model_index.json (a diffusers pipeline) nor config.json (a language model): give such a folder")
+    if not text:
+        raise TqaiError(f"{path} is a language model: give the text to calibrate on, --text FILE")
+    lm = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).to(device)
+    ids = AutoTokenizer.from_pretrained(path, local_files_only=True)(text, return_tensors="pt")["input_ids"][0]
+    if len(ids) <= length:
+        raise TqaiError(f"the text has {len(ids)} tokens, calibration reads windows of {length}: give a longer one")
+    return Language(lm, windows_of(ids, count, length))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import TqaiError
-from ..modelhash import model_hash
+from ..files import once_per_version, read_tensors
+from ..modelhash import check_model
 from ..registry import param
 from ..roles import History, LayerScorer, StepScorer
 from ..types import Step
@@ -49,7 +48,7 @@ class Fisher(StepScorer, LayerScorer, name="fisher", paper="Gauss-Newton Fisher 
         return float(by_layer[layer, band] / by_layer.max())
 
     def finer(self, layer: int, layers: int, share: float) -> tuple[bool, bool]:
-        """Level kv: keys and values of a layer apart, by the damage that 4 bits do to them where the table tells it, else by
+        """Level kv: keys and values of a layer apart, by the damage that 4 bits do to them where the table has it, else by
         their sensitivity."""
         worth = load_units(self.file)
         if len(worth) != layers:
@@ -59,11 +58,8 @@ class Fisher(StepScorer, LayerScorer, name="fisher", paper="Gauss-Newton Fisher 
         return bool(raised[0]), bool(raised[1])
 
     def belongs(self, model: Any) -> None:
-        if (given := origin(self.file)) is not None and given != model_hash(model):
-            raise TqaiError(
-                f"fisher table {self.file!r} belongs to model {given}, {type(model).__name__} here is {model_hash(model)}: "
-                "run tqai calibrate on this one"
-            )
+        if (given := origin(self.file)) is not None:
+            check_model(model, given, f"fisher table {self.file!r}")
 
     def heads(self, layer: int, sigma: float) -> Tensor:
         """Sensitivity of K and V of every head, ``fp32 [heads, 2]``, against the largest of the layer."""
@@ -72,47 +68,38 @@ class Fisher(StepScorer, LayerScorer, name="fisher", paper="Gauss-Newton Fisher 
         return unit / unit.max().clamp_min(1e-30)
 
 
-def origin(file: str, field: str = "model") -> str | None:
-    """What the header of ``file`` says of the model it was calibrated on; None for a table without a header."""
-    from safetensors import SafetensorError, safe_open
-
+@once_per_version
+def _content(file: str) -> tuple[dict[str, Any], Tensor, list[float], Tensor]:
+    """Header ({} where the file has none), table, sigmas and units; TqaiError names the field that is wrong."""
+    again = f"it is missing or damaged, run `tqai calibrate -m MODEL -o {file}`"
+    metadata, tensors = read_tensors(file, what="fisher table", again=again)
     try:
-        with safe_open(file, framework="pt") as f:
-            header = json.loads((f.metadata() or {}).get("tqai-calibration", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise TqaiError(f"fisher table {file!r} is not readable ({error}): run `tqai calibrate -m MODEL -o {file}`") from None
+        header = json.loads(metadata.get("tqai-calibration", "{}"))
+    except ValueError as error:
+        raise TqaiError(f"{file}: field 'tqai-calibration' is no JSON ({error}): {again}") from None
     if header and not header.get("complete"):
         raise TqaiError(f"{file!r} is a calibration that was stopped: run the same tqai calibrate command again to finish it")
-    return header.get(field)
-
-
-@lru_cache(maxsize=8)
-def load(file: str) -> tuple[Tensor, list[float]]:
-    """``fisher fp32 [layers, heads, 2, bands]`` (2: key, value) and the sigma of each band. ValueError names a wrong field."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(file).is_file():
-        raise TqaiError(f"fisher table {file!r} is not there: run `tqai calibrate -m MODEL -o {file}`")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise TqaiError(f"fisher table {file!r} is damaged ({error}): calibrate again") from None
-    table, sigmas = tensors.get("fisher"), tensors.get("sigmas")
+    table, sigmas, damage = (tensors.get(name) for name in ("fisher", "sigmas", "damage"))
     if table is None or table.ndim != 4 or table.shape[2] != 2 or not bool(torch.isfinite(table).all()) or not bool((table >= 0).all()):
         raise TqaiError(f"field 'fisher' of {file!r} is no table [layers, heads, 2, bands] of finite sensitivities: calibrate again")
     if sigmas is None or sigmas.shape != table.shape[3:]:
         raise TqaiError(f"field 'sigmas' of {file!r} must give the sigma of each of the {table.shape[3]} bands: calibrate again")
-    return table.float(), sigmas.tolist()
-
-
-@lru_cache(maxsize=8)
-def load_units(file: str) -> Tensor:
-    """What keys and values of each layer are worth, ``fp32 [layers, 2]``: predicted damage at 4 bits, or mean sensitivity."""
-    from safetensors.torch import load_file
-
-    table, _ = load(file)
-    damage = load_file(file).get("damage")
+    units = table.float().sum((1, 3))
     if damage is not None and damage.ndim == 5 and damage.shape[:4] == table.shape and damage.shape[4] >= 4:
-        return damage[..., 3].float().sum((1, 3))
-    return table.sum((1, 3))
+        units = damage[..., 3].float().sum((1, 3))
+    return header, table.float(), sigmas.tolist(), units
+
+
+def origin(file: str, field: str = "model") -> str | None:
+    """What the header of ``file`` says of the model it was calibrated on; None for a table without a header."""
+    return _content(file)[0].get(field)
+
+
+def load(file: str) -> tuple[Tensor, list[float]]:
+    """``fisher fp32 [layers, heads, 2, bands]`` (2: key, value) and the sigma of each band."""
+    return _content(file)[1:3]
+
+
+def load_units(file: str) -> Tensor:
+    """What keys and values of each layer are worth, ``fp32 [layers, 2]``: predicted damage at 4 bits, or summed sensitivity."""
+    return _content(file)[3]

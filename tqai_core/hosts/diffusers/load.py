@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...errors import TqaiError
-from ...run import _line
+from ...text import first_line
 
 
 def pipeline(name: str | Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
@@ -24,7 +24,8 @@ def pipeline(name: str | Path, dtype: torch.dtype | None = None, **options: Any)
         absent = {part: None for part, kind in parts.items() if kind == [None, None]}
         pipe = DiffusionPipeline.from_pretrained(str(index.parent if parts else name), dtype=dtype, **absent, **options)
     except Exception as error:
-        raise TqaiError(f"cannot load {name}: {_line(error)}; give a folder or name that DiffusionPipeline.from_pretrained loads") from None
+        cure = "give a folder or name that DiffusionPipeline.from_pretrained loads"
+        raise TqaiError(f"cannot load {name}: {first_line(error)}; {cure}") from None
     if getattr(pipe, "transformer", None) is None:
         raise TqaiError(f"{type(pipe).__name__} has no transformer: tqai works on SD3, Flux and WAN pipelines")
     return pipe

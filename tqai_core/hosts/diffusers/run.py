@@ -23,7 +23,7 @@ from ...config import Config, preset
 from ...errors import TqaiError
 from ...metrics import psnr
 from ...peak import Peak
-from ...run import _line
+from ...text import first_line
 from .door import family_of
 from .load import pipeline
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, config: Config | None, device: torch.device) -
             try:
                 out = pipe(**{**options, **over}, generator=generator, output_type="np")
             except (ValueError, TypeError, AttributeError) as error:
-                raise TqaiError(f"{type(pipe).__name__} refuses: {_line(error)}; change the option that it names") from error
+                raise TqaiError(f"{type(pipe).__name__} refuses: {first_line(error)}; change the option that it names") from error
             seconds = time.perf_counter() - began
         pixels = out.frames if hasattr(out, "frames") else out.images
         return np.asarray(pixels), last.get("latents"), {"seconds": seconds, "peak": {"bytes": peak.nbytes, "how": peak.how}}

@@ -18,23 +18,23 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
-from ...calibrate.multistep import Multistep, Together
+from ...calibrate.multistep import BatchBarrier, Multistep
 from ...calibrate.sampler import CalibratedSampler, Make, entry_hash, guidance_range
 from ...config import Config
 from ...errors import TqaiError
 from ...modelhash import model_hash
+from ...version import VERSION
 from .door import EXPERTS, HOOK, attach
-from .load import pipeline
 from .schedulers import scheduler as stock_scheduler
 
 TRAIN = 1000  # timesteps are sigmas in thousandths, as in every flow-matching scheduler
 DIFFERENCE = Config(scorer=None, strategy="delta2:cfg=difference", monitor="fixed:interval=1,min_steps=1", codec="exact")
-Tick = Callable[[float], None]
+ONLY_FROM_NOISE = "a calibrated sampler goes the whole way from noise: use strength 1, or another scheduler for img2img"
 
 
 class SolverScheduler(SchedulerMixin, ConfigMixin):
     """A :class:`Multistep` where pipelines expect a scheduler. Its state between steps stays in fp32 whatever the pipeline's
-    dtype, as long as nobody changes the latents in between."""
+    dtype, as long as the latents are not changed in between."""
 
     order = 1
     init_noise_sigma = 1.0
@@ -56,35 +56,24 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return made
 
     def _restart(self) -> None:
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self.step_index: int | None = None
+        self.begin_index: int | None = None
         self._exact: Tensor | None = None
         self._given: tuple[Tensor, int] | None = None
 
-    @property
-    def step_index(self) -> int | None:
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        return self._begin_index
-
     def set_begin_index(self, begin_index: int = 0) -> None:
         if begin_index:
-            raise TqaiError(
-                f"start at step {begin_index} asked (img2img, or a second stage), but a calibrated sampler walks the whole way from noise: "
-                "use strength 1, or another scheduler"
-            )
-        self._begin_index = 0
+            raise TqaiError(f"start at step {begin_index} asked (img2img, or a second stage), but {ONLY_FROM_NOISE}")
+        self.begin_index = 0
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None, **kwargs: Any
     ) -> None:
         """``sigmas`` and ``mu`` that a pipeline proposes are ignored: the grid is the solver's."""
         assert self.solver is not None
-        for pipe, names in _callers(self):
-            self.called(pipe, names)
-            break
+        self._check_request(num_inference_steps, sigmas, mu)
+        if (caller := _caller(self)) is not None:
+            self.called(*caller)
         self.num_inference_steps = self.solver.steps
         nodes = torch.tensor(self.solver.nodes, dtype=torch.float64)
         self.sigmas = nodes.float()
@@ -92,24 +81,25 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._restart()
         self.solver.begin()
 
+    def _check_request(self, steps: int | None, sigmas: Any, mu: float | None) -> None:
+        """TqaiError for a number of steps that the solver does not have."""
+
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
-        raise TqaiError(
-            "a calibrated sampler walks the whole way from noise and cannot start from an image: use another scheduler for img2img"
-        )
+        raise TqaiError(f"img2img asked, but {ONLY_FROM_NOISE}")
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
         assert self.solver is not None
-        i = self._step_index or 0
+        i = self.step_index or 0
         if i == 0 and float(timestep) != float(self.timesteps[0]):
             self.set_begin_index(int((self.timesteps.cpu() - float(timestep)).abs().argmin()))
         if i >= self.solver.steps:
             raise TqaiError(f"step {i + 1} of a schedule of {self.solver.steps}: call set_timesteps before another generation")
         ours = self._given is not None and self._given[0] is sample and self._given[1] == sample._version
         x = self.solver.step(i, model_output, self._exact if ours and self._exact is not None else sample)
-        self._step_index = i + 1
+        self.step_index = i + 1
         given = x.to(sample.dtype)
         self._exact, self._given = x, (given, given._version)
         self.tick()
@@ -136,7 +126,7 @@ class CalibratedScheduler(SolverScheduler):
             )
         self.calibrated = CalibratedSampler.from_dict(sampler)
         self.solver = self.calibrated.solver()
-        self.called = self._check
+        self.called = self._check_caller
 
     @classmethod
     def from_file(cls, path: str | Path, model: Any = None) -> CalibratedScheduler:
@@ -146,22 +136,18 @@ class CalibratedScheduler(SolverScheduler):
             sampler.check({"transformer": model} if isinstance(model, nn.Module) else transformers_of(model))
         return cls(sampler=sampler.to_dict())
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None, **kwargs: Any
-    ) -> None:
-        if num_inference_steps is None and sigmas is None:
+    def _check_request(self, steps: int | None, sigmas: Any, mu: float | None) -> None:
+        if steps is None and sigmas is None:
             raise TqaiError(f"no number of steps given: this sampler was calibrated for {self.calibrated.steps}")
-        self.calibrated.check(steps=len(sigmas) if num_inference_steps is None else int(num_inference_steps))
+        self.calibrated.check(steps=len(sigmas) if steps is None else int(steps))
         if mu is not None:
-            warnings.warn("mu (the pipeline's shift) is ignored: a calibrated sampler has its own grid", stacklevel=2)
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, **kwargs)
+            warnings.warn("mu (the pipeline's shift) is ignored: a calibrated sampler has its own grid", stacklevel=3)
 
-    def _check(self, pipe: Any, names: Mapping[str, Any]) -> None:
-        models = transformers_of(pipe)
+    def _check_caller(self, pipe: Any, names: Mapping[str, Any]) -> None:
+        models, g = transformers_of(pipe), self.calibrated.guidance
         name, value = guidance_of(names)
-        self.calibrated.check(models, guidance=value if name == self.calibrated.guidance["name"] else None)
-        if name != self.calibrated.guidance["name"]:
-            g = self.calibrated.guidance
+        self.calibrated.check(models, guidance=value if name == g["name"] else None)
+        if name != g["name"]:
             raise TqaiError(
                 f"{name} is in use, but this sampler was calibrated with {g['name']}={g['made']:g}: use that, or calibrate again"
             )
@@ -193,15 +179,18 @@ def _hooked(model: Any) -> bool:
     return registry is not None and registry.get_hook(HOOK) is not None
 
 
-def _callers(scheduler: Any) -> Any:
-    """Pipelines on the call stack whose scheduler this is, with the local names of their ``__call__``."""
+def _caller(scheduler: Any) -> tuple[Any, Mapping[str, Any]] | None:
+    """The pipeline on the call stack whose scheduler this is, with the local names of its ``__call__``.
+
+    Pipelines hand neither their guidance nor themselves to a scheduler, and a hook around ``__call__`` would be lost when the
+    scheduler is set on another pipeline: the stack is the only place where both are found.
+    """
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "__call__":
-            pipe = frame.f_locals.get("self")
-            if getattr(pipe, "scheduler", None) is scheduler:
-                yield pipe, frame.f_locals
+        if frame.f_code.co_name == "__call__" and getattr(pipe := frame.f_locals.get("self"), "scheduler", None) is scheduler:
+            return pipe, frame.f_locals
         frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 class PipelineModel:
@@ -213,7 +202,7 @@ class PipelineModel:
         self.models = transformers_of(pipe)
         if any(_hooked(model) for model in self.models.values()):
             raise TqaiError("tqai is applied to this pipeline: call handle.remove() before calibrating a sampler")
-        self.tick: Tick = lambda share: None
+        self.tick: Callable[[float], None] = lambda share: None
         self.more: dict[str, Any] = {}  # arguments over those of inputs
         self.guidance: tuple[str, float] | None = None
         self.spent = 0.0
@@ -224,26 +213,19 @@ class PipelineModel:
 
     def _go(self, pipe: Any, scheduler: Any, seeds: Sequence[int], steps: int, **kwargs: Any) -> Tensor:
         before, pipe.scheduler = pipe.scheduler, scheduler
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {**self.inputs(seeds), **self.more, **kwargs, "generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
         try:
-            return pipe(
-                **{**self.inputs(seeds), **self.more},
-                num_inference_steps=steps,
-                generator=generators,
-                output_type="latent",
-                return_dict=False,
-                **kwargs,
-            )[0]
+            return pipe(**options, num_inference_steps=steps, output_type="latent", return_dict=False)[0]
         finally:
             pipe.scheduler = before
 
     def _batches(self, seeds: Sequence[int]) -> list[Sequence[int]]:
         return [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
 
-    def march(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
+    def solve(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
         batches = self._batches(seeds)
-        together = Together(len(batches))
-        solvers = [make(k, together) for k in range(len(batches))]
+        barrier = BatchBarrier(len(batches))
+        solvers = [make(k, barrier) for k in range(len(batches))]
         steps = solvers[0].steps
         forecast = self.difference and solvers[0].student
         if forecast and len(batches) > 1:
@@ -257,7 +239,7 @@ class PipelineModel:
             self.shape = tuple(out.shape[1:])
 
         try:
-            together.run([partial(run, k) for k in range(len(batches))])
+            barrier.run([partial(run, k) for k in range(len(batches))])
             self.spent = steps
             if handle is not None:
                 report = handle.report()
@@ -268,9 +250,9 @@ class PipelineModel:
         return solvers
 
     def stock(self, name: str, shift: float, steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
-        return self.walk(lambda: stock_scheduler(name, shift, "flux" if "Flux" in type(self.pipe).__name__ else ""), steps, seeds)
+        return self.run_scheduler(lambda: stock_scheduler(name, shift, "flux" if "Flux" in type(self.pipe).__name__ else ""), steps, seeds)
 
-    def walk(self, scheduler: Callable[[], Any], steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
+    def run_scheduler(self, scheduler: Callable[[], Any], steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
         """(last sigma above 0, state there, final state) of every batch, under any scheduler of diffusers."""
         found = []
         for batch in self._batches(seeds):
@@ -299,26 +281,13 @@ class PipelineModel:
     def header(self) -> dict[str, Any]:
         assert self.guidance is not None
         first = next(iter(self.models.values()))
-        from ... import __version__
-
         return {
             "models": {key: model_hash(model) for key, model in self.models.items()}, "model_class": type(first).__name__,
             "entry": entry_hash(first), "shape": self.shape,
             "guidance": guidance_range(*self.guidance),
-            "versions": {"tqai": __version__, "torch": str(torch.__version__), "diffusers": diffusers.__version__},
+            "versions": {"tqai": VERSION, "torch": str(torch.__version__), "diffusers": diffusers.__version__},
             "difference": DIFFERENCE.to_json() if self.difference else None,
         }  # fmt: skip
 
     def branch_calls(self) -> float:
         return self.spent
-
-
-def load_pipeline(name: str, dtype: str, device: str) -> tuple[Any, str]:
-    """A pipeline by name or folder, and the name of its guidance argument."""
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
-        raise TqaiError(f"dtype {dtype!r} is unknown: give bfloat16, float16 or float32")
-    pipe = pipeline(name, kind)
-    transformers_of(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device), "guidance_scale"

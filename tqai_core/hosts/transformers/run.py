@@ -23,7 +23,7 @@ from ...attention.backends import native
 from ...config import Config
 from ...errors import TqaiError
 from ...peak import Peak
-from ...run import TOKENS, _line, tell
+from ...text import MAX_TOKENS, first_line, output_of
 from ...types import nbytes, tensors_in
 from . import minis as mini
 
@@ -83,10 +83,10 @@ def load(args: argparse.Namespace, device: torch.device) -> Loaded:
     except _NoCausalLM as error:
         raise TqaiError(f"{name} is no causal language model ({error}): give one that AutoModelForCausalLM loads") from None
     except ImportError as error:
-        raise TqaiError(f"{name}: {_line(error)}: install what it names") from None
+        raise TqaiError(f"{name}: {first_line(error)}: install what it names") from None
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:  # whatever the loading code meets in a broken folder
         cure = "give a folder or hub id with config.json, weights and tokenizer files that AutoModelForCausalLM loads"
-        raise TqaiError(f"cannot load {name}: {_line(error)}; {cure}") from None
+        raise TqaiError(f"cannot load {name}: {first_line(error)}; {cure}") from None
     finally:
         logging.set_verbosity(verbosity)
     if getattr(model.generation_config, "cache_implementation", None):
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> dict[
     loaded = load(args, device)
     model = loaded.model
     ids = encode(loaded, args.prompt, args.chat).to(device)
-    count = args.max_tokens or TOKENS["demo" if args.demo else "model"]
+    count = args.max_tokens or MAX_TOKENS["demo" if args.demo else "model"]
     temperature = 0.8 if args.demo and args.temperature is None else args.temperature
     options: dict[str, Any] = {"max_new_tokens": count, "attention_mask": torch.ones_like(ids)}
     if temperature is not None:
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> dict[
                 native.ready()  # builds the kernel on first use
         with tqai_core.apply(model, config) as handle:
             cache = handle.cache()
-            mine, _ = generate(cache, tell(args))
+            mine, _ = generate(cache, output_of(args))
             report = handle.report()
         sites = report.per_site.values()
         result = {
