@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqai_core.attention import block_attention, dense, sparse, spherical_attention
-from tqai_core.attention.backends import flex
-from tqai_core.attention.token_order import TileOrder, local_index, neighbours, tile_shape
+from tqai_core.attention import block_attention, dense, far_field, sparse, spherical_attention
+from tqai_core.attention.backends import Backend, flex
+from tqai_core.attention.blocks import Blocks
+from tqai_core.attention.token_order import TileOrder, local_index, tile_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,8 +94,10 @@ def test_flex_with_its_block_mask(seed, n, m, bq, bk, kept, marks, hide):
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v, index, keys = case(seed, n, m, bq, bk, kept, marks, hide, sizes=(8, 8, 8))
-    blocks = sparse.Blocks.of(q, k, index, bq, bk, keys)
-    assert torch.allclose(flex.attend(q, k, v, blocks, flex_attention).double(), reference(q, k, v, index, bq, bk, None, keys), atol=1e-5)
+    blocks = Blocks.of(q, k, index, bq, bk, keys)
+    assert torch.allclose(
+        flex.attend(q, k, v, blocks, run=flex_attention).double(), reference(q, k, v, index, bq, bk, None, keys), atol=1e-5
+    )
 
 
 def test_flex_that_does_not_compile_is_told_once_and_replaced(monkeypatch):
@@ -105,7 +108,7 @@ def test_flex_that_does_not_compile_is_told_once_and_replaced(monkeypatch):
     index = torch.zeros(1, 1, 4, 1, dtype=torch.long)
     want = block_attention(q, q, q, index, 16, 16)
     monkeypatch.setattr(flex, "_why", "")
-    monkeypatch.setattr(flex, "wanted", lambda q, *blocks: not flex._why)
+    monkeypatch.setitem(sparse.BACKENDS, "flex", Backend("flex", lambda *call, asked=False: flex._why, flex.attend))
     monkeypatch.setattr(flex, "_compiled", lambda: fails)
     with pytest.warns(UserWarning, match="no compiler here"):
         assert torch.equal(block_attention(q, q, q, index, 16, 16), want)
@@ -131,7 +134,8 @@ def test_however_heads_and_blocks_are_cut(group, chunk, far, dtype, monkeypatch)
     q, k, v = torch.randn(3, 2, 90, 3, 16, generator=g).to(dtype).transpose(2, 3).unbind()  # [b, n, h, d] seen as [b, h, n, d]
     index = torch.randint(0, 12, (2, 3, 6, 4), generator=g)
     want = block_attention(q, k, v, index, 16, 8, far)
-    monkeypatch.setattr(sparse, "GROUP", group)
+    for module in (sparse, far_field):
+        monkeypatch.setattr(module, "GROUP", group)
     monkeypatch.setattr(sparse, "CHUNK", chunk)
     assert torch.allclose(block_attention(q, k, v, index, 16, 8, far), want, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
@@ -365,22 +369,6 @@ def test_the_local_support_is_near_on_the_grid_and_sees_all_text():
     assert bool((index == mine[:, None]).any(-1).all()), "its own block"
     above = (mine[1:-2] + 2).tolist()  # four tokens are half a row: two blocks on is the row below
     assert all(below in row for below, row in zip(above[2:-2], index[3:-4].tolist(), strict=True))
-
-
-def test_a_window_of_tiles():
-    layout = TileOrder((4, 4, 8), (2, 2, 2))
-    index = neighbours(layout, (0, 1, 1))
-    assert index.shape == (1, 1, 16, 6)
-    place = layout.places().view(16, 8, 3).mean(1) / 2
-    gap = (place[index[0, 0]] - place[:, None]).abs()
-    assert gap[..., 0].max() == 0
-    assert gap[..., 1:].max() == 2, "moved inwards at the border"
-    whole = neighbours(layout, (3, 3, 3))
-    q, k, v = torch.randn(3, 1, 2, 128, 16, generator=torch.Generator().manual_seed(0))
-    out = block_attention(*(layout.apply(x, 2) for x in (q, k, v)), whole, 8, 8)
-    assert torch.allclose(layout.undo(out, 2), F.scaled_dot_product_attention(q, k, v), atol=1e-5)
-    with pytest.raises(ValueError, match="whole tiles"):
-        neighbours(TileOrder((5, 4, 8), (2, 2, 2)), (1, 1, 1))
 
 
 if __name__ == "__main__":
