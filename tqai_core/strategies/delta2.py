@@ -15,28 +15,33 @@ from ..types import Part, Step
 BEND = 0.1  # below this sigma an output bends too sharply for a parabola: taking back would put in more than it takes
 
 
-@dataclass(frozen=True)
 class LinearForecast(Strategy):
-    """The line through the last two computed values, held as value and slope."""
+    """The line through the last two computed values, held as value and slope. A subclass declares ``slope_bits``."""
 
-    slope_bits: int = param(3, "bits a coordinate of the slope", low=1, high=8)
+    slope_bits: int
 
     order = 1
 
+    def value(self, stream: History) -> Tensor | None:
+        """The last computed value as it is held."""
+        return stream.value("value")
+
     def forecast(self, stream: History, step: Step) -> Tensor | None:
-        value, slope = stream.value("value"), stream.value("slope")
+        value, slope = self.value(stream), stream.value("slope")
         if value is None or slope is None or stream.step is None:
             return value
         return torch.add(value, slope, alpha=step.sigma - stream.step.sigma)
 
+    def slope(self, x: Tensor, before: Tensor | None, stream: History, step: Step) -> dict[str, Part]:
+        """The slope from the held value ``before`` to the new value ``x``, if there is one."""
+        if not self.order or before is None or stream.step is None or step.sigma == stream.step.sigma:
+            return {}
+        return {"slope": Part(((x.float() - before) / (step.sigma - stream.step.sigma)).to(x.dtype), self.slope_bits)}
+
     def plan(self, x: Tensor, score: Tensor | float | None, stream: History, step: Step) -> dict[str, Part]:
-        parts = {"value": Part(x)}
-        before = stream.value("value")
-        if self.order and before is not None and stream.step is not None and step.sigma != stream.step.sigma:
-            slope = (x.float() - before) / (step.sigma - stream.step.sigma)
-            parts["slope"] = Part(slope.to(x.dtype), self.slope_bits)
-        elif (kept := stream.value("slope")) is not None:  # Heun evaluates a sigma twice
-            parts["slope"] = Part(kept.to(x.dtype), self.slope_bits)
+        parts = {"value": Part(x), **self.slope(x, self.value(stream), stream, step)}
+        if "slope" not in parts and (held := stream.value("slope")) is not None:  # Heun evaluates a sigma twice
+            parts["slope"] = Part(held.to(x.dtype), self.slope_bits)
         return parts
 
 
@@ -60,6 +65,7 @@ class Delta2(
     costs no call and no memory. At a sigma below .1 and in the last step nothing is taken back.
     """
 
+    slope_bits: int = param(3, "bits a coordinate of the slope", low=1, high=8)
     block: int = param(64, "level kv: tokens that share a line", choices=(16, 32, 64, 128), level="kv")
     correct: bool = param(True, "after forecasts take back what they put wrong, where the sampler is Euler (level model)")
 

@@ -42,6 +42,7 @@ class Window(
     cache (.0005 on the trained LM).
     """
 
+    slope_bits: int = param(3, "bits a coordinate of the slope", low=1, high=8)
     density: float = param(0.25, "part of the key blocks that a query block sees", low=0.0, high=1.0)
     block: int = param(0, "tokens a block; 0 = 16, and from 4096 tokens on 64 keys and 256 queries", low=0, high=1024)
     residual: int = param(1, "order of the residual's forecast: 1 = linear over sigma, 0 = the last one", choices=(0, 1))
