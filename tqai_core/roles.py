@@ -216,13 +216,14 @@ class Monitor(Method, role="monitor"):
 
 
 class StepMonitor(Monitor, levels=STEPS):
-    """Sees forecasts beside the exact values and decides each step once, for all sites and branches."""
+    """Compares forecasts with the exact values and decides each step once, for all sites and branches."""
+
+    min_steps: int = 0  # shorter schedules are left alone
 
     def idle(self, step: Step) -> str | None:
         """Why nothing of the generation that begins will be forecast, or None: nothing is watched or held then."""
-        least = getattr(self, "min_steps", 0)
-        if step.total is not None and step.total < least:
-            return f"{step.total} steps are too few to forecast (min_steps={least})"
+        if step.total is not None and step.total < self.min_steps:
+            return f"{step.total} steps are too few to forecast (min_steps={self.min_steps})"
         return None
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:

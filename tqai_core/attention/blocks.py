@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TqaiError
@@ -81,3 +82,13 @@ def check(q: Tensor, k: Tensor, v: Tensor, index: Tensor, block_q: int, block_k:
         torch._assert_async((low >= 0) & (high < nk), f"index names blocks that are not there: 0 to {nk - 1} of {block_k} keys")
     elif int(low) < 0 or int(high) >= nk:
         raise TqaiError(f"index names blocks {int(low)} to {int(high)}, there are 0 to {nk - 1} of {block_k} keys")
+
+
+def block_means(x: Tensor, block: int) -> Tensor:
+    """Means of runs of ``block`` tokens, of what is left in the last run: ``[b, h, n, d] -> fp32 [b, h, ceil(n / block), d]``."""
+    n = x.shape[-2]
+    sums = F.pad(x, (0, 0, 0, -n % block)).unflatten(-2, (-1, block)).sum(-2, dtype=torch.float32)
+    sizes = sums.new_full((sums.shape[-2], 1), block)
+    if n % block:
+        sizes[-1] = n % block
+    return sums / sizes

@@ -64,11 +64,7 @@ class Stability(
         if not now:
             return
         if before is not None and len(before) == len(now) and at is not None and at != step.sigma:
-            move = (sum((a - b) ** 2 for a, b in zip(now, before, strict=True)) / len(now)) ** 0.5
-            state["pace"] = move / abs(step.sigma - at)
-            if any(mean - a > self.collapse for mean, a in zip(state["mean"], now, strict=True)):
-                state["refresh"] = 2
-            state["mean"] = [mean + self.alpha * (a - mean) for mean, a in zip(state["mean"], now, strict=True)]
+            state["pace"] = self._move(now, before, state) / abs(step.sigma - at)
         else:
             state["mean"] = list(now)
         state["before"], state["at"] = now, step.sigma
@@ -87,13 +83,18 @@ class Stability(
         if before is None or len(before) != len(now):
             state["mean"] = now
             return Decision(False, "first look"), None
-        move = (sum((a - b) ** 2 for a, b in zip(now, before, strict=True)) / len(now)) ** 0.5
-        if any(mean - a > self.collapse for mean, a in zip(state["mean"], now, strict=True)):
-            state["refresh"] = 2
-        state["mean"] = [mean + self.alpha * (a - mean) for mean, a in zip(state["mean"], now, strict=True)]
+        move = self._move(now, before, state)
         if state.get("refresh", 0) > 0:
             state["refresh"] -= 1
             return Decision(True, "a head's entropy collapsed", move), None
         if move > self.flush_tau:
             return Decision(True, "attention moves too fast", move), None
         return Decision(False, "attention is stable", move), None
+
+    def _move(self, now: list[float], before: list[float], state: dict[str, Any]) -> float:
+        """Root mean square change of the heads' entropy. Where a head's has collapsed, the next two are to be refreshed."""
+        move = (sum((a - b) ** 2 for a, b in zip(now, before, strict=True)) / len(now)) ** 0.5
+        if any(mean - a > self.collapse for mean, a in zip(state["mean"], now, strict=True)):
+            state["refresh"] = 2
+        state["mean"] = [mean + self.alpha * (a - mean) for mean, a in zip(state["mean"], now, strict=True)]
+        return move

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention import dense
+from ..attention.blocks import block_means
 from ..attention.sparse import block_attention
 from ..attention.token_order import TileOrder, local_index
 from ..errors import TqaiError
@@ -170,14 +171,11 @@ class Window(
             site.stream.state["support"] = index.short() if blocks < 2**15 else index.int()
         return index
 
-    def means(self, q: Tensor, k: Tensor, v: Tensor, layout: TileOrder) -> Tensor:
+    def means(self, q: Tensor, k: Tensor, v: Tensor, order: TileOrder) -> Tensor:
         """Every tile's output is that of its mean query, ``q`` in tile order; text keeps its own queries."""
-        n = q.shape[-2]
-        first, grid, last = q.split([layout.before, n - layout.before - layout.after, layout.after], 2)
-        size = grid.shape[2]
-        means = torch.nn.functional.pad(grid, (0, 0, 0, -size % self.queries)).unflatten(2, (-1, self.queries)).sum(3, dtype=torch.float32)
-        sizes = torch.full((means.shape[2], 1), float(self.queries), device=q.device)
-        sizes[-1] -= -size % self.queries
-        out = dense.attention(torch.cat([first, (means / sizes).to(q.dtype), last], 2), k, v)
-        first, grid, last = out.split([layout.before, means.shape[2], layout.after], 2)
+        size = math.prod(order.grid)
+        first, grid, last = q.split([order.before, size, order.after], 2)
+        tiles = block_means(grid, self.queries).to(q.dtype)
+        out = dense.attention(torch.cat([first, tiles, last], 2), k, v)
+        first, grid, last = out.split([order.before, tiles.shape[2], order.after], 2)
         return torch.cat([first, grid.repeat_interleave(self.queries, 2)[:, :, :size], last], 2)
