@@ -259,7 +259,7 @@ def test_window_names_its_level():
         tqai.Config(strategy="window")
 
 
-def test_window_trusts_each_token_s_slope_as_far_as_it_came_true():
+def test_window_scales_each_token_s_slope_by_how_well_it_predicted():
     """Half of the tokens go straight on, the other half jump about: the first are extrapolated, the others hardly."""
     g = torch.Generator().manual_seed(0)
     start, pace, noise = torch.randn(3, 1, 32, 64, generator=g)
@@ -267,22 +267,22 @@ def test_window_trusts_each_token_s_slope_as_far_as_it_came_true():
     strategy = build("strategy", "window")
     stream = Stream(build("codec", "exact"))
 
-    def truth(i):
+    def exact(i):
         jump = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(100 + i))
         return start + torch.where(steady[:, None], -i / 24 * pace * 8, jump * noise.abs())
 
     for i in (0, 1, 2, 6):
         step = Step(i, 1 - i / 24, 24)
-        stream.hold(strategy.plan(truth(i), None, stream, step), truth(i), step)
-    came = stream.state["trend_gain"].float().view(-1)
-    assert came[steady].min() > 0.99
-    assert came[~steady].mean() < 0.3
+        stream.hold(strategy.plan(exact(i), None, stream, step), exact(i), step)
+    gain = stream.state["trend_gain"].float().view(-1)
+    assert gain[steady].min() > 0.99
+    assert gain[~steady].mean() < 0.3
     assert stream.nbytes >= stream.state["trend_gain"].numel() * 2 + 2 * start.numel() * 4
-    error = lambda guess: (guess - truth(8)).square().sum()
+    error = lambda guess: (guess - exact(8)).square().sum()
     ahead = Step(8, 1 - 8 / 24, 24)
-    trusted = error(strategy.forecast(stream, ahead))
+    scaled = error(strategy.forecast(stream, ahead))
     stream.state.pop("trend_gain")
-    assert trusted < error(strategy.forecast(stream, ahead)) * 0.8
+    assert scaled < error(strategy.forecast(stream, ahead)) * 0.8
 
 
 def test_a_residual_of_order_0_fades_as_it_did_and_never_grows():

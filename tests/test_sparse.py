@@ -100,7 +100,7 @@ def test_flex_with_its_block_mask(seed, n, m, bq, bk, kept, marks, hide):
     )
 
 
-def test_flex_that_does_not_compile_is_told_once_and_replaced(monkeypatch):
+def test_flex_that_does_not_compile_warns_once_and_is_replaced(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("no compiler here")
 
@@ -320,49 +320,49 @@ def test_spherical_is_exact_in_linear_time_and_refuses_softmax_models():
         spherical_attention(q, k[:1], v, trained=True)
 
 
-# -- tiles
+# -- tile order
 
 
 @given(grid=st.lists(st.integers(1, 9), min_size=1, max_size=3), block=st.integers(1, 70), text=st.integers(0, 5), first=st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_a_layout_is_a_permutation_that_leaves_text_alone(grid, block, text, first):
+def test_a_tile_order_is_a_permutation_that_leaves_text_alone(grid, block, text, first):
     n = math.prod(grid) + text
-    layout = TileOrder.of(n, block, tuple(grid), first)
-    assert len(layout) == n
-    assert math.prod(layout.tile) <= block
+    order = TileOrder.of(n, block, tuple(grid), first)
+    assert len(order) == n
+    assert math.prod(order.tile) <= block
     x = torch.arange(n)
-    laid = layout.apply(x, 0)
-    assert torch.equal(layout.undo(laid, 0), x)
-    assert torch.equal(layout.apply(layout.undo(x, 0), 0), x)
+    tiled = order.apply(x, 0)
+    assert torch.equal(order.undo(tiled, 0), x)
+    assert torch.equal(order.apply(order.undo(x, 0), 0), x)
     own = slice(0, text) if first else slice(n - text, n)
-    assert torch.equal(laid[own], x[own])
-    assert layout.raster == torch.equal(laid, x)
+    assert torch.equal(tiled[own], x[own])
+    assert order.raster == torch.equal(tiled, x)
 
 
 def test_tiles_are_cubes_and_runs_of_them_are_whole_tiles():
     assert tile_shape((9, 8, 8), 16) == (1, 4, 4)
     assert tile_shape((9, 8, 8), 12) == (3, 2, 2)
     assert tile_shape((16, 16, 32), 64) == (4, 4, 4)
-    layout = TileOrder.of(16 * 16 * 32, 64, (16, 16, 32))
-    place = layout.places().view(-1, 64, 3)
+    order = TileOrder.of(16 * 16 * 32, 64, (16, 16, 32))
+    place = order.places().view(-1, 64, 3)
     assert bool(((place.amax(1) - place.amin(1)) == 3).all())
 
 
-def test_rotary_tables_are_laid_out_with_the_tokens():
-    """Rotated after the layout as before it: attention knows no order."""
-    layout = TileOrder.of(5 + 48, 8, (3, 4, 4), text_first=True)
+def test_rotary_tables_follow_the_tokens():
+    """Rotated in tile order as in raster order: attention does not depend on the order."""
+    order = TileOrder.of(5 + 48, 8, (3, 4, 4), text_first=True)
     g = torch.Generator().manual_seed(0)
     x, table = torch.randn(53, 16, generator=g), torch.randn(53, 16, generator=g)
-    assert torch.equal(layout.apply(x * table, 0), layout.apply(x, 0) * layout.apply_rope(table))
-    inside = TileOrder(layout.grid, layout.tile)
-    assert torch.equal(layout.apply_rope(table[5:]), inside.apply(table[5:], 0))
+    assert torch.equal(order.apply(x * table, 0), order.apply(x, 0) * order.apply_rope(table))
+    inside = TileOrder(order.grid, order.tile)
+    assert torch.equal(order.apply_rope(table[5:]), inside.apply(table[5:], 0))
     with pytest.raises(ValueError, match="53 tokens, or the 48"):
-        layout.apply_rope(table[:50])
+        order.apply_rope(table[:50])
 
 
 def test_the_local_support_is_near_on_the_grid_and_sees_all_text():
-    layout = TileOrder.of(4 + 64, 1, (8, 8), True)  # tiles of one token: the raster
-    index = local_index(layout, 4, 4, 5, torch.device("cpu"))[0, 0]
+    order = TileOrder.of(4 + 64, 1, (8, 8), True)  # tiles of one token: the raster
+    index = local_index(order, 4, 4, 5, torch.device("cpu"))[0, 0]
     assert bool((index == 0).any(-1).all()), "the text block"
     assert index.shape == (17, 5)
     mine = torch.arange(17)

@@ -25,7 +25,7 @@ class Stream:
 
     codec: Codec
     where: Where | None = None
-    grid: tuple[int, ...] = ()  # of the tokens, where the adapter knows it: (length,), (height, width) or (frames, height, width)
+    grid: tuple[int, ...] = ()  # of the tokens, where the host knows it: (length,), (height, width) or (frames, height, width)
     step: Step | None = None
     parts: dict[str, Packed] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Memory:
         return self.streams[where]
 
     def count(self, where: Where, copies: int) -> int:
-        """Walk one stream after it changed; ``counted`` and ``exact`` then hold the sums over all of them."""
+        """Count the bytes of one stream after it changed. ``counted`` and ``exact`` are the sums over all streams."""
         stream = self.streams[where]
         held, exact = stream.nbytes, (stream.kind[0].numel() * 2 * copies if stream.kind else 0)
         before = self._bytes.get(where, (0, 0))
@@ -133,6 +133,6 @@ def _moved(packed: Packed, device: torch.device) -> Packed:
 
 
 def _changed(codec: Codec, **options: Any) -> Codec:
-    """The codec with other options, as far as it has them."""
+    """The codec with those of the options that it has."""
     known = {key: value for key, value in options.items() if hasattr(codec, key)}
     return dataclasses.replace(codec, **known) if known else codec  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""What a method can do is told by the classes it derives from, and where it acts follows from them.
+"""Roles of methods. The classes that a method derives from say what it can do and at which levels it acts.
 
 ==========  =====================================================  ==========================================================
 stage       diffusion (levels model, block, attention)             caches (level kv)
@@ -135,7 +135,7 @@ class Strategy(Method, role="strategy"):
 
 
 class Forecaster(Strategy, levels=STEPS):
-    """Predicts a stream of a diffusion model from its history and says what to keep of it."""
+    """Predicts a stream of a diffusion model from its history and chooses what to hold of it."""
 
     order: ClassVar[int] = 0  # of the prediction over sigma
 

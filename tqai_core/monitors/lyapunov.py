@@ -1,4 +1,4 @@
-"""Forecast while the measured divergence of forecast and truth allows it."""
+"""Forecast while the measured error of the forecasts allows it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ from . import forced
 
 @dataclass(frozen=True)
 class Lyapunov(
-    TolerantMonitor,
-    PackMonitor,
-    name="lyapunov",
-    aliases=("error_control",),
+    TolerantMonitor, PackMonitor, name="lyapunov", aliases=("error_control",),
     paper="step-size control of multistep ODE solvers (Hairer, Norsett, Wanner, Solving ODEs I, III.5)",
-):
-    """At every computed step the forecast is compared with the truth, which is free. The error found is carried over to
+):  # fmt: skip
+    """At every computed step the forecast is compared with the exact output, which is free. The error is carried over to
     the coming step by the remainder of interpolation, and the step is forecast while that stays below the tolerance.
     At level kv tokens are held finer where packing them changes what recent queries see by more than ``tau``: a bound on the error,
     not a gain (1.1 to 1.2 times the KL of a plain cache of equal bytes on the trained LM).

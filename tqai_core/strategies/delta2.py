@@ -1,4 +1,4 @@
-"""Order 1: the stream goes on in a straight line over sigma."""
+"""Order 1: the stream continues in a straight line over sigma."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..registry import param
 from ..roles import BlockPredictor, Forecaster, History, Strategy
 from ..types import Part, Step
 
-BEND = 0.1  # below this sigma an output bends too sharply for a parabola: taking back would put in more than it takes
+BEND = 0.1  # below this sigma an output bends too sharply for a parabola: a correction would add more error than it removes
 
 
 class LinearForecast(Strategy):
@@ -47,12 +47,9 @@ class LinearForecast(Strategy):
 
 @dataclass(frozen=True)
 class Delta2(
-    LinearForecast,
-    Forecaster,
-    BlockPredictor,
-    name="delta2",
+    LinearForecast, Forecaster, BlockPredictor, name="delta2",
     paper="linear multistep prediction, as in Adams-Bashforth and TaylorSeer 2503.06923",
-):
+):  # fmt: skip
     """Forecast = last value + slope x (change of sigma), the line through the last two computed values. Held as value and
     slope: the slope is taken from the exact new value against the decoded old one, so that it stands a few bits: at 8 + 3 bits
     the final error is .96 to 1.1 times that of uncoded copies, at .35 of the bytes of fp16 ones. With ``correct`` an Euler
@@ -60,14 +57,14 @@ class Delta2(
     At level kv keys are residuals against the line through their block, where that pays: .89 (2 bits) and .86 (4 bits) of the KL of a
     plain cache of equal bytes.
 
-    An Euler sampler adds up outputs, so that a wrong forecast can be taken back once the next output is known: the
-    parabola through the last three computed values says what the forecasts lacked, and the computed step adds it. That
-    costs no call and no memory. At a sigma below .1 and in the last step nothing is taken back.
+    An Euler sampler adds up outputs, so that a wrong forecast can be corrected once the next output is known: the
+    parabola through the last three computed values gives the error of the forecasts, and the computed step adds the
+    correction. This costs no call and no memory. At a sigma below .1 and in the last step nothing is corrected.
     """
 
     slope_bits: int = param(3, "bits a coordinate of the slope", low=1, high=8)
     block: int = param(64, "level kv: tokens that share a line", choices=(16, 32, 64, 128), level="kv")
-    correct: bool = param(True, "after forecasts take back what they put wrong, where the sampler is Euler (level model)")
+    correct: bool = param(True, "correct the error of forecasts at the next computed step, where the sampler is Euler (level model)")
 
     terms = 2
 

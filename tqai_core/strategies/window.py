@@ -1,4 +1,4 @@
-"""Attention on part of the keys, and the rest from the last full one."""
+"""Attention on a part of the keys, plus the forecast of what the rest adds."""
 
 from __future__ import annotations
 
@@ -25,14 +25,11 @@ LONG = 4096  # tokens from which blocks are as large as the kernels like them
 
 @dataclass(frozen=True)
 class Window(
-    LinearForecast,
-    AttentionForecaster,
-    BlockReader,
-    name="window",
+    LinearForecast, AttentionForecaster, BlockReader, name="window",
     paper="residual sharing of DiTFastAttn 2406.08552; frozen support and order 1 are ours",
-):
-    """Between full computations attention sees the nearest blocks of keys, or those that scorer ``bsa`` chooses, the others through
-    a far field, and the residual full - sparse is carried on over sigma, each token's slope as far as it came true at the last full
+):  # fmt: skip
+    """Between full computations attention sees a local window (the nearest blocks of keys, or those that scorer ``bsa`` chooses), the other
+    keys through a far field. The residual full - local is forecast over sigma, each token's slope scaled by its fit at the last full
     attention. The support stays as it was first chosen, since a slope has a meaning over one support alone: without far field, order 1
     with a frozen support has a quarter of the error of plain order 0 with a support chosen at every step (WAN mini, density .25). Order 0
     takes the support of the last full attention and lets the residual fade as it did; it needs no slope. On WAN it errs as much
@@ -47,20 +44,20 @@ class Window(
     density: float = param(0.25, "part of the key blocks that a query block sees", low=0.0, high=1.0)
     block: int = param(0, "tokens a block; 0 = 16, and from 4096 tokens on 64 keys and 256 queries", low=0, high=1024)
     residual: int = param(1, "order of the residual's forecast: 1 = linear over sigma, 0 = the last one", choices=(0, 1))
-    fade: float = param(  # best on seeds 3 to 8 of the WAN mini: least squares of two noisy residuals tells too little that stays
-        0.3, "order 0: part of its fading between the last two full attentions that a residual goes on with", low=0.0, high=1.0
+    fade: float = param(  # best on seeds 3 to 8 of the WAN mini: least squares of two noisy residuals underestimates what stays
+        0.3, "order 0: the part of its fading between the last two full attentions that a residual continues", low=0.0, high=1.0
     )
     frozen: bool = param(
         True, "keep the support of the first full attention (order 1) or the last one (order 0); false = choose anew at every step"
     )
     far: str = param(
         "centroid",
-        "the keys that are not seen: the mean of each block and a common first order, one mean and first order, or nothing",
+        "far field of the keys that are not seen: the mean of each block and a common first order, one mean and first order, or nothing",
         choices=("centroid", "linear", "none"),
     )
     lay: str = param(
         "layer",
-        "layer = tiles are laid out in each sparse attention; call = once a model call (diffusers), at the cost of the last bits",
+        "layer = tokens are put in tile order in each sparse attention; call = once a model call (diffusers), which changes the last bits",
         choices=("layer", "call"),
     )
     queries: int = param(0, "tokens a tile whose mean query sees every key, in place of a window; 0 = off", low=0, high=1024)

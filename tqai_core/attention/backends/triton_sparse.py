@@ -29,9 +29,9 @@ def wanted(q: Tensor) -> bool:
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None, asked: bool = False) -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    return "" if asked or wanted(q) else "TQAI_TRITON=1 is not set, or Triton has no such device"
+    if not asked:  # before a search for Triton, which takes longer than a small attention
+        return "" if wanted(q) else "TQAI_TRITON=1 is not set, Triton is not installed or has no such device"
+    return "" if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> Tensor:
