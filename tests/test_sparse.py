@@ -115,6 +115,18 @@ def test_flex_that_does_not_compile_warns_once_and_is_replaced(monkeypatch):
     assert torch.equal(block_attention(q, q, q, index, 16, 16), want)
 
 
+def test_backends_say_why_they_do_not_run(monkeypatch):
+    monkeypatch.delenv("TQAI_TRITON", raising=False)
+    q, index = torch.randn(1, 1, 16, 8), torch.zeros(1, 1, 2, 1, dtype=torch.long)
+    blocks = Blocks.of(q, q, index, 8, 8, None)
+    near, far = ({name: b.takes(q, q, q, blocks, form) for name, b in sparse.BACKENDS.items()} for form in (None, "linear"))
+    assert list(near) == ["triton", "flex", "torch"]
+    assert "TQAI_TRITON=1" in near["triton"]
+    assert "CUDA" in near["flex"]
+    assert "no far field" in far["flex"]
+    assert near["torch"] == far["torch"] == ""
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("far", [None, "linear", "centroid"])
 def test_a_full_index_is_dense_attention(dtype, tolerance, far):

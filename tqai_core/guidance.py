@@ -1,7 +1,7 @@
-"""Guidance at half the price: cond - uncond changes slowly, so on half of the computed steps this difference is forecast.
+"""Guidance at half the price: cond - uncond moves slowly, so on half of the computed steps it is forecast.
 
-It goes on in a straight line over sigma; copying the branch itself is 20 to 90 times worse and not offered. Every second
-computed step is taken, except the first ones and the last (measured; schedules with more of them at the end are worse).
+The difference is carried on in a straight line over sigma; copying the branch itself errs far more and is not
+offered. Uniform in the schedule, with the first steps and the last computed: schedules that skip later steps more often are worse.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ monitor     :class:`StepMonitor`, :class:`EntropyMonitor`          :class:`PackM
 codec       :class:`Codec`                                         :class:`CacheCodec`
 ==========  =====================================================  ==========================================================
 
-A method's class may derive from one role of each side.
+A method's class may derive from one role of each side. A :class:`StepScorer` changes something where a :class:`TolerantMonitor`, a
+:class:`ScoredForecaster` or (a :class:`BlockScorer`) an :class:`AttentionForecaster` asks it; elsewhere the report warns.
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ SAMPLE = 512  # queries of a head that give the usual size of its queries
 
 @dataclass(frozen=True)
 class FarField:
-    """Pseudo-keys for ``rows`` query blocks: ``key [rows / share, e, d]`` and ``value [rows / share, e, dv]`` enter the softmax with ``bias
-    [rows, 1, e]`` (-inf: absent) added to their logits; ``moments`` give the change of the value with each query.
+    """Pseudo-keys for ``rows`` query blocks; the ``share`` query blocks of a head have them in common.
 
+    ``key [rows / share, e, d]`` and ``value [rows / share, e, dv]`` enter the softmax with ``bias [rows, 1, e]`` (-inf: absent) added to
+    their logits; ``moments`` give the change of the value with each query.
     Centroid form, one pseudo-key for each of e blocks: ``moments [rows / share, d, dv]`` of keys and values around the means of their
     blocks, averaged over all blocks of a head. ``bias`` includes the second order: the variance of the keys along a query of usual size.
     Linear form, e = 1: ``moments [rows, d, dv + d]`` of far keys with far values and with far keys around a common centre, from which
