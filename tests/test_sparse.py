@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqai_core.attention import block_attention, dense, sparse, spherical_attention
-from tqai_core.attention.backends import flex
-from tqai_core.attention.token_order import TileOrder, local_index, neighbours, tile_shape
+from tqai_core.attention import block_attention, dense, far_field, sparse, spherical_attention
+from tqai_core.attention.backends import Backend, flex
+from tqai_core.attention.blocks import Blocks
+from tqai_core.attention.token_order import TileOrder, local_index, tile_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,11 +94,13 @@ def test_flex_with_its_block_mask(seed, n, m, bq, bk, kept, marks, hide):
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v, index, keys = case(seed, n, m, bq, bk, kept, marks, hide, sizes=(8, 8, 8))
-    blocks = sparse.Blocks.of(q, k, index, bq, bk, keys)
-    assert torch.allclose(flex.attend(q, k, v, blocks, flex_attention).double(), reference(q, k, v, index, bq, bk, None, keys), atol=1e-5)
+    blocks = Blocks.of(q, k, index, bq, bk, keys)
+    assert torch.allclose(
+        flex.attend(q, k, v, blocks, run=flex_attention).double(), reference(q, k, v, index, bq, bk, None, keys), atol=1e-5
+    )
 
 
-def test_flex_that_does_not_compile_is_told_once_and_replaced(monkeypatch):
+def test_flex_that_does_not_compile_warns_once_and_is_replaced(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("no compiler here")
 
@@ -105,11 +108,23 @@ def test_flex_that_does_not_compile_is_told_once_and_replaced(monkeypatch):
     index = torch.zeros(1, 1, 4, 1, dtype=torch.long)
     want = block_attention(q, q, q, index, 16, 16)
     monkeypatch.setattr(flex, "_why", "")
-    monkeypatch.setattr(flex, "wanted", lambda q, *blocks: not flex._why)
+    monkeypatch.setitem(sparse.BACKENDS, "flex", Backend("flex", lambda *call, asked=False: flex._why, flex.attend))
     monkeypatch.setattr(flex, "_compiled", lambda: fails)
     with pytest.warns(UserWarning, match="no compiler here"):
         assert torch.equal(block_attention(q, q, q, index, 16, 16), want)
     assert torch.equal(block_attention(q, q, q, index, 16, 16), want)
+
+
+def test_backends_say_why_they_do_not_run(monkeypatch):
+    monkeypatch.delenv("TQAI_TRITON", raising=False)
+    q, index = torch.randn(1, 1, 16, 8), torch.zeros(1, 1, 2, 1, dtype=torch.long)
+    blocks = Blocks.of(q, q, index, 8, 8, None)
+    near, far = ({name: b.takes(q, q, q, blocks, form) for name, b in sparse.BACKENDS.items()} for form in (None, "linear"))
+    assert list(near) == ["triton", "flex", "torch"]
+    assert "TQAI_TRITON=1" in near["triton"]
+    assert "CUDA" in near["flex"]
+    assert "no far field" in far["flex"]
+    assert near["torch"] == far["torch"] == ""
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
@@ -131,7 +146,8 @@ def test_however_heads_and_blocks_are_cut(group, chunk, far, dtype, monkeypatch)
     q, k, v = torch.randn(3, 2, 90, 3, 16, generator=g).to(dtype).transpose(2, 3).unbind()  # [b, n, h, d] seen as [b, h, n, d]
     index = torch.randint(0, 12, (2, 3, 6, 4), generator=g)
     want = block_attention(q, k, v, index, 16, 8, far)
-    monkeypatch.setattr(sparse, "GROUP", group)
+    for module in (sparse, far_field):
+        monkeypatch.setattr(module, "GROUP", group)
     monkeypatch.setattr(sparse, "CHUNK", chunk)
     assert torch.allclose(block_attention(q, k, v, index, 16, 8, far), want, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
@@ -316,71 +332,55 @@ def test_spherical_is_exact_in_linear_time_and_refuses_softmax_models():
         spherical_attention(q, k[:1], v, trained=True)
 
 
-# -- tiles
+# -- tile order
 
 
 @given(grid=st.lists(st.integers(1, 9), min_size=1, max_size=3), block=st.integers(1, 70), text=st.integers(0, 5), first=st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_a_layout_is_a_permutation_that_leaves_text_alone(grid, block, text, first):
+def test_a_tile_order_is_a_permutation_that_leaves_text_alone(grid, block, text, first):
     n = math.prod(grid) + text
-    layout = TileOrder.of(n, block, tuple(grid), first)
-    assert len(layout) == n
-    assert math.prod(layout.tile) <= block
+    order = TileOrder.of(n, block, tuple(grid), first)
+    assert len(order) == n
+    assert math.prod(order.tile) <= block
     x = torch.arange(n)
-    laid = layout.apply(x, 0)
-    assert torch.equal(layout.undo(laid, 0), x)
-    assert torch.equal(layout.apply(layout.undo(x, 0), 0), x)
+    tiled = order.apply(x, 0)
+    assert torch.equal(order.undo(tiled, 0), x)
+    assert torch.equal(order.apply(order.undo(x, 0), 0), x)
     own = slice(0, text) if first else slice(n - text, n)
-    assert torch.equal(laid[own], x[own])
-    assert layout.raster == torch.equal(laid, x)
+    assert torch.equal(tiled[own], x[own])
+    assert order.raster == torch.equal(tiled, x)
 
 
 def test_tiles_are_cubes_and_runs_of_them_are_whole_tiles():
     assert tile_shape((9, 8, 8), 16) == (1, 4, 4)
     assert tile_shape((9, 8, 8), 12) == (3, 2, 2)
     assert tile_shape((16, 16, 32), 64) == (4, 4, 4)
-    layout = TileOrder.of(16 * 16 * 32, 64, (16, 16, 32))
-    place = layout.places().view(-1, 64, 3)
+    order = TileOrder.of(16 * 16 * 32, 64, (16, 16, 32))
+    place = order.places().view(-1, 64, 3)
     assert bool(((place.amax(1) - place.amin(1)) == 3).all())
 
 
-def test_rotary_tables_are_laid_out_with_the_tokens():
-    """Rotated after the layout as before it: attention knows no order."""
-    layout = TileOrder.of(5 + 48, 8, (3, 4, 4), text_first=True)
+def test_rotary_tables_follow_the_tokens():
+    """Rotated in tile order as in raster order: attention does not depend on the order."""
+    order = TileOrder.of(5 + 48, 8, (3, 4, 4), text_first=True)
     g = torch.Generator().manual_seed(0)
     x, table = torch.randn(53, 16, generator=g), torch.randn(53, 16, generator=g)
-    assert torch.equal(layout.apply(x * table, 0), layout.apply(x, 0) * layout.apply_rope(table))
-    inside = TileOrder(layout.grid, layout.tile)
-    assert torch.equal(layout.apply_rope(table[5:]), inside.apply(table[5:], 0))
+    assert torch.equal(order.apply(x * table, 0), order.apply(x, 0) * order.apply_rope(table))
+    inside = TileOrder(order.grid, order.tile)
+    assert torch.equal(order.apply_rope(table[5:]), inside.apply(table[5:], 0))
     with pytest.raises(ValueError, match="53 tokens, or the 48"):
-        layout.apply_rope(table[:50])
+        order.apply_rope(table[:50])
 
 
 def test_the_local_support_is_near_on_the_grid_and_sees_all_text():
-    layout = TileOrder.of(4 + 64, 1, (8, 8), True)  # tiles of one token: the raster
-    index = local_index(layout, 4, 4, 5, torch.device("cpu"))[0, 0]
+    order = TileOrder.of(4 + 64, 1, (8, 8), True)  # tiles of one token: the raster
+    index = local_index(order, 4, 4, 5, torch.device("cpu"))[0, 0]
     assert bool((index == 0).any(-1).all()), "the text block"
     assert index.shape == (17, 5)
     mine = torch.arange(17)
     assert bool((index == mine[:, None]).any(-1).all()), "its own block"
     above = (mine[1:-2] + 2).tolist()  # four tokens are half a row: two blocks on is the row below
     assert all(below in row for below, row in zip(above[2:-2], index[3:-4].tolist(), strict=True))
-
-
-def test_a_window_of_tiles():
-    layout = TileOrder((4, 4, 8), (2, 2, 2))
-    index = neighbours(layout, (0, 1, 1))
-    assert index.shape == (1, 1, 16, 6)
-    place = layout.places().view(16, 8, 3).mean(1) / 2
-    gap = (place[index[0, 0]] - place[:, None]).abs()
-    assert gap[..., 0].max() == 0
-    assert gap[..., 1:].max() == 2, "moved inwards at the border"
-    whole = neighbours(layout, (3, 3, 3))
-    q, k, v = torch.randn(3, 1, 2, 128, 16, generator=torch.Generator().manual_seed(0))
-    out = block_attention(*(layout.apply(x, 2) for x in (q, k, v)), whole, 8, 8)
-    assert torch.allclose(layout.undo(out, 2), F.scaled_dot_product_attention(q, k, v), atol=1e-5)
-    with pytest.raises(ValueError, match="whole tiles"):
-        neighbours(TileOrder((5, 4, 8), (2, 2, 2)), (1, 1, 1))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from torch import Tensor
 from .memory import Memory
 from .registry import build
 from .roles import Forecaster
-from .types import Decision, Step, Where
+from .types import Decision, Step, Where, signature
 
-FIRST = 2  # computed steps that run both branches before one is spared: the difference then has a slope
+FIRST = 2  # computed steps that run both branches at the start: the difference then has a slope
 
 
 class Difference:
@@ -28,7 +28,7 @@ class Difference:
 
     def begin(self) -> None:
         self.computed = 0
-        self.turn = False
+        self.turn = False  # whether the difference is forecast at this step
 
     def enter(self, step: Step, decision: Decision) -> None:
         """Every second computed step is the difference's turn."""
@@ -36,35 +36,33 @@ class Difference:
         self.turn = self.on and decision.compute and self.computed > FIRST and (self.computed - FIRST) % 2 == 1 and not step.last
 
     def ready(self, where: Where) -> bool:
-        """Whether this step's turn it is and the difference has a slope."""
+        """Whether it is the difference's turn and it has a slope."""
         held = self.memory.streams.get(_key(where))
         return self.turn and held is not None and "slope" in held.parts
 
     def due(self, where: Where, sibling: Where, step: Step) -> bool:
-        """Whether ``where`` may be taken from ``sibling``, which was computed at this very step."""
-        other = self.memory.streams.get(sibling)
-        return self.ready(where) and other is not None and other.step is step and other.kind == self.memory[_key(where)].kind
+        """Whether ``where`` may be predicted from ``sibling``, which was computed at this same step."""
+        computed = self.memory.streams.get(sibling)
+        return self.ready(where) and computed is not None and computed.step is step and computed.kind == self.memory[_key(where)].kind
 
     def other(self, where: Where, sibling: Where, strategy: Forecaster, step: Step) -> Tensor:
-        """The branch ``where`` from ``sibling``, as it is held at this step, and the forecast difference."""
-        gap, near = self.memory[_key(where)], self.memory[sibling]
-        x = strategy.forecast(near, step)
-        y = x - self.line.forecast(gap, step)  # type: ignore[operator]
-        gap.decoded.clear()
-        near.decoded.clear()
-        return y.to(near.kind[1])  # type: ignore[index]
+        """The branch ``where`` is ``sibling``, as it is held at this step, minus the forecast difference."""
+        held, computed = self.memory[_key(where)], self.memory[sibling]
+        x = strategy.forecast(computed, step) - self.line.forecast(held, step)  # type: ignore[operator]
+        held.decoded.clear()
+        computed.decoded.clear()
+        return x.to(computed.kind[1])  # type: ignore[index]
 
     def observe(self, where: Where, sibling: Where, x: Tensor, strategy: Forecaster, step: Step) -> None:
-        """Both branches were computed: learn their difference."""
-        near = self.memory.streams.get(sibling)
-        if not self.on or near is None or near.step is not step or near.kind != (x.shape, x.dtype, x.device) or not x.numel():
+        """Both branches were computed: hold their difference."""
+        computed = self.memory.streams.get(sibling)
+        if not self.on or computed is None or computed.step is not step or computed.kind != signature(x) or not x.numel():
             return
-        key = _key(where)
-        gap = self.memory[key]
-        difference = (strategy.forecast(near, step) - x.float()).to(x.dtype)  # type: ignore[operator]
-        near.decoded.clear()
-        gap.hold(self.line.plan(difference, None, gap, step), difference, step)
-        self.memory.count(key, 2)
+        held = self.memory[_key(where)]
+        difference = (strategy.forecast(computed, step) - x.float()).to(x.dtype)  # type: ignore[operator]
+        computed.decoded.clear()
+        held.hold(self.line.plan(difference, None, held, step), difference, step)
+        self.memory.count(_key(where), 2)
 
 
 def _key(where: Where) -> Where:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention.token_order import TileOrder
 from .registry import build
 from .roles import Codec
 from .types import Packed, Part, Step, Where, nbytes, signature
@@ -24,7 +25,7 @@ class Stream:
 
     codec: Codec
     where: Where | None = None
-    grid: tuple[int, ...] = ()  # of the tokens, where the adapter knows it: (length,), (height, width) or (frames, height, width)
+    grid: tuple[int, ...] = ()  # of the tokens, where the host knows it: (length,), (height, width) or (frames, height, width)
     step: Step | None = None
     parts: dict[str, Packed] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class Memory:
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.grid: tuple[int, ...] = ()
-        self.token_order: Any = None  # the TileOrder in which the tokens of the call under way lie, if not as a raster
+        self.token_order: TileOrder | None = None  # in which the tokens lie during the current model call; None: as the model has them
         self.offload_device: torch.device | None
         self.clear()
 
@@ -87,7 +88,7 @@ class Memory:
         return self.streams[where]
 
     def count(self, where: Where, copies: int) -> int:
-        """Walk one stream after it changed; ``counted`` and ``exact`` then hold the sums over all of them."""
+        """Count the bytes of one stream after it changed. ``counted`` and ``exact`` are the sums over all streams."""
         stream = self.streams[where]
         held, exact = stream.nbytes, (stream.kind[0].numel() * 2 * copies if stream.kind else 0)
         before = self._bytes.get(where, (0, 0))
@@ -132,6 +133,6 @@ def _moved(packed: Packed, device: torch.device) -> Packed:
 
 
 def _changed(codec: Codec, **options: Any) -> Codec:
-    """The codec with other options, as far as it has them."""
+    """The codec with those of the options that it has."""
     known = {key: value for key, value in options.items() if hasattr(codec, key)}
     return dataclasses.replace(codec, **known) if known else codec  # type: ignore[type-var]

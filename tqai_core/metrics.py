@@ -41,13 +41,13 @@ def squares(guess: Tensor | None, x: Tensor) -> Tensor:
     """``[|guess - x|^2, |x|^2]`` as fp32 on the device, without a host sync; the first is 0 without a guess."""
     # scaled by the size, so that fp32 sums do not overflow where x itself does not
     scale = 1.0 / max(x.numel(), 1) ** 0.5
-    truth = (x.float() * scale).square().sum()
-    gap = truth.new_zeros(()) if guess is None else ((guess - x.float()) * scale).square().sum()
-    return torch.stack([gap, truth])
+    size = (x.float() * scale).square().sum()
+    error = size.new_zeros(()) if guess is None else ((guess - x.float()) * scale).square().sum()
+    return torch.stack([error, size])
 
 
-def relative(gap: float, truth: float) -> float:
-    """Relative error from sums of squares; an all-zero truth gives 0 for a perfect forecast and inf otherwise."""
-    if truth > 0:
-        return math.sqrt(gap / truth)
-    return 0.0 if gap == 0 else math.inf
+def relative(error: float, size: float) -> float:
+    """Relative error from sums of squares; where the exact tensor is zero: 0 for a perfect forecast, else inf."""
+    if size > 0:
+        return math.sqrt(error / size)
+    return 0.0 if error == 0 else math.inf

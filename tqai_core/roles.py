@@ -1,4 +1,4 @@
-"""What a method can do is told by the classes it derives from, and where it acts follows from them.
+"""Roles of methods. The classes that a method derives from say what it can do and at which levels it acts.
 
 ==========  =====================================================  ==========================================================
 stage       diffusion (levels model, block, attention)             caches (level kv)
@@ -9,17 +9,19 @@ monitor     :class:`StepMonitor`, :class:`EntropyMonitor`          :class:`PackM
 codec       :class:`Codec`                                         :class:`CacheCodec`
 ==========  =====================================================  ==========================================================
 
-A method's class may derive from one role of each side.
+A method's class may derive from one role of each side. A :class:`StepScorer` changes something where a :class:`TolerantMonitor`, a
+:class:`ScoredForecaster` or (a :class:`BlockScorer`) an :class:`AttentionForecaster` asks it; elsewhere the report warns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from .attention.token_order import TileOrder
 from .errors import TqaiError
 from .registry import Method, param
 from .types import Decision, Packed, Part, Step
@@ -134,7 +136,7 @@ class Strategy(Method, role="strategy"):
 
 
 class Forecaster(Strategy, levels=STEPS):
-    """Predicts a stream of a diffusion model from its history and says what to keep of it."""
+    """Predicts a stream of a diffusion model from its history and chooses what to hold of it."""
 
     order: ClassVar[int] = 0  # of the prediction over sigma
 
@@ -152,8 +154,37 @@ class Forecaster(Strategy, levels=STEPS):
         raise NotImplementedError
 
 
+class ScoredForecaster(Forecaster):
+    """Its :meth:`plan` depends on the scores of the tokens."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One self-attention of one guidance branch at one step, as an :class:`AttentionForecaster` sees it."""
+
+    stream: History  # of the residual
+    tiled: bool  # the tokens lie in tile order already
+    text_first: bool  # tokens outside of the grid stand before it, else after it
+    scorer: BlockScorer | None  # chooses the key blocks; None: the nearest ones
+    far_errors: Sequence[float] | None  # what ``signal`` was given at the last computed step
+    signal: Callable[[Tensor], None]  # squared errors of this step with and without far field, on the device
+
+
 class AttentionForecaster(Forecaster, levels=("attention",)):
-    """Acts inside attention, on queries, keys and values; what is forecast is the residual full - cheap."""
+    """Acts inside attention: a local attention is computed at every step, and the residual full - local is forecast."""
+
+    def local_attention(self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, full: Tensor | None = None) -> Tensor:
+        """The cheap attention of ``q, k, v [b, h, n, d]``: ``[b, h, n, dv]``. ``full`` is the exact one, given at computed steps."""
+        raise NotImplementedError
+
+    def tile_order(self, n: int, grid: tuple[int, ...], text_first: bool = False) -> TileOrder:
+        """The order in which ``n`` tokens are cut into blocks."""
+        raise NotImplementedError
+
+    @property
+    def tiles_once(self) -> bool:
+        """Whether tokens are put into tile order once a model call, in place of once an attention."""
+        return False
 
 
 class BlockPredictor(Strategy, levels=("kv",)):
@@ -186,13 +217,14 @@ class Monitor(Method, role="monitor"):
 
 
 class StepMonitor(Monitor, levels=STEPS):
-    """Sees forecasts beside the exact values and decides each step once, for all sites and branches."""
+    """Compares forecasts with the exact values and decides each step once, for all sites and branches."""
+
+    min_steps: int = 0  # shorter schedules are left alone
 
     def idle(self, step: Step) -> str | None:
         """Why nothing of the generation that begins will be forecast, or None: nothing is watched or held then."""
-        least = getattr(self, "min_steps", 0)
-        if step.total is not None and step.total < least:
-            return f"{step.total} steps are too few to forecast (min_steps={least})"
+        if step.total is not None and step.total < self.min_steps:
+            return f"{step.total} steps are too few to forecast (min_steps={self.min_steps})"
         return None
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
@@ -203,6 +235,10 @@ class StepMonitor(Monitor, levels=STEPS):
         """``error`` is |forecast - exact| / |exact| over all streams of a computed step, None without a forecast. What the
         host signalled is in ``state`` by its name, as ``state["entropy"]``: a list of floats."""
         raise NotImplementedError
+
+
+class TolerantMonitor(StepMonitor):
+    """Scales its tolerance by the importance of the step: a scorer changes its decisions."""
 
 
 class EntropyMonitor(StepMonitor):

@@ -1,4 +1,4 @@
-"""A few random coordinates of every token, so that a scorer need not keep a copy (Johnson and Lindenstrauss 1984)."""
+"""A few random coordinates of every token, so that a scorer needs no copy (Johnson and Lindenstrauss 1984)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def sketch(x: Tensor, width: int) -> Tensor:
-    """``[b, n, d]`` of any float type -> ``fp32 [b, n, min(width, d)]``; lengths and distances are kept on average."""
+    """``[b, n, d]`` of any float type -> ``fp32 [b, n, min(width, d)]``; lengths and distances are preserved on average."""
     d = x.shape[-1]
     if d <= width:
         return x.float()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tqai_core.attention import block_attention, dense
-from tqai_core.attention.sparse import FAR
+from tqai_core.attention.far_field import FAR
 from tqai_core.attention.token_order import TileOrder
 from tqai_core.config import Config
 from tqai_core.metrics import nmse

@@ -1,15 +1,15 @@
-"""Exact attention, by whatever is fastest here: the fused one of torch, or products and a softmax a few queries at a time.
+"""Exact attention by whatever is fastest here: torch's fused one, or products and a softmax for a few queries at a time.
 
-In bf16 the fused attention of CPUs does not use their bf16 units (2.8 to 3 times slower on AVX512-BF16). Each (tokens, heads'
-width, dtype) is timed once a process, a few hundred queries of it. ``TQAI_DENSE=sdpa`` switches this off. Results differ by the
-rounding of bf16; fp32 always stays with the fused attention, which is the faster one there, and so stays bit-exact.
+In bf16 the fused attention of CPUs does not use their bf16 units (2.8 to 3 times slower on AVX512-BF16). Each size (tokens, width of
+the heads, dtype) is timed once a process, on a few hundred queries. ``TQAI_DENSE=sdpa`` switches this off. Results differ by the
+rounding of bf16. fp32 always stays with the fused attention, which is the faster one there, and so stays bit-exact.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+import timeit
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 QUERIES = 256  # at a time
 SCORES = 1 << 22  # bytes of them
 SAMPLE = 512  # queries that are timed
-GAIN = 1.15  # what the products must win by: a timing is noisy
+GAIN = 1.15  # by this factor the products must be faster: a timing is noisy
 _CHOSEN: dict[tuple, str] = {}
 
 
@@ -28,13 +28,13 @@ def off() -> bool:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Softmax attention of ``q [b, h, n, d]`` on ``k [b, h, m, d]``, ``v [b, h, m, dv]``, no mask."""
-    if choice(q, k, v) == "products":
+    if wanted(q, k, v):
         return products(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def wanted(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether :func:`attention` has anything faster than the fused one for these."""
+    """Whether :func:`attention` is faster than the fused one for these."""
     return choice(q, k, v) == "products"
 
 
@@ -42,20 +42,18 @@ def choice(q: Tensor, k: Tensor, v: Tensor) -> str:
     """``sdpa`` or ``products``; the first call of a size times both."""
     if off() or q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.ndim != 4 or q.shape[1] != k.shape[1]:
         return "sdpa"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if learns or min(q.numel(), k.numel(), v.numel()) == 0 or torch.compiler.is_compiling():
         return "sdpa"
-    if min(q.numel(), k.numel(), v.numel()) == 0 or torch.compiler.is_compiling():
-        return "sdpa"
-    (n, d), m = q.shape[2:], k.shape[2]
-    bucket = lambda x: max(x - 1, 1).bit_length()  # noqa: E731
-    key = (bucket(min(n, SAMPLE)), bucket(m), d, v.shape[3], q.dtype, torch.get_num_threads())
+    n, d, m, dv = min(q.shape[2], SAMPLE), q.shape[3], k.shape[2], v.shape[3]
+    key = (*(max(size - 1, 1).bit_length() for size in (n, m)), d, dv, q.dtype, torch.get_num_threads())
     if key not in _CHOSEN:
-        _CHOSEN[key] = _measure(min(n, SAMPLE), m, d, v.shape[3], q.dtype)
+        _CHOSEN[key] = _measure(n, m, d, dv, q.dtype)
     return _CHOSEN[key]
 
 
 def products(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """``softmax(q k^T) v`` by two matrix products for every few queries of a head; extra memory: their scores."""
+    """``softmax(q k^T) v`` by two matrix products for a few queries of a head at a time; extra memory: their scores."""
     b, h, n, d = q.shape
     m, scale = k.shape[2], d**-0.5 if scale is None else scale
     out = q.new_empty(b, h, n, v.shape[3])
@@ -72,14 +70,7 @@ def products(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Ten
 
 def _measure(n: int, m: int, d: int, dv: int, dtype: torch.dtype) -> str:
     threads = torch.get_num_threads()
-    generator = torch.Generator().manual_seed(0)  # the user's random numbers stay theirs
-    make = lambda rows, width: torch.randn(1, threads, rows, width, generator=generator).to(dtype)  # noqa: E731
-    q, k, v = make(n, d), make(m, d), make(m, dv)
-    ours, theirs = (min(_seconds(run, q, k, v) for _ in range(3)) for run in (products, F.scaled_dot_product_attention))
+    generator = torch.Generator().manual_seed(0)  # the user's random numbers stay the same
+    q, k, v = (torch.randn(1, threads, *size, generator=generator).to(dtype) for size in ((n, d), (m, d), (m, dv)))
+    ours, theirs = (min(timeit.repeat(partial(run, q, k, v), number=1, repeat=3)) for run in (products, F.scaled_dot_product_attention))
     return "products" if ours * GAIN < theirs else "sdpa"
-
-
-def _seconds(run: Callable[[Tensor, Tensor, Tensor], Tensor], *qkv: Tensor) -> float:
-    began = time.perf_counter()
-    run(*qkv)
-    return time.perf_counter() - began

@@ -11,15 +11,12 @@ EPS = 1e-12
 
 
 def spherical_attention(q: Tensor, k: Tensor, v: Tensor, trained: bool = False) -> Tensor:
-    """``o_i = sum_j z_ij v_j / sqrt(sum_j z_ij^2)`` of ``q [.., n, d]``, ``k [.., m, d]``, ``v [.., m, dv]``, exactly.
+    """``o_i = sum_j z_ij v_j / sqrt(sum_j z_ij^2)`` of ``q [.., n, d]``, ``k [.., m, d]``, ``v [.., m, dv]``, exactly, fp32 inside.
 
-    Published as a streaming kernel over all pairs, but linear in z, so that ``q (K^T V) / sqrt(q (K^T K) q^T)`` is the same in
-    O((n + m) d (d + dv)). fp32 inside. The scale of z cancels.
-
-    It is no stand-in for softmax: on the minis, with the best gain for every head, its outputs have an NMSE of .42, where the
-    mere mean of the values has .49. So it refuses unless ``trained=True`` says that the model was trained with it. What softmax
-    models can use of it, its linear form for keys far away, is ``block_attention(.., far="linear")``. Raises ValueError otherwise
-    and for unfit shapes.
+    The paper computes all pairs. The form is linear in z, so ``q (K^T V) / sqrt(q (K^T K) q^T)`` gives the same in
+    O((n + m) d (d + dv)); the scale of z cancels. It does not replace a softmax: on the minis, with the best gain for every head, its
+    outputs have an NMSE of .42, where the mean of the values alone has .49. So it raises TqaiError unless ``trained=True`` states that
+    the model was trained with it. For softmax models, ``block_attention(.., far="linear")`` uses a linear form for far keys.
     """
     if not trained:
         raise TqaiError(

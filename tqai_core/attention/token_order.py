@@ -1,8 +1,8 @@
 """The order of tokens in which block-sparse attention works: tile by tile over (frames, height, width).
 
-A run of ``block`` tokens of a raster is a thin stripe; in tile order it is a cube, so that a block's mean says more about it
-and its neighbourhood is compact. Attention does not ask for an order: tokens may stay laid out from the first layer to the
-last, if the tables of the rotary embedding are laid out with them.
+A run of ``block`` tokens of a raster is a thin stripe; in tile order it is a cube, so that a block's mean represents it better
+and its neighbourhood is compact. Attention does not depend on the order: tokens may stay in tile order from the first layer to
+the last, if the tables of the rotary embedding are put in the same order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TileOrder:
 
     @staticmethod
     def of(n: int, block: int, grid: tuple[int, ...], text_first: bool = False) -> TileOrder:
-        """For ``n`` tokens, in tiles of about ``block``. What the grid does not explain is text; a grid that is too large is none."""
+        """For ``n`` tokens, in tiles of at most ``block``. Tokens beyond the grid are text; a grid of more than ``n`` is ignored."""
         rest = n - math.prod(grid) if grid else 0
         if rest < 0 or not grid:
             grid, rest = (n,), 0
@@ -41,7 +41,7 @@ class TileOrder:
     @property
     def raster(self) -> bool:
         """Whether the order is the raster itself."""
-        return _is_raster(self)
+        return _orders(self, torch.device("cpu"))[2]
 
     def apply(self, x: Tensor, dim: int) -> Tensor:
         """Raster order to tile order."""
@@ -63,13 +63,13 @@ class TileOrder:
         )
 
     def places(self) -> Tensor:
-        """Where the tokens of the grid lie, in tile order: ``fp32 [tokens of the grid, axes]``."""
+        """Coordinates of the tokens of the grid, in tile order: ``fp32 [tokens of the grid, axes]``."""
         axes = torch.meshgrid(*[torch.arange(s, dtype=torch.float32) for s in self.grid], indexing="ij")
         return TileOrder(self.grid, self.tile).apply(torch.stack([a.flatten() for a in axes], 1), 0)
 
 
 def tile_shape(grid: tuple[int, ...], block: int) -> tuple[int, ...]:
-    """The tile of at most ``block`` tokens: as full as can be, dividing the grid if possible, and as near to a cube."""
+    """The largest tile of at most ``block`` tokens; of equal ones the one that divides the grid, then the one nearest to a cube."""
     sizes = [range(1, min(size, block) + 1) for size in grid]
 
     def rank(tile: tuple[int, ...]) -> tuple[int, int, int]:
@@ -83,65 +83,38 @@ def tile_shape(grid: tuple[int, ...], block: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=32)
-def _orders(layout: TileOrder, device: torch.device) -> tuple[Tensor, Tensor]:
-    number = torch.zeros(layout.grid, dtype=torch.long)
-    for axis, (size, t) in enumerate(zip(layout.grid, layout.tile, strict=True)):
-        shape = [1] * len(layout.grid)
-        shape[axis] = size
-        number = number * -(-size // t) + (torch.arange(size) // t).view(shape)
-    inner = number.flatten().argsort(stable=True) + layout.before
-    order = torch.cat([torch.arange(layout.before), inner, torch.arange(len(layout) - layout.after, len(layout))])
-    return order.to(device), order.argsort().to(device)
+def _orders(order: TileOrder, device: torch.device) -> tuple[Tensor, Tensor, bool]:
+    """Raster places in tile order, tile places in raster order, and whether the two orders are the same."""
+    sides = list(zip(order.grid, order.tile, strict=True))
+    tiles = torch.meshgrid(*[torch.arange(size) // t for size, t in sides], indexing="ij")
+    number = torch.zeros(order.grid, dtype=torch.long)
+    for (size, t), tile in zip(sides, tiles, strict=True):
+        number = number * -(-size // t) + tile
+    inner, n = number.flatten().argsort(stable=True) + order.before, len(order)
+    forth = torch.cat([torch.arange(order.before), inner, torch.arange(n - order.after, n)])
+    return forth.to(device), forth.argsort().to(device), torch.equal(forth, torch.arange(n))
+
+
+def local_index(order: TileOrder, block_q: int, block_k: int, num_blocks: int, device: torch.device) -> Tensor:
+    """The nearest key blocks of every query block, ``int64 [1, 1, nq, num_blocks]``, by the distance of their centres on the
+    grid. Blocks with text are the nearest to all; a query block with text takes the blocks nearest to its place."""
+    return _local(order, block_q, block_k, num_blocks).to(device)
 
 
 @lru_cache(maxsize=32)
-def _is_raster(layout: TileOrder) -> bool:
-    return torch.equal(_orders(layout, torch.device("cpu"))[0], torch.arange(len(layout)))
-
-
-def local_index(layout: TileOrder, block_q: int, block_k: int, keep: int, device: torch.device) -> Tensor:
-    """The ``keep`` nearest key blocks of every query block, ``int64 [1, 1, nq, keep]``, by the distance of their centres on the
-    grid; blocks that hold text come first for everybody, and a block that holds text itself sees the blocks at its place."""
-    return _local(layout, block_q, block_k, keep).to(device)
-
-
-@lru_cache(maxsize=32)
-def _local(layout: TileOrder, block_q: int, block_k: int, keep: int) -> Tensor:
+def _local(order: TileOrder, block_q: int, block_k: int, num_blocks: int) -> Tensor:
     # distances in units of the grid, so that a frame is as far as a row or a column
-    (cq, _), (ck, outside) = (_centres(layout, block) for block in (block_q, block_k))
-    far = torch.cdist(cq, ck)
-    far[:, outside] = -1.0
-    return far.topk(min(keep, len(ck)), dim=1, largest=False).indices.sort(1).values[None, None]
+    (centre_q, _), (centre_k, text) = (_centres(order, block) for block in (block_q, block_k))
+    distance = torch.cdist(centre_q, centre_k)
+    distance[:, text] = -1.0
+    return distance.topk(min(num_blocks, len(centre_k)), dim=1, largest=False).indices.sort(1).values[None, None]
 
 
-def _centres(layout: TileOrder, block: int) -> tuple[Tensor, Tensor]:
-    """Mean places of the blocks' tokens ``[blocks, axes]``, and which blocks hold text."""
-    n, place = len(layout), layout.places()
+def _centres(order: TileOrder, block: int) -> tuple[Tensor, Tensor]:
+    """Mean coordinates of the blocks' tokens ``fp32 [blocks, axes]``, and which blocks hold text."""
+    n, place = len(order), order.places()
     start = torch.arange(-(-n // block)) * block
-    first, last = ((start + d - layout.before).clamp(0, len(place) - 1) for d in (0, block - 1))
+    first, last = ((start + d - order.before).clamp(0, len(place) - 1) for d in (0, block - 1))
     sums = torch.cat([place.new_zeros(1, place.shape[1]), place.double().cumsum(0)])
     mean = (sums[last + 1] - sums[first]) / (last + 1 - first)[:, None]
-    return mean.float(), (start < layout.before) | ((start + block).clamp_max(n) > n - layout.after)
-
-
-def neighbours(layout: TileOrder, radius: tuple[int, ...]) -> Tensor:
-    """Tiles within ``radius`` tiles of each tile, ``int64 [1, 1, tiles, kept]``, for a grid that its tiles divide: moved inwards at the
-    border, so that all tiles have as many. Raises ValueError where tiles are ragged or there is text."""
-    counts = [size // t for size, t in zip(layout.grid, layout.tile, strict=True)]
-    if (
-        layout.before
-        or layout.after
-        or any(size % t for size, t in zip(layout.grid, layout.tile, strict=True))
-        or len(radius) != len(counts)
-    ):
-        raise TqaiError(
-            f"{layout} has no whole tiles in {len(radius)} directions: give a grid that its tile divides, no text, a radius an axis"
-        )
-    number = torch.zeros([1] * 2 * len(counts), dtype=torch.long)
-    for axis, (count, r) in enumerate(zip(counts, radius, strict=True)):
-        width = min(2 * r + 1, count)
-        near = (torch.arange(count) - r).clamp(0, count - width)[:, None] + torch.arange(width)
-        shape = [1] * 2 * len(counts)
-        shape[axis], shape[axis + len(counts)] = count, width
-        number = number * count + near.view(shape)
-    return number.reshape(1, 1, math.prod(counts), -1)
+    return mean.float(), (start < order.before) | ((start + block).clamp_max(n) > n - order.after)

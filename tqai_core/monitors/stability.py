@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from ..registry import param
-from ..roles import Batch, EntropyMonitor, PackMonitor
+from ..roles import Batch, EntropyMonitor, PackMonitor, TolerantMonitor
 from ..types import Decision, Step
 from . import forced
 
 
 @dataclass(frozen=True)
-class Stability(EntropyMonitor, PackMonitor, name="stability", paper="attention entropy as a sign of stability, Zhai et al. 2303.06296"):
+class Stability(
+    EntropyMonitor, TolerantMonitor, PackMonitor, name="stability", paper="attention entropy as a sign of stability, Zhai et al. 2303.06296"
+):
     """Watches the entropy of attention, head by head, on a few queries of a few layers (1 = looks everywhere, 0 = at one
     token). A step is forecast while the entropy, going on at its measured pace, would move less than ``tau``; a head that
     collapses by ``collapse`` below its running mean forces the next two evaluations. A signal on video, none on the image
@@ -62,11 +64,7 @@ class Stability(EntropyMonitor, PackMonitor, name="stability", paper="attention 
         if not now:
             return
         if before is not None and len(before) == len(now) and at is not None and at != step.sigma:
-            move = (sum((a - b) ** 2 for a, b in zip(now, before, strict=True)) / len(now)) ** 0.5
-            state["pace"] = move / abs(step.sigma - at)
-            if any(mean - a > self.collapse for mean, a in zip(state["mean"], now, strict=True)):
-                state["refresh"] = 2
-            state["mean"] = [mean + self.alpha * (a - mean) for mean, a in zip(state["mean"], now, strict=True)]
+            state["pace"] = self._move(now, before, state) / abs(step.sigma - at)
         else:
             state["mean"] = list(now)
         state["before"], state["at"] = now, step.sigma
@@ -85,13 +83,18 @@ class Stability(EntropyMonitor, PackMonitor, name="stability", paper="attention 
         if before is None or len(before) != len(now):
             state["mean"] = now
             return Decision(False, "first look"), None
-        move = (sum((a - b) ** 2 for a, b in zip(now, before, strict=True)) / len(now)) ** 0.5
-        if any(mean - a > self.collapse for mean, a in zip(state["mean"], now, strict=True)):
-            state["refresh"] = 2
-        state["mean"] = [mean + self.alpha * (a - mean) for mean, a in zip(state["mean"], now, strict=True)]
+        move = self._move(now, before, state)
         if state.get("refresh", 0) > 0:
             state["refresh"] -= 1
             return Decision(True, "a head's entropy collapsed", move), None
         if move > self.flush_tau:
             return Decision(True, "attention moves too fast", move), None
         return Decision(False, "attention is stable", move), None
+
+    def _move(self, now: list[float], before: list[float], state: dict[str, Any]) -> float:
+        """Root mean square change of the heads' entropy. Where a head's has collapsed, the next two are to be refreshed."""
+        move = (sum((a - b) ** 2 for a, b in zip(now, before, strict=True)) / len(now)) ** 0.5
+        if any(mean - a > self.collapse for mean, a in zip(state["mean"], now, strict=True)):
+            state["refresh"] = 2
+        state["mean"] = [mean + self.alpha * (a - mean) for mean, a in zip(state["mean"], now, strict=True)]
+        return move

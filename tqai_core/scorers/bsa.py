@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention.blocks import block_means
 from ..registry import param
 from ..roles import Batch, BlockScorer, History, StepScorer
 from ..types import Step
@@ -35,7 +36,7 @@ class Bsa(StepScorer, BlockScorer, name="bsa", paper="block-centroid selection, 
             return None
         n, d = x.shape[1:]
         unit = F.normalize(x.float(), dim=-1) * d**0.5  # outputs have no scale of their own for a softmax
-        means = centroids(unit, self.block)
+        means = block_means(unit, self.block)
         mass = (means @ means.mT * d**-0.5).softmax(-1).mean(1)  # [b, blocks], what each block receives
         return (mass / mass.amax(-1, keepdim=True).clamp_min(1e-12)).repeat_interleave(self.block, 1)[:, :n]
 
@@ -45,7 +46,7 @@ class Bsa(StepScorer, BlockScorer, name="bsa", paper="block-centroid selection, 
         if batch.q is None:
             return None
         n, pad = batch.k.shape[2], -batch.k.shape[2] % self.block
-        blocks = (batch.q @ centroids(batch.k, self.block).transpose(-1, -2)).softmax(-1).mean(2)  # [b, h, blocks]
+        blocks = (batch.q @ block_means(batch.k, self.block).transpose(-1, -2)).softmax(-1).mean(2)  # [b, h, blocks]
         own = F.pad(batch.q @ batch.k.transpose(-1, -2), (0, pad), value=float("-inf")).unflatten(3, (-1, self.block)).softmax(-1).mean(2)
         score = (blocks[..., None] * own).flatten(2)[..., :n].mean(1)
         return score / score.amax(-1, keepdim=True).clamp_min(1e-30)
@@ -71,13 +72,3 @@ class Bsa(StepScorer, BlockScorer, name="bsa", paper="block-centroid selection, 
                 p = F.pad(p, (0, nk * bk - m)).unflatten(2, (nk, bk)).sum(-1).unflatten(1, (-1, share.shape[1]))
                 out[g : g + heads, i : i + step] = (p * share[i : i + step]).sum(2)
         return out.unflatten(0, q.shape[:2])
-
-
-def centroids(x: Tensor, block: int) -> Tensor:
-    """Means of runs of ``block`` tokens, the last one as long as it is: ``[b, h, n, d] -> fp32 [b, h, ceil(n / block), d]``."""
-    n = x.shape[-2]
-    sums = F.pad(x.float(), (0, 0, 0, -n % block)).unflatten(-2, (-1, block)).sum(-2)
-    sizes = sums.new_full((sums.shape[-2], 1), block)
-    if n % block:
-        sizes[-1] = n % block
-    return sums / sizes

@@ -1,1 +1,1 @@
-"""Strategies: how a stream is predicted from its history, and what is kept of it. One a file."""
+"""Strategies: how a stream is predicted from its history, and what is held of it. One a file."""

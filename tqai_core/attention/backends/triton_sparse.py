@@ -10,39 +10,37 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import TqaiError
-
-if TYPE_CHECKING:
-    from ..sparse import Blocks
+from ...workspace import Workspace
+from ..blocks import Blocks
+from ..far_field import far_field
 
 ROWS = 64  # queries of a program
 
 
 def wanted(q: Tensor) -> bool:
-    """Asked for, installed, and on a device that Triton (or its interpreter) knows."""
-    if os.environ.get("TQAI_TRITON") != "1":
-        return False
-    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    return importlib.util.find_spec("triton") is not None
+    """Asked for by ``TQAI_TRITON=1``, installed, and on a device of Triton or of its interpreter."""
+    known = q.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TQAI_TRITON") == "1" and known and importlib.util.find_spec("triton") is not None
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None, asked: bool = False) -> str:
+    if not asked:  # before a search for Triton, which takes longer than a small attention
+        return "" if wanted(q) else "TQAI_TRITON=1 is not set, Triton is not installed or has no such device"
+    return "" if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> Tensor:
-    """See :func:`block_attention`. Raises ValueError without Triton."""
-    if importlib.util.find_spec("triton") is None:
-        raise TqaiError("backend='triton' asked, but Triton is not installed: pip install triton, or give backend='torch'")
+    """See :func:`sparse.block_attention`."""
     import triton
-
-    from ..sparse import field
 
     b, h, n, d = q.shape
     m, dv, bq, bk = k.shape[2], v.shape[3], blocks.block_q, blocks.block_k
-    nq, kept = blocks.index.shape[2:]
+    nq, num_blocks = blocks.index.shape[2:]
     q, k, v = (x.contiguous() for x in (q, k, v))
     out = q.new_empty(b, h, n, dv)
     index = blocks.index.to(torch.int32)
@@ -50,12 +48,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> 
         index = index.masked_fill(~blocks.live, -1)
     index = index.flatten(0, 1).contiguous()
     keys = q.new_ones(1, dtype=torch.uint8) if blocks.keys is None else blocks.keys.contiguous().view(torch.uint8)
-    empty = q.new_zeros(1)
-    fk = fv = fb = slope = empty
+    fk = fv = fb = slope = q.new_zeros(1)
     extra = 0
     if far is not None:
         heads = None if blocks.keys is None else blocks.keys.repeat_interleave(h, 0)
-        found = field(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), heads, blocks.far(), bk, far)
+        flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+        found = far_field(flat_q, flat_k, flat_v, heads, blocks.unselected(), bk, far, Workspace(q.device, q.dtype))
         extra = found.key.shape[1]
         fk, fv, fb = (x.contiguous() for x in (found.key, found.value, found.bias.float()))
         slope = found.moments.contiguous()  # [bh, d, dv]
@@ -64,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> 
     rows = min(ROWS, max(triton.next_power_of_2(bq), 16))
     run: Any = _kernel()
     run[(nq * triton.cdiv(bq, rows), b * h)](
-        q, k, v, out, index, keys, fk, fv, fb, slope, n, m, h, nq, kept, d, dv, bq, bk, extra, d**-0.5,
+        q, k, v, out, index, keys, fk, fv, fb, slope, n, m, h, nq, num_blocks, d, dv, bq, bk, extra, d**-0.5,
         KEYS=blocks.keys is not None, FAR=0 if far is None else 1 if far == "linear" else 2,
         ROWS=rows, BLOCK=max(triton.next_power_of_2(bk), 16), D=max(triton.next_power_of_2(d), 16), DV=max(triton.next_power_of_2(dv), 16),
     )  # fmt: skip
@@ -96,7 +94,7 @@ def _kernel() -> Any:
     @triton.jit
     def sparse(  # type: ignore[no-untyped-def]
         q, k, v, out, index, keys, far_key, far_value, far_bias, slope,
-        n, m, heads, nq, kept, d, dv, block_q, block_k, extra, scale,
+        n, m, heads, nq, num_blocks, d, dv, block_q, block_k, extra, scale,
         KEYS: tl.constexpr, FAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     ):  # fmt: skip
         parts = tl.cdiv(block_q, ROWS)
@@ -138,8 +136,8 @@ def _kernel() -> Any:
                 spread = tl.load(place + dv + at[None, :], mask=inside_d[:, None] & inside_d[None, :], other=0.0)
                 var = tl.sum(tl.dot(own, spread, input_precision="ieee") * own.to(tl.float32), 1)
                 top += tl.log(1.0 + tl.maximum(0.5 * var, 0.0))
-        for i in range(0, kept):
-            which = tl.load(index + line * kept + i)
+        for i in range(0, num_blocks):
+            which = tl.load(index + line * num_blocks + i)
             column = tl.where(which >= 0, which, m) * block_k + one  # one named before counts once: beyond the end
             seen = (one < block_k) & (column < m)
             if KEYS:
