@@ -403,9 +403,9 @@ def verdicts(result: dict[str, Any]) -> list[Row]:
     out: list[Row] = []
     for kind, rows in result["tables"].items():
         need, fights = promises(out, kind), duels(kind, rows)
-        need("peer settings as fast as balanced or faster, of no more NMSE", sum(d["default"] == "WORSE" for d in fights), most=0)
+        need("settings of others at least as fast as balanced, and of no more error", sum(d["default"] == "WORSE" for d in fights), most=0)
         won = sum(d["ok"] for d in fights)
-        need("peer settings whose NMSE a tqai setting of no more CPU time undercuts", won, least=len(fights))
+        need("settings of others that have more error than a tqai setting at least as fast", won, least=len(fights))
     return out
 
 
