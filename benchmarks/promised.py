@@ -38,9 +38,9 @@ def failing(benches: Any) -> str:
     if not missed:
         return f"All {len(found)} promises of {commands} are kept."
     rows = [[f"`tqai bench {COMMANDS[name]}`", *v.cells()[:-1]] for name, v in missed]
-    told = f"**{len(rows)} of {len(found)} promises fail** ({commands}):"
+    count = f"**{len(rows)} of {len(found)} promises fail** ({commands}):"
     lines = dict.fromkeys(line for name, v in missed for line in in_words(name, v))
-    return "\n\n".join([told, table(["bench", "mini", "promise that fails", "measured", "needed"], rows), "In words:", "\n".join(lines)])
+    return "\n\n".join([count, table(["bench", "mini", "promise that fails", "measured", "needed"], rows), "In words:", "\n".join(lines)])
 
 
 def in_words(name: str, verdict: Verdict) -> list[str]:

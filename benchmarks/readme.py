@@ -77,8 +77,8 @@ def codec(result: dict[str, Any]) -> str:
         speeds = [f"{r[what]:.0f} ({r[f'{what}_ratio']:.2f}x)" for what in ("encode", "decode")]
         rows.append([r["codec"], str(r["bits"]), f"{r['held_bits']:.3f}", f"{r['nmse']:.5f}", *speeds])
     head = ["codec", "bits", "bits held a number", "NMSE", "encode MB/s", "decode MB/s"]
-    told = f"On {result['machine']['cpu']}, one thread; x: as fast as upstream's, median over calls made in turn."
-    return f"{table(head, rows)}\n\n{told}"
+    note = f"On {result['machine']['cpu']}, one thread; x: as fast as upstream's, median over calls made in turn."
+    return f"{table(head, rows)}\n\n{note}"
 
 
 def bases(result: dict[str, Any]) -> str:
@@ -101,8 +101,8 @@ def pictures(demo: dict[str, Any]) -> str:
         for method in methods:
             r = next(r for r in demo["rows"] if r["mini"] == kind and r["method"] == method)
             name = f"docs/img/{kind}-{method.replace(' ', '-')}.{'gif' if kind == 'wan' else 'png'}"
-            told = f"{r['calls']} calls, {r['cpu_ratio']:.2f}x" + ("" if r["psnr"] is None else f", {r['psnr']:.1f} dB")
-            cells.append(f"![{kind} {method}]({name})<br>{told}")
+            note = f"{r['calls']} calls, {r['cpu_ratio']:.2f}x" + ("" if r["psnr"] is None else f", {r['psnr']:.1f} dB")
+            cells.append(f"![{kind} {method}]({name})<br>{note}")
         rows.append(cells)
     return table(methods, rows)
 
@@ -206,10 +206,10 @@ def llm_speed(result: dict[str, Any]) -> str:
         )
     whole = ", ".join(f"{r['method']} {r['ms']:.2f} ms" for r in result["model"])
     missed = [v["what"] for v in result["verdicts"] if not v["ok"]]
-    told = f"A random Qwen2 of 4 layers at 4,096 tokens, a token: {whole}. On {result['machine']['cpu']}, one thread."
-    told += " Best dense: cat into memory kept for it (fresh pages each time would triple its time), then sdpa of grouped heads."
-    told += f" Promises missed there: {'; '.join(missed)}." if missed else " Every promise of the bench met."
-    return f"{table(['tokens', 'one layer, one step', 'CPU ms', 'x best dense', 'held MiB', 'peak above MiB'], rows)}\n\n{told}"
+    note = f"A random Qwen2 of 4 layers at 4,096 tokens, a token: {whole}. On {result['machine']['cpu']}, one thread."
+    note += " Best dense: cat into memory kept for it (fresh pages each time would triple its time), then sdpa of grouped heads."
+    note += f" Promises missed there: {'; '.join(missed)}." if missed else " Every promise of the bench met."
+    return f"{table(['tokens', 'one layer, one step', 'CPU ms', 'x best dense', 'held MiB', 'peak above MiB'], rows)}\n\n{note}"
 
 
 def mlx(result: dict[str, Any]) -> str:
@@ -220,8 +220,8 @@ def mlx(result: dict[str, Any]) -> str:
         own = [at[kind, name, bits] for kind in ("plain", "outlier", "bias")]
         rows.append([name, str(bits), f"{own[0]['held_bits']:.2f}", *(f"{100 * r['delta']:+.2f} %, {r['kl']:.5f}" for r in own)])
     head = ["cache", "bits", "held", "plain: perplexity, KL", "outlier keys", "key bias"]
-    told = "; ".join(f"{r['cache']} {r['peak_mib']:.0f} MiB, {r['held_mib']:.0f} held, {r['ms']:.1f} ms" for r in result["long"])
-    long = f"A prompt of 4096 tokens, 128 at a time, in a random model of 8 layers: the peak, what stays, CPU time a token after: {told}."
+    note = "; ".join(f"{r['cache']} {r['peak_mib']:.0f} MiB, {r['held_mib']:.0f} held, {r['ms']:.1f} ms" for r in result["long"])
+    long = f"A prompt of 4096 tokens, 128 at a time, in a random model of 8 layers: the peak, what stays, CPU time a token after: {note}."
     return f"{table(head, rows)}\n\n{long}"
 
 
@@ -243,8 +243,8 @@ def comfyui(result: dict[str, Any]) -> str:
     rows = []
     for name in dict.fromkeys(name for found in versions.values() for name in found):
         rows.append([name, *(cell(found.get(name)) for found in versions.values())])
-    told = f"Measured on {result['machine']['cpu']}, torch {result['machine']['torch']}, by `make test-comfyui`."
-    return f"{table(['on real ComfyUI', *versions], rows)}\n\n{told}"
+    note = f"Measured on {result['machine']['cpu']}, torch {result['machine']['torch']}, by `make test-comfyui`."
+    return f"{table(['on real ComfyUI', *versions], rows)}\n\n{note}"
 
 
 def cell(row: dict[str, Any] | None) -> str:
@@ -253,8 +253,8 @@ def cell(row: dict[str, Any] | None) -> str:
     if not row["passed"] + row["failed"]:
         return "not in this version"
     tests = row["passed"] + row["failed"]
-    told = "yes" if row["passed"] == tests else f"**{row['failed']} of {tests} failed**"
-    return told + "".join(f"<br>{figure}" for figure in row["figures"])
+    note = "yes" if row["passed"] == tests else f"**{row['failed']} of {tests} failed**"
+    return note + "".join(f"<br>{figure}" for figure in row["figures"])
 
 
 def summary(dit: dict[str, Any]) -> str:

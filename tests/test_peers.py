@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 
 from bench import dit, dit_peers
 from bench import dit_caches as peers
-from bench.dit_peers import Rival, Track, duels, measure, mixing, told, verdicts
+from bench.dit_peers import Rival, Track, duels, measure, mixing, summary_lines, verdicts
 
 from tqai_core.report import dumps
 from tqai_core.types import nbytes
@@ -208,10 +208,10 @@ def test_duels_compare_at_no_more_cpu_time_and_promises_can_fail():
     checks = verdicts(result)
     assert [v["ok"] for v in checks] == [True, False]
     assert checks[1]["measured"] == 3
-    assert "A close" in told(result)[0]
+    assert "A close" in summary_lines(result)[0]
     worse = {"tables": {"flux": [*rows, row("B", "x", 2.1, 1e-5)]}}
     assert not verdicts(worse)[0]["ok"]
-    assert "B x" in told(worse)[0]
+    assert "B x" in summary_lines(worse)[0]
 
 
 def test_the_bench_is_json_and_its_tables_print(monkeypatch):

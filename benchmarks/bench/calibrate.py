@@ -272,6 +272,6 @@ def tuning(result: Row) -> tuple[list[str], list[list[str]]]:
     rows = []
     for kind, t in result["tables"].items():
         for name, row in t.get("tune", {}).get("proof", {}).items():
-            told = "default preset" if name == "default" else f"tuned, {t['tune']['trials']} trials ({t['tune']['seconds_cpu']:.0f} CPU s)"
-            rows.append([kind, told, f"{row['calls']:.0%}", f"{row['error'] * 1e4:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"])
+            label = "default preset" if name == "default" else f"tuned, {t['tune']['trials']} trials ({t['tune']['seconds_cpu']:.0f} CPU s)"
+            rows.append([kind, label, f"{row['calls']:.0%}", f"{row['error'] * 1e4:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"])
     return ["mini", "pipeline", "calls", "NMSE e-4, unseen seeds", "bytes held", "time / exact"], rows

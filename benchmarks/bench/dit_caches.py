@@ -105,13 +105,13 @@ def mag_cache(
 
 def calibrated_ratios(pipe: Any, generate: Callable[[], Any], steps: int) -> list[float]:
     """MagCache's ratios from its own calibration mode over ``generate()``: the mean over what it prints, one list a branch."""
-    undo, told = mag_cache(pipe, steps=steps), io.StringIO()
+    undo, printed = mag_cache(pipe, steps=steps), io.StringIO()
     try:
-        with contextlib.redirect_stdout(told):
+        with contextlib.redirect_stdout(printed):
             generate()
     finally:
         undo()
-    lists = [ast.literal_eval(line) for line in told.getvalue().splitlines() if line.startswith("[") and not line.startswith("[Mag")]
+    lists = [ast.literal_eval(line) for line in printed.getvalue().splitlines() if line.startswith("[") and not line.startswith("[Mag")]
     if not lists:
         raise ValueError(f"MagCache printed no ratios after {steps} steps: calibrate with the number of steps that is run")
     return [sum(column) / len(lists) for column in zip(*lists, strict=True)]

@@ -409,7 +409,7 @@ def verdicts(result: dict[str, Any]) -> list[Row]:
     return out
 
 
-def told(result: dict[str, Any]) -> list[str]:
+def summary_lines(result: dict[str, Any]) -> list[str]:
     """One line a model, the lost duels by name."""
     lines = []
     for kind, rows in result["tables"].items():
@@ -476,5 +476,5 @@ def tables_of(result: Row) -> Iterable[Table]:
             for d in result["duels"]
         ],
     )  # fmt: skip
-    yield "verdicts", ["a line a model"], [[line] for line in told(result)]
+    yield "verdicts", ["a line a model"], [[line] for line in summary_lines(result)]
     yield from closing(result)

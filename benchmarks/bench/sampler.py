@@ -149,8 +149,8 @@ def _files(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
 
 def _file(kind: str, path: Path, *options: str) -> dict[str, Any]:
     """What ``tqai calibrate --sampler`` says and costs; ``file`` is None where it refuses."""
-    told = _child(CALIBRATE, "calibrate", "--sampler", "--demo", kind, "-o", str(path), *options)
-    return {**told, "calls": 12, "file": str(path) if path.exists() else None}
+    cost = _child(CALIBRATE, "calibrate", "--sampler", "--demo", kind, "-o", str(path), *options)
+    return {**cost, "calls": 12, "file": str(path) if path.exists() else None}
 
 
 def _child(work: str, *arguments: str) -> Row:
@@ -280,9 +280,9 @@ def tables_of(result: Row) -> list[Table]:
     for kind, table in result["tables"].items():
         out.append((f"{kind}: error to the true ODE at equal calls, guidance {result['guidance']:g}", *rows_of(table["rows"])))
         other = table["other"]
-        told = [[name, f"{r['ode'] * 1e4:.2f}"] for name, r in other["rows"].items()]
+        body = [[name, f"{r['ode'] * 1e4:.2f}"] for name, r in other["rows"].items()]
         state = "refused" if other["refused"] else "allowed"
-        out.append((f"{kind}: guidance {OTHER:g}, a file made at {GUIDANCE:g} ({state})", ["12 calls", "NMSE e-4"], told))
+        out.append((f"{kind}: guidance {OTHER:g}, a file made at {GUIDANCE:g} ({state})", ["12 calls", "NMSE e-4"], body))
         made = [
             [
                 w,
