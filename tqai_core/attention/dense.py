@@ -1,6 +1,6 @@
 """Exact attention by whatever is fastest here: torch's fused one, or products and a softmax for a few queries at a time.
 
-In bf16 the fused attention of CPUs does not use their bf16 units (2.8 to 3 times slower on AVX512-BF16). Each size (tokens, width of
+In bf16 the fused attention of CPUs does not use their bf16 units. Each size (tokens, width of
 the heads, dtype) is timed once a process, on a few hundred queries. ``TQAI_DENSE=sdpa`` switches this off. Results differ by the
 rounding of bf16. fp32 always stays with the fused attention, which is the faster one there, and so stays bit-exact.
 """

@@ -15,12 +15,12 @@ def spherical_attention(q: Tensor, k: Tensor, v: Tensor, trained: bool = False) 
 
     The paper computes all pairs. The form is linear in z, so ``q (K^T V) / sqrt(q (K^T K) q^T)`` gives the same in
     O((n + m) d (d + dv)); the scale of z cancels. It does not replace a softmax: on the minis, with the best gain for every head, its
-    outputs have an NMSE of .42, where the mean of the values alone has .49. So it raises TqaiError unless ``trained=True`` states that
+    outputs are hardly better than the mean of the values alone. So it raises TqaiError unless ``trained=True`` states that
     the model was trained with it. For softmax models, ``block_attention(.., far="linear")`` uses a linear form for far keys.
     """
     if not trained:
         raise TqaiError(
-            "spherical attention asked for a model that is not known to be trained with it: its outputs would have an NMSE of .42; give "
+            "spherical attention asked for a model that is not known to be trained with it: its outputs would be far from softmax; give "
             "trained=True if it was, or block_attention(.., far='linear') for a softmax model"
         )
     if q.shape[:-2] != k.shape[:-2] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:

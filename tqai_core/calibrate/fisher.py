@@ -3,8 +3,8 @@
 For a random cotangent r with E[r r'] = G, the metric of the output, g = J'r is the gradient of r.out at the keys or values
 of a unit, and E[(g.e)^2] = e'J'GJe: what an error e of the unit costs the output, up to second order (Martens 1412.1193;
 Hutchinson 1989). Here e is what a quantiser really does to the unit, one width after the other, so that errors that add up
-over tokens are counted as such: the diagonal alone, sum of g^2 e^2, underrates values ten times against keys and ranks units
-with .67 to .93 where this ranks them with .96 to .99. One backward pass serves all units and widths; what arrives is contracted
+over tokens are counted as such: the diagonal alone, sum of g^2 e^2, underrates values against keys and ranks units
+worse. One backward pass serves all units and widths; what arrives is contracted
 at once, so that memory stays that of one block (see :func:`hosts.attention_interceptor.checkpointed`).
 """
 

@@ -6,8 +6,8 @@
 
 As in :mod:`tqai_core.kv`: sinks and a recent window exact, keys as (k - mean) / scale once 256 tokens are there, each token
 packed once. mlx's kernels read uniform levels with a scale and an offset for each group of 64, so rows are rotated (values
-too) and both are fitted by least squares to what is coded, from a range that suits Gaussians: NMSE .107 / .0073 at 2 / 4
-bits, where mlx's own smallest-to-largest has .155 / .0082. What is exact at any time is the chunk being read, the window, and
+too) and both are fitted by least squares to what is coded, from a range that suits Gaussians; this has less error than
+mlx's own range from the smallest to the largest. What is exact at any time is the chunk being read, the window, and
 at first the tokens that the statistics wait for; never the whole prompt.
 """
 

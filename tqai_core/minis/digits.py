@@ -92,7 +92,7 @@ def _judge(moving: bool) -> SVC:
 
 def read(samples: Tensor) -> Tensor:
     """The label an SVM trained on the real digits gives to each image ``[n, 1, 16, 16]`` or to each frame of
-    each clip ``[n, 1, 9, 16, 16]`` -> ``[n]`` or ``[n * 9]``. Its own accuracy on held-out real digits is .96-.98."""
+    each clip ``[n, 1, 9, 16, 16]`` -> ``[n]`` or ``[n * 9]``."""
     return torch.from_numpy(_judge(samples.ndim == 5).predict(_features(samples)))
 
 
