@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ...errors import TqaiError
+from ...files import read_tensors
 from ...minis import names
 
 FACTORS = (10.0, 20.0, 35.0, 50.0)  # of the outlier channels, a rotary pair each
@@ -21,8 +21,7 @@ BIAS = 40.0  # of the two slowest rotary pairs, which hardly turn
 
 @lru_cache(maxsize=1)
 def _file() -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(str(Path(names.__file__).parent / "lm.safetensors"), framework="pt") as f:
-        return f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - no mapping
+    return read_tensors(Path(names.__file__).parent / "lm.safetensors", what="mini", again="install tqai-core again")
 
 
 def model(variant: str = "plain") -> Any:
