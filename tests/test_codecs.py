@@ -298,7 +298,7 @@ def test_water_filling_spends_every_bit_on_the_largest_variance(total):
 
 @given(data=st.data())
 @settings(max_examples=120, deadline=None)
-def test_mutated_files_are_refused_or_decode_to_the_right_shape(tmp_path_factory, data):
+def test_mutated_files_are_refused_or_decode_to_the_right_shape(data):
     """A flipped, cut or grown byte never crashes the loader in a way a user cannot read."""
     from safetensors.torch import load, save
 
@@ -314,8 +314,7 @@ def test_mutated_files_are_refused_or_decode_to_the_right_shape(tmp_path_factory
     else:
         blob[at:at] = b"\x00" * data.draw(st.integers(1, 9))
     try:
-        (path := tmp_path_factory.getbasetemp() / "mutated.safetensors").write_bytes(blob)
-        packed = Packed.read(path)
+        packed = Packed.from_bytes(bytes(blob))
         y = tqai.codec(packed.codec).decode(packed)
     except ValueError:
         return

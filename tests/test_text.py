@@ -7,6 +7,7 @@ import argparse
 import pytest
 import torch
 
+import tqai_core as tqai
 from tqai_core.errors import TqaiError
 from tqai_core.files import once_per_version, read_tensors, write_tensors
 from tqai_core.layers import exact_layers
@@ -50,3 +51,16 @@ def test_a_file_is_read_again_when_it_changed(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(TqaiError, match=r"not a readable file .*: write it again"):
         read(str(path))
+
+
+def test_a_packed_tensor_from_its_file_and_its_bytes(tmp_path):
+    packed = tqai.codec("turbo:bits=3").encode(torch.randn(6, 20, generator=torch.Generator().manual_seed(0)))
+    packed.write(tmp_path / "p.safetensors")
+    blob = (tmp_path / "p.safetensors").read_bytes()
+    for again in (tqai.Packed.read(tmp_path / "p.safetensors"), tqai.Packed.from_bytes(blob)):
+        assert again.codec == packed.codec
+        assert torch.equal(tqai.codec(again.codec).decode(again), tqai.codec(packed.codec).decode(packed))
+    (tmp_path / "cut").write_bytes(blob[:-3])
+    for read in (lambda: tqai.Packed.read(tmp_path / "cut"), lambda: tqai.Packed.from_bytes(blob[:-3])):
+        with pytest.raises(TqaiError, match="save the tensor again"):
+            read()
