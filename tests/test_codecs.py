@@ -298,7 +298,7 @@ def test_water_filling_spends_every_bit_on_the_largest_variance(total):
 
 @given(data=st.data())
 @settings(max_examples=120, deadline=None)
-def test_mutated_files_are_refused_or_decode_to_the_right_shape(tmp_path_factory, data):
+def test_mutated_files_are_refused_or_decode_to_the_right_shape(data):
     """A flipped, cut or grown byte never crashes the loader in a way a user cannot read."""
     from safetensors.torch import load, save
 
@@ -314,8 +314,7 @@ def test_mutated_files_are_refused_or_decode_to_the_right_shape(tmp_path_factory
     else:
         blob[at:at] = b"\x00" * data.draw(st.integers(1, 9))
     try:
-        (path := tmp_path_factory.getbasetemp() / "mutated.safetensors").write_bytes(blob)
-        packed = Packed.read(path)
+        packed = Packed.from_bytes(bytes(blob))
         y = tqai.codec(packed.codec).decode(packed)
     except ValueError:
         return
@@ -352,7 +351,8 @@ def test_the_fast_hadamard_is_the_dense_one(d):
     assert torch.allclose(fast, x @ basis.matrix.T, atol=1e-4)
     turned = rotation.hadamard_columns(x, basis.signed, torch.empty(d, 7), torch.empty(d, 7))
     assert torch.allclose(turned.T, fast, atol=1e-4)
-    big = torch.randn(1500, d) + 3 * torch.randn(d)
+    g = torch.Generator().manual_seed(d)  # by chance alone the mean would be too small for the bound
+    big = torch.randn(1500, d, generator=g) + 3 * torch.randn(d, generator=g)
     for name in ("turbo", "trellis"):
         codec = tqai.codec(f"{name}:bits=6")
         packed = codec.encode(big)

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from einops import rearrange
+
 from .config import preset
 from .errors import TqaiError
 from .plot import BLUE, ORANGE, Svg
@@ -117,10 +119,8 @@ def _strip(x: Tensor) -> Image:
     """Digits ``[n, 16, 16]`` in [-1, 1], side by side in rows of five."""
     from PIL import Image
 
-    n = len(x)
-    grid = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().view(-(-n // 5), min(n, 5), 16, 16)
-    flat = grid.permute(0, 2, 1, 3).reshape(grid.shape[0] * 16, -1)
-    image = Image.fromarray(flat.numpy())
+    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+    image = Image.fromarray(rearrange(levels, "(row column) h w -> (row h) (column w)", column=min(len(x), 5)).numpy())
     return image.resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.NEAREST)
 
 

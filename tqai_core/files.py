@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .errors import TqaiError
@@ -28,6 +28,16 @@ def read_tensors(
             return dict(f.metadata() or {}), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, ValueError) as error:
         raise TqaiError(f"{path}: not a readable {what} ({error}): {again}") from None
+
+
+def parse_tensors(blob: bytes, *, what: str, again: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """:func:`read_tensors` for the content of a file."""
+    try:
+        tensors = load(blob)
+        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+        return dict(header.get("__metadata__") or {}), tensors
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise TqaiError(f"not a readable {what} ({error}): {again}") from None
 
 
 def read_with_header(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import TqaiError
-from .files import read_tensors, write_tensors
+from .files import parse_tensors, read_tensors, write_tensors
 
 FORMAT = 1  # of a saved Packed; a reader refuses newer ones
 
@@ -112,6 +112,12 @@ class Packed:
     def read(path: str | Path) -> Packed:
         """Read a file of :meth:`write`; TqaiError for a truncated, corrupted or foreign one."""
         metadata, tensors = read_tensors(path, what="packed tensor", again="save the tensor again")
+        return Packed.load(tensors, metadata)
+
+    @staticmethod
+    def from_bytes(blob: bytes) -> Packed:
+        """The content of a file of :meth:`write`."""
+        metadata, tensors = parse_tensors(blob, what="packed tensor", again="save the tensor again")
         return Packed.load(tensors, metadata)
 
 

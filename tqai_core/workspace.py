@@ -24,8 +24,10 @@ class Workspace:
         dtype, device, last = dtype or self.dtype, device or self.device, self._last.get(name)
         if last is not None and last.shape == shape and last.dtype == dtype and last.device == device:
             return last
-        size, memory = math.prod(shape) * dtype.itemsize, self._memory.get(name)
-        if memory is None or memory.numel() < size or memory.device != device:
-            memory = self._memory[name] = torch.empty(size, dtype=torch.uint8, device=device)
-        self._last[name] = taken = memory[:size].view(dtype).view(shape)
+        memory = self._memory.get(name)
+        if memory is None or memory.device != device or memory.nbytes < (size := math.prod(shape) * dtype.itemsize):
+            taken = self._memory[name] = torch.empty(shape, dtype=dtype, device=device)  # one call: most workspaces are short-lived
+        else:
+            taken = memory.view(-1).view(torch.uint8)[:size].view(dtype).view(shape)
+        self._last[name] = taken
         return taken

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from tqai_core.calibrate.basis import vector_errors
 from tqai_core.codecs.bases import Bases, BasesFile, Basis, hadamard, klt
 from tqai_core.errors import TqaiError
 from tqai_core.modelhash import model_hash
@@ -42,7 +42,7 @@ def calibrate(
             if cut >= 2 * d and len(test):
                 basis = klt(fit, bits)
                 error = {
-                    kind: _error(codec, test, bases)
+                    kind: float(vector_errors(codec, test, bases).mean())
                     for kind, bases in (("klt", Bases((basis,))), ("hadamard", hadamard(d, bits, codec.seed)))
                 }
                 verdict |= error
@@ -55,8 +55,3 @@ def calibrate(
             chosen.append(basis)
         streams[name] = tuple(chosen)
     return BasesFile(streams, bits, "" if model is None else model_hash(model)), verdicts
-
-
-def _error(codec: Any, x: Tensor, bases: Bases) -> float:
-    y = codec.decode(codec.encode(x, bases=bases), torch.float32, bases=bases)
-    return float(((x - y).square().sum(-1) / x.square().sum(-1).clamp_min(1e-30)).mean())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..codecs.bases import Bases, BasesFile, Basis, hadamard, klt_of
@@ -28,8 +29,8 @@ class Moments:
             x = x.detach().float()
             if x.shape[2] >= MEAN_FROM:  # as the codec takes a head's mean off from so many vectors on
                 x = x - x.mean(2, keepdim=True)
-            flat = x.transpose(0, 1).flatten(1, 2)  # [heads, n, d]
-            self._add(f"{layer}/{kind}", flat.transpose(1, 2) @ flat)
+            flat = rearrange(x, "b h n d -> h (b n) d")
+            self._add(f"{layer}/{kind}", flat.mT @ flat)
             self._add(f"{layer}/{kind}/count", torch.tensor(float(flat.shape[1])))
         keys, queries = k.detach().float(), q.detach().float()
         self._add(f"{layer}/mean", keys.mean(2).sum(0))  # [heads, d]; one term a sample
@@ -68,6 +69,12 @@ class Moments:
         return out
 
 
+def vector_errors(codec: Any, x: Tensor, bases: Bases) -> Tensor:
+    """Relative squared error of every vector of ``x [..., d]`` that ``codec`` codes along ``bases``: ``[...]``."""
+    y = codec.decode(codec.encode(x, bases=bases), torch.float32, bases=bases)
+    return (x - y).square().sum(-1) / x.square().sum(-1).clamp_min(1e-30)
+
+
 def judge(
     target: CalibrationTarget, moments: Moments, bits: int, seed: int, model: str
 ) -> tuple[BasesFile, dict[str, list[dict[str, Any]]]]:
@@ -86,9 +93,7 @@ def judge(
                 plain = hadamard(x.shape[-1], bits, codec.seed)
                 mixed = Bases(tuple(plain.heads[0] if basis is None else basis for basis in found[name]))
                 for what, bases in (("klt", mixed), ("hadamard", plain)):
-                    y = codec.decode(codec.encode(x, bases=bases), torch.float32, bases=bases)
-                    gap = (x - y).square().sum(-1) / x.square().sum(-1).clamp_min(1e-30)
-                    gap = gap.mean((0, 2)).cpu()
+                    gap = vector_errors(codec, x, bases).mean((0, 2)).cpu()
                     errors[name][what] = errors[name].get(what, 0) + gap
                 errors[name]["n"] = errors[name].get("n", torch.tensor(0)) + 1
         return k, v

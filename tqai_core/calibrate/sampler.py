@@ -281,7 +281,6 @@ def calibrate(
     coarse = len(stock) * (len(SHIFTS) * len(few) + len(held_out)) + (3 if form == "all" else 1) * count
     clock = Clock(reference_calls * count + steps * coarse, progress)
     model.tick = clock.tick
-
     clock.stage(f"reference: {reference_calls} calls on {len(seeds)} seeds", len(seeds))
     known = references[0] if references else reference(model, seeds, reference_calls)
     clock.stage("stock solvers: their best grid", len(few))

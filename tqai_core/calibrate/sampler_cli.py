@@ -34,19 +34,18 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, help="steps of the sampler (default 12); without --sampler of a run (default 24)")
     group.add_argument("--form", choices=("all", "last"), default="all", help="fit every step, or only the step to 0 on your own grid")
     group.add_argument("--shift", type=float, help="your own grid's shift; always the grid of --form last")
-    group.add_argument("--difference", action="store_true", help="with guidance: forecast cond - uncond on half of the steps while fitting")
+    group.add_argument("--difference", action="store_true", help="with guidance: forecast cond - uncond on half of the steps")
     group.add_argument("--teacher", type=int, default=100, help="model calls of the fine reference run that the sampler is fitted to")
     group.add_argument("--samples", type=int, default=4, help="seeds to fit on")
-    group.add_argument("--held-out", type=int, default=3, help="other seeds, which prove it")
+    group.add_argument("--held-out", type=int, default=3, help="other seeds, on which it must beat the stock solvers")
     group.add_argument("--batch", type=int, help="seeds in one call of the model; default: 1, and all for a demo")
     group.add_argument("--guidance", type=float, help="guidance to calibrate at; default: the pipeline's own, and 2 for a demo")
-    group.add_argument(
-        "--reach", type=comma_list(float), default=(), metavar="W,...", help="other guidances to prove it at; allowed where it wins"
-    )
-    group.add_argument("--prompts", type=Path, metavar="TEXTFILE", help="one prompt a line; eight of ours without it")
+    reach = "other guidance values to try it at; each is allowed if it wins there"
+    group.add_argument("--reach", type=comma_list(float), default=(), metavar="W,...", help=reach)
+    group.add_argument("--prompts", type=Path, metavar="TEXTFILE", help="one prompt a line; default: eight built-in prompts")
     group.add_argument("--size", help="WIDTHxHEIGHT, and xFRAMES for video; default: the pipeline's own")
-    group.add_argument("--device", default="cpu", help="where the model runs, as in cuda")
-    group.add_argument("--dtype", default="bfloat16", help="of the weights of -m")
+    group.add_argument("--device", default="cpu", help="device of the model, as in cuda")
+    group.add_argument("--dtype", default="bfloat16", help="dtype of the weights of -m")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import TqaiError
@@ -75,7 +76,7 @@ def _centred(frames: Tensor) -> Tensor:
 def _features(samples: Tensor) -> np.ndarray:
     samples = samples.float().cpu()
     if samples.ndim == 5:  # clips: every frame is read on its own
-        return _centred(samples.permute(0, 2, 1, 3, 4).reshape(-1, SIZE, SIZE)).flatten(1).numpy()
+        return _centred(rearrange(samples, "n 1 frame h w -> (n frame) h w")).flatten(1).numpy()
     return samples.flatten(1).clamp(-1, 1).numpy()
 
 

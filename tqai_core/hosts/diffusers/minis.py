@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import TqaiError
+from ...files import read_tensors
 from ...minis import names
 
 PIPELINES = {"flux": "FluxPipeline", "sd3": "StableDiffusion3Pipeline", "wan": "WanPipeline"}
@@ -56,8 +56,8 @@ def _known(kind: str) -> None:
 @lru_cache(maxsize=3)
 def _file(kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     _known(kind)
-    with safe_open(str(names.weights(kind)), framework="pt") as f:
-        return f.metadata(), {key: f.get_tensor(key).float() for key in f.keys()}  # noqa: SIM118 - no mapping
+    header, tensors = read_tensors(names.weights(kind), what="mini", again="install tqai-core again")
+    return header, {name: x.float() for name, x in tensors.items()}
 
 
 def transformer(kind: str) -> Any:

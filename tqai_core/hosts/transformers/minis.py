@@ -7,11 +7,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ...errors import TqaiError
+from ...files import read_tensors
 from ...minis import names
 
 FACTORS = (10.0, 20.0, 35.0, 50.0)  # of the outlier channels, a rotary pair each
@@ -20,8 +20,7 @@ BIAS = 40.0  # of the two slowest rotary pairs, which hardly turn
 
 @lru_cache(maxsize=1)
 def _file() -> tuple[dict[str, str], dict[str, Tensor]]:
-    with safe_open(str(names.weights("lm")), framework="pt") as f:
-        return f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - no mapping
+    return read_tensors(names.weights("lm"), what="mini", again="install tqai-core again")
 
 
 def model(variant: str = "plain") -> Any:
