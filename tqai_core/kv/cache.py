@@ -80,7 +80,7 @@ class PackedKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is kept, statistics included."""
+        """Bytes of everything that is held, statistics included."""
         segments = [vars(segment) for segment in (*self.segments, *self.fine)]
         return nbytes([segments, self.keys, self.values, self.basis, self.statistics, self.policy.tensors, self.policy.states])
 
@@ -184,14 +184,10 @@ class PackedKV:
         return True
 
     def _batch(self, at: int, size: int) -> PackBatch:
-        keys, values = self.exact
-        stored = self.statistics.stored
-
-        def exact_rows() -> tuple[Tensor, Tensor, int]:
-            return stored(keys.float()), values.float(), at
-
-        q = self.policy.queries(keys.shape[1], self.statistics.scale)
+        (keys, values), stored = self.exact, self.statistics.stored
         k, v = stored(keys[:, :, at : at + size].float()), values[:, :, at : at + size].float()
+        q = self.policy.queries(keys.shape[1], self.statistics.scale)
+        exact_rows = lambda: (stored(keys.float()), values.float(), at)  # noqa: E731
         return PackBatch(k, v, q, self.plan.sink + self.packed, exact_rows, self.coders())
 
     def crop(self, count: int) -> None:
