@@ -197,13 +197,13 @@ class PackedKV:
         self.settle()
         if count == 0 or self.keys is None:
             return
+        recent = self.keys.shape[2] - (self.plan.sink if self.packed else 0)
+        gone = min(max(count - recent, 0), self.packed)  # packed tokens; the others are exact ones, behind and before them
         self.length -= count
-        own = min(count, self.keys.shape[2] - (self.plan.sink if self.packed else 0))
-        gone = min(count - own, self.packed)
-        self._trim(own)
+        if own := count - gone:  # a view would keep the rest alive
+            self.keys, self.values = (x[:, :, : x.shape[2] - own].clone() for x in self.exact)
         if gone:
             self._crop_packed(self.packed - gone)
-        self._trim(count - own - gone)
         if self.length == 0:
             k, v = self.exact
             self.clear()
@@ -219,10 +219,6 @@ class PackedKV:
         cut(self.fine, fine)
         if between:
             self.keys, self.values = (torch.cat(pair, 2) for pair in zip(self.exact, between, strict=True))
-
-    def _trim(self, count: int) -> None:
-        if count:  # a view would keep the rest alive
-            self.keys, self.values = (x[:, :, : x.shape[2] - count].clone() for x in self.exact)
 
     def move(self, device: torch.device | str) -> None:
         """Everything to another device, without waiting for it."""

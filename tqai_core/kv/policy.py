@@ -177,13 +177,12 @@ class Policy:
     def _predict(self, batch: PackBatch) -> None:
         """Set what the coefficients of the blocks predict of the keys; centroids where queries choose blocks by them."""
         k, span = batch.k, self.span
-        coder = self._coefficient_coder(k)
         if self.reads_by_query:
-            batch.coefficients = coder.encode(k.unflatten(2, (-1, span)).mean(3, keepdim=True))
+            batch.coefficients = self._coefficient_coder(k).encode(k.unflatten(2, (-1, span)).mean(3, keepdim=True))
             return
         if self.predicts is False:
             return
-        missing = -k.shape[2] % span
+        coder, missing = self._coefficient_coder(k), -k.shape[2] % span
         if missing:
             k = torch.cat([k[:, :, : span - missing].mean(2, keepdim=True).expand(-1, -1, missing, -1), k], 2)
         coefficients = coder.encode(cast(BlockPredictor, self.strategy).fit(k))
