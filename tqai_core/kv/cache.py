@@ -99,8 +99,9 @@ class PackedKV:
 
     def start(self, k: Tensor, v: Tensor) -> None:
         """Fix batch, heads, dimensions, dtype and device by ``k, v [B, H, n, D]``. Raises TqaiError for sizes it cannot pack."""
+        rows(k.shape[-1], self.plan.bits_k, self.plan.seed, k.device)
+        rows(v.shape[-1], self.plan.bits_v, self.plan.seed + 1, v.device)
         self.keys, self.values = k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3])
-        self.coders()
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """New tokens ``k [B, H, n, D], v [B, H, n, Dv]`` at the end, exact for now."""
@@ -113,8 +114,9 @@ class PackedKV:
                     "another model or batch; call cache.reset() or make a new one"
                 )
         self.settle()
-        grown = (torch.cat([had, new.detach()], 2) if had.shape[2] else new.detach() for had, new in zip(self.exact, (k, v), strict=True))
-        self.keys, self.values = grown
+        grown = lambda had, new: torch.cat([had, new.detach()], dim=2) if had.shape[2] else new.detach()  # noqa: E731
+        self.keys = grown(self.keys, k)  # one after the other: the peak is one tensor above what is held
+        self.values = grown(self.values, v)
         self.length += k.shape[2]
 
     @property
