@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqai_core.attention import packed, products
+from tqai_core.attention import eager, products
 from tqai_core.attention.packed import attend
 from tqai_core.codecs.rows import BITS, Scratch, rows
-from tqai_core.kv.cache import FLUSH, SEGMENT, PackedKV, Plan
+from tqai_core.kv import file
+from tqai_core.kv.cache import FLUSH, PackedKV
+from tqai_core.kv.segments import SEGMENT, Plan
 
 CPU = torch.device("cpu")
 NMSE = {2: 0.121, 3: 0.0345, 4: 0.0094, 5: 0.0026, 6: 0.00072, 8: 0.00012}  # Gaussian vectors
@@ -165,7 +167,7 @@ def test_nothing_is_packed_before_the_statistics():
     assert kv.packed == 256 - 36
     plain, _, _ = filled(Plan(recent=32, calibrate=0), n=100)
     assert plain.packed == 64
-    assert plain.mean is None
+    assert plain.statistics.mean is None
 
 
 def test_a_token_is_packed_once_and_never_again():
@@ -303,14 +305,30 @@ def test_values_without_weight_are_not_looked_up(monkeypatch):
     k[:, :, -20:] += 40 * direction
     kv.append(k, torch.randn(1, 1, 3000, 64, generator=g))
     kv.settle()
-    coder, looked = kv.coder_v(), []
+    coder, looked = kv.coders()[1], []
     monkeypatch.setattr(coder, "lookup", lambda codes, scratch=None: looked.append(len(codes)) or type(coder).lookup(coder, codes, scratch))
-    monkeypatch.setattr(packed, "GROUP", 1024)  # asked where there are several groups
+    monkeypatch.setattr(eager, "GROUP", 1024)  # asked where there are several groups
     q = (10 * direction).view(1, 1, 1, 64)
     out = attend(q, kv, scaling=0.125, native=False)
     assert looked == []
     monkeypatch.undo()
     assert torch.allclose(out, reference(q, kv.dense("k"), kv.dense("v")), atol=1e-4)
+
+
+def test_values_of_little_weight_are_looked_up_where_they_count(monkeypatch):
+    """A share of 1e-4 of the weight is far above what is skipped: of values that are 10,000 times as large it is half of the result."""
+    g = torch.Generator().manual_seed(0)
+    kv = PackedKV(Plan(recent=32, calibrate=0))
+    direction = F.normalize(torch.randn(64, generator=g), dim=0)
+    k, v = torch.randn(1, 1, 3000, 64, generator=g) * 0.1, torch.randn(1, 1, 3000, 64, generator=g)
+    k[:, :, -20:] += 10.5 * direction
+    v[:, :, :-20] = 1e4 * (1 + v[:, :, :-20])
+    kv.append(k, v)
+    kv.settle()
+    monkeypatch.setattr(eager, "GROUP", 1024)
+    q = (10 * direction).view(1, 1, 1, 64)
+    out, want = attend(q, kv, scaling=0.125, native=False), reference(q, kv.dense("k"), kv.dense("v"), scaling=0.125)
+    assert float((out - want).norm() / want.norm()) < 1e-3
 
 
 def test_many_queries_go_in_blocks_and_agree():
@@ -385,20 +403,20 @@ def test_other_heads_or_batch_are_refused():
 
 def test_state_round_trip_and_damage():
     kv, _, _ = filled(Plan(4, 3, recent=32))
-    tensors, header = kv.state()
+    tensors, header = file.state(kv)
     again = PackedKV(Plan(4, 3, recent=32))
-    again.restore(tensors, header)
+    file.restore(again, tensors, header)
     assert torch.equal(again.dense("k"), kv.dense("k"))
     assert torch.equal(again.dense("v"), kv.dense("v"))
     assert again.nbytes == kv.nbytes
     with pytest.raises(ValueError, match="same config"):
-        PackedKV(Plan(4, 4, recent=32)).restore(tensors, header)
+        file.restore(PackedKV(Plan(4, 4, recent=32)), tensors, header)
     with pytest.raises(ValueError, match=r"segments\.0\.gain_v"):
-        again.restore({k: v for k, v in tensors.items() if k != "segments.0.gain_v"}, header)
+        file.restore(again, {k: v for k, v in tensors.items() if k != "segments.0.gain_v"}, header)
     with pytest.raises(ValueError, match=r"segments\.0\.codes_k"):
-        again.restore({**tensors, "segments.0.codes_k": tensors["segments.0.codes_k"][..., :-1]}, header)
+        file.restore(again, {**tensors, "segments.0.codes_k": tensors["segments.0.codes_k"][..., :-1]}, header)
     with pytest.raises(ValueError, match="length"):
-        again.restore(tensors, {**header, "length": 3})
+        file.restore(again, tensors, {**header, "length": 3})
 
 
 def test_other_value_dimension_non_contiguous_and_empty():

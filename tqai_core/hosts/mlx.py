@@ -32,8 +32,10 @@ from ..codecs import rotation
 from ..config import Config
 from ..errors import TqaiError
 from ..handle import Handle
-from ..kv.cache import FLUSH, SAMPLE, Plan
+from ..kv.cache import FLUSH
 from ..kv.layers import chosen, strong_layers
+from ..kv.segments import Plan
+from ..kv.statistics import SAMPLE
 from ..registry import build
 from ..report import Report
 

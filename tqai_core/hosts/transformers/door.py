@@ -20,14 +20,16 @@ from transformers.masking_utils import sdpa_mask
 
 from ...attention.backends import native
 from ...attention.lazy import LazyKV
-from ...attention.tiers import attend
+from ...attention.packed import attend
 from ...config import Config
 from ...errors import TqaiError
 from ...files import read_with_header
 from ...handle import Handle
-from ...kv.cache import FLUSH, PackedKV, Plan
+from ...kv import file
+from ...kv.cache import FLUSH, PackedKV
 from ...kv.layers import chosen, strong_layers
 from ...kv.policy import Policy, policy
+from ...kv.segments import Plan
 from ...registry import build
 from ...report import Report
 from ...types import nbytes, tensors_in
@@ -227,10 +229,9 @@ class KVCache(Cache):
                 "bits_k": kv.plan.bits_k, "bits_v": kv.plan.bits_v, "tokens": kv.length, "tokens_packed": kv.packed,
                 "bytes_held": kv.nbytes, "bits_held": round(16 * kv.nbytes / exact, 4) if exact else 0.0, "materialised": kv.decoded,
             }  # fmt: skip
-            if kv.policy is not None:
-                report.per_site[f"attn.{i}"] |= kv.policy.report(kv)
-                report.decisions += kv.policy.decisions
-                report.fallbacks += [{"where": f"attn.{i}", "why": why} for why in kv.policy.fallbacks()]
+            report.per_site[f"attn.{i}"] |= kv.policy.report(kv.tiers() if kv.length else ())
+            report.decisions += kv.policy.decisions
+            report.fallbacks += [{"where": f"attn.{i}", "why": why} for why in kv.policy.fallbacks()]
             if kv.exact_why:
                 report.fallbacks.append({"where": f"attn.{i}", "why": f"{kv.exact_why}: held exact from there"})
         if self._evaluations and self.packed_layers and not any(layer.kv.packed for layer in self.packed_layers):
@@ -264,7 +265,7 @@ class KVCache(Cache):
         headers: list[Any] = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PackedLayer):
-                own, header = layer.kv.state()
+                own, header = file.state(layer.kv)
             elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 own = {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
                 header = {"length": layer.get_seq_length()}
@@ -298,7 +299,7 @@ class KVCache(Cache):
                 if own["kind"] != type(layer).__name__:
                     raise TqaiError(f"layer {i} of the file is a {own['kind']}, here it is a {type(layer).__name__}")
                 if isinstance(layer, PackedLayer):
-                    layer.kv.restore(parts, own)
+                    file.restore(layer.kv, parts, own)
                 elif parts:
                     layer.lazy_initialization(parts["keys"], parts["values"])
                     layer.keys, layer.values = parts["keys"], parts["values"]
