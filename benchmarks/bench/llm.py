@@ -133,7 +133,7 @@ def _peak(run: Callable[[], Any]) -> float:
 
 def step(tokens: Sequence[int] = (4096, 16384), repeats: int = 15) -> list[Row]:
     """One layer, 16 query and 4 key heads of 128, bf16: CPU ms, methods interleaved, median and least."""
-    from tqai_core.hosts.transformers.door import sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from . import lm_caches as lm_peers
 

@@ -17,7 +17,7 @@ HOSTS = (
         "model",
         "a diffusers pipeline (StableDiffusion3Pipeline, FluxPipeline, WanPipeline) or its transformer",
     ),
-    Host("transformers", ".transformers.door", "kv", "a language model of transformers"),
+    Host("transformers", ".transformers.attach", "kv", "a language model of transformers"),
     Host("mlx_lm", ".mlx", "kv", "a language model of mlx-lm"),
 )
 

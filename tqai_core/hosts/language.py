@@ -1,0 +1,130 @@
+"""What the hosts of language models share: what a cache counts and reports, and the handle that makes caches."""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from ..config import Config
+from ..errors import TqaiError
+from ..handle import Handle
+from ..kv.cache import FLUSH, Plan
+from ..report import Report
+
+
+def kv_config(config: Config | None, who: str) -> Config:
+    """``config``, or the default of level kv. TqaiError, which begins with ``who``, for every other kind of configuration."""
+    config = Config(level="kv") if config is None else config
+    if not isinstance(config, Config) or config.level != "kv":
+        raise TqaiError(f"{who} a tqai.Config(level='kv', ...), got {getattr(config, 'level', type(config).__name__)!r}")
+    return config
+
+
+@dataclass
+class Usage:
+    """What a cache counts. The cache and its packed layers hold one object together, so that a deep copy counts for itself."""
+
+    calls: int = 0  # of packed layers
+    evaluations: int = 0  # of the model
+    peak: int = 0  # bytes
+    seconds: float = 0.0  # CPU, from the first evaluation to the last
+    began: float | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def count(self, first: bool) -> None:
+        """One call of a layer. ``first``: of the first packed layer, which counts the evaluations."""
+        self.calls += 1
+        if first:
+            now = time.process_time()
+            self.began = now if self.began is None else self.began
+            self.seconds, self.evaluations = now - self.began, self.evaluations + 1
+
+    def warn(self, text: str) -> None:
+        """Warn once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            warnings.warn(f"tqai: {text}", UserWarning, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What the report says of a packed layer."""
+
+    index: int
+    plan: Plan
+    tokens: int
+    packed: int  # of the tokens
+    nbytes: int
+    numbers: int  # of its keys and values, were they exact
+    decoded: int = 0  # times that dense keys or values were made
+
+    def row(self) -> dict[str, Any]:
+        bits = round(8 * self.nbytes / self.numbers, 4) if self.numbers else 0.0
+        return {
+            "bits_k": self.plan.bits_k, "bits_v": self.plan.bits_v, "tokens": self.tokens, "tokens_packed": self.packed,
+            "bytes_held": self.nbytes, "bits_held": bits, "materialised": self.decoded,
+        }  # fmt: skip
+
+
+def cache_report(config: Config, usage: Usage, layers: Sequence[LayerFigures], others: int, fallbacks: Iterable[dict[str, str]]) -> Report:
+    """The report of a cache. ``others``: how many numbers its layers hold that are not packed."""
+    report = Report(calls=usage.calls, evaluations=usage.evaluations, seconds_cpu=usage.seconds, bytes_held_peak=usage.peak)
+    report.warnings, report.fallbacks = list(usage.warnings), list(fallbacks)
+    report.bytes_exact = 2 * (others + sum(layer.numbers for layer in layers))
+    report.per_site = {f"attn.{layer.index}": layer.row() for layer in layers}
+    if usage.evaluations and layers and not any(layer.packed for layer in layers):
+        start = max(config.calibrate, config.sink + config.recent + FLUSH)
+        report.warnings.append(f"nothing is packed yet: {layers[0].tokens} tokens are held, packing starts at {start}")
+    return report
+
+
+def exact_layers(plans: Sequence[Plan | str]) -> list[dict[str, str]]:
+    """The report's ``fallbacks`` for layers that stay exact; see :func:`tqai_core.kv.layers.layer_plans`."""
+    return [{"where": f"attn.{i}", "why": plan} for i, plan in enumerate(plans) if isinstance(plan, str)]
+
+
+class ReportingCache(Protocol):
+    """A packed cache of any library."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def report(self) -> Report: ...
+
+
+C = TypeVar("C", bound=ReportingCache)
+
+
+class CacheHandle(Handle):
+    """A language model under tqai. ``cache()`` makes caches for the argument of the library that takes them."""
+
+    argument: str
+
+    def __init__(self, model: Any, config: Config) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self._caches: weakref.WeakValueDictionary[int, ReportingCache] = weakref.WeakValueDictionary()
+        self._last: ReportingCache | None = None
+        self._report = Report(warnings=[f"nothing has run yet: handle.cache() makes a cache for {self.argument}="])
+
+    def keep(self, cache: C) -> C:
+        """Count ``cache`` as the handle's own, its newest."""
+        self._caches[id(cache)] = self._last = cache
+        return cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all living caches of this handle."""
+        return sum(cache.nbytes for cache in self._caches.values())
+
+    def report(self) -> Report:
+        """Of the newest cache, which the handle holds until it is removed."""
+        return self._last.report() if self._last is not None else self._report
+
+    def remove(self) -> None:
+        self._report, self._last = self.report(), None
+        super().remove()
