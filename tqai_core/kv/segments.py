@@ -1,0 +1,113 @@
+"""Packed rows of one attention layer, and what attention reads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..codecs.rows import Rows
+from ..codecs.split import Split
+
+SEGMENT = 1024  # tokens of a full segment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one layer is kept. ``calibrate``: tokens to wait for before statistics are taken; 0 stores keys as they are."""
+
+    bits_k: int = 4
+    bits_v: int = 4
+    sink: int = 4
+    recent: int = 64
+    calibrate: int = 256
+    seed: int = 0
+
+
+@dataclass
+class Segment:
+    """Packed rows of consecutive tokens: codes ``uint8 [B, H, n, bytes]``, gains ``bf16 [B, H, n]``, of split values
+    ``[B, H, n, 2]``; all contiguous."""
+
+    codes_k: Tensor
+    gain_k: Tensor
+    codes_v: Tensor
+    gain_v: Tensor
+
+    def __len__(self) -> int:
+        return self.gain_k.shape[2]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace each tensor by ``change(tensor)``, one at a time: the peak is one tensor above what is held."""
+        for name, tensor in vars(self).items():
+            setattr(self, name, change(tensor).contiguous())
+
+    def join(self, other: Segment) -> None:
+        for name, tensor in vars(self).items():
+            setattr(self, name, torch.cat([tensor, getattr(other, name)], dim=2))
+
+
+@dataclass(frozen=True)
+class BitTier:
+    """What attention reads of the tokens that are packed with the same bits. The exact rows belong to the first tier of a
+    cache; the other one has none. A query meets stored keys as ``q . mean + (q * scale) . key``."""
+
+    keys: Tensor  # exact rows [B, H, n, D], in the model's dtype
+    values: Tensor
+    segments: Sequence[Segment]
+    coder_k: Rows
+    coder_v: Rows | Split
+    mean: Tensor | None  # fp32 [B, H, 1, D]; None: keys are stored as they are
+    scale: Tensor | None
+    sinks: int  # exact rows before the packed ones
+    packed: int  # packed rows
+    order: Tensor | None = None  # int64 [B, packed]: the packed tokens that the rows hold; None: all in order, or not asked for
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2] + self.packed
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What methods change in the attention to the packed rows of a tier: ``offsets [B, H, rows of q, packed]`` are added to the
+    scores, and only the blocks of ``block`` rows that ``read``, bool ``[B, H, blocks]``, marks are read."""
+
+    offsets: Tensor | None = None
+    read: Tensor | None = None
+    block: int = 1
+
+
+UNCHANGED = Adjustment()
+
+
+def rows_in(segments: Sequence[Segment]) -> int:
+    return sum(map(len, segments))
+
+
+def encode(k: Tensor, v: Tensor, coder_k: Rows, coder_v: Rows | Split) -> tuple[Segment, bool]:
+    """Rows of keys in their stored form and of values, and whether all of them are finite."""
+    segment = Segment(*coder_k.encode(k), *coder_v.encode(v))
+    return segment, bool((segment.gain_k.isfinite().all() & segment.gain_v.isfinite().all()).item())
+
+
+def extend(segments: list[Segment], new: Segment) -> None:
+    """Put rows at the end of ``segments``. They grow in segments of at most ``SEGMENT`` rows, so a short tail is copied at most."""
+    if segments and len(segments[-1]) + len(new) <= SEGMENT:
+        segments[-1].join(new)
+    else:
+        segments.append(new)
+
+
+def cut(segments: list[Segment], count: int) -> None:
+    """Keep the first ``count`` rows of ``segments``."""
+    extra = rows_in(segments) - count
+    while extra > 0:
+        last = segments[-1]
+        if extra >= len(last):
+            extra -= len(segments.pop())
+        else:
+            left, extra = len(last) - extra, 0
+            last.map(lambda x, left=left: x[:, :, :left].clone())  # type: ignore[misc]  # a view would keep the rest alive
