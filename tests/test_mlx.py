@@ -17,8 +17,8 @@ from mlx_lm.models import cache as caches
 
 import tqai_core as tqai
 from tqai_core import minis
-from tqai_core.hosts import mlx as adapter
-from tqai_core.hosts.mlx import PackedKVCache, load_prompt_cache, make_prompt_cache
+from tqai_core.hosts.mlx import PackedKVCache, load_prompt_cache, make_prompt_cache, mini, rows
+from tqai_core.hosts.mlx import cache as layer_cache
 
 ORIGINAL = base.quantized_scaled_dot_product_attention
 
@@ -74,17 +74,17 @@ def test_rows_are_what_mlx_reads_and_better_than_its_own(bits):
     mx.random.seed(0)
     codes = mx.random.randint(0, 2**bits, (5, 64)).astype(mx.uint32)
     ones = mx.ones((5, 1))
-    assert (mx.dequantize(adapter.pack(codes, bits), ones, 0 * ones, group_size=64, bits=bits) == codes).all()
+    assert (mx.dequantize(rows.pack(codes, bits), ones, 0 * ones, group_size=64, bits=bits) == codes).all()
     x = mx.random.normal((1, 2, 300, 128))
     nmse = {}
     for name, parts in {
-        "ours": adapter.encode(x, bits, mx.float16),
+        "ours": rows.encode(x, bits, mx.float16),
         "mlx": mx.quantize(x.astype(mx.float16), group_size=64, bits=bits),
     }.items():
         nmse[name] = float((mx.dequantize(*parts, group_size=64, bits=bits) - x).square().mean())
     assert nmse["ours"] < {2: 0.11, 3: 0.030, 4: 0.0075, 8: 3e-5}[bits]
     assert nmse["ours"] < 0.92 * nmse["mlx"]
-    flat = mx.dequantize(*adapter.encode(mx.full((1, 1, 1, 64), 3.5), bits, mx.float16), group_size=64, bits=bits)
+    flat = mx.dequantize(*rows.encode(mx.full((1, 1, 1, 64), 3.5), bits, mx.float16), group_size=64, bits=bits)
     assert (flat == 3.5).all(), "a constant row is exact"
 
 
@@ -117,8 +117,8 @@ def test_a_plain_cache_of_uncalibrated_keys(qwen):
     ids = tokens()
     cache = make_prompt_cache(qwen, kv(8, calibrate=0, sink=0, recent=0))
     assert error(read(qwen, ids, cache), read(qwen, ids, caches.make_prompt_cache(qwen))) < 0.04
-    assert cache[0].mean is None
-    assert cache[0].head_k.shape[2] == 0
+    assert cache[0].statistics.mean is None
+    assert cache[0].head[0].shape[2] == 0
 
 
 def test_outlier_keys_and_biases_cost_nothing():
@@ -143,7 +143,7 @@ def test_outlier_keys_and_biases_cost_nothing():
 def test_queries_in_blocks_and_masks_of_both_kinds_are_the_same(qwen, monkeypatch):
     ids = tokens(batch=2)
     whole = read(qwen, ids, make_prompt_cache(qwen), first=150, step=50)
-    monkeypatch.setattr(adapter, "SCORES", 2 * 4 * 200 * 3)
+    monkeypatch.setattr(layer_cache, "SCORES", 2 * 4 * 200 * 3)
     cache = make_prompt_cache(qwen)
     assert error(read(qwen, ids, cache, first=150, step=50), whole) < 1e-5
     layer, q = cache[0], mx.random.normal((2, 4, 5, 32))
@@ -163,20 +163,20 @@ def test_half_precision_models_keep_their_dtype(dtype, most):
     assert out.dtype == dtype
     assert error(out.astype(mx.float32), read(model, ids, caches.make_prompt_cache(model)).astype(mx.float32)) < most
     assert cache[0].keys.parts[1].dtype == dtype
-    assert cache[0].tail_k.dtype == dtype
+    assert cache[0].tail[0].dtype == dtype
 
 
 def test_neighbouring_rotary_pairs_are_pooled_as_such():
     model = tiny(rope_traditional=True)
     cache = make_prompt_cache(model, kv(4))
     read(model, tokens(), cache)
-    scale = cache[0].scale.reshape(-1, 16, 2)
+    scale = cache[0].statistics.scale.reshape(-1, 16, 2)
     assert mx.allclose(scale[..., 0], scale[..., 1])
     other = make_prompt_cache(tiny(), kv(4))
     read(tiny(), tokens(), other)
-    halves = other[0].scale.reshape(-1, 2, 16)
+    halves = other[0].statistics.scale.reshape(-1, 2, 16)
     assert mx.allclose(halves[:, 0], halves[:, 1])
-    assert not mx.allclose(other[0].scale.reshape(-1, 16, 2)[..., 0], other[0].scale.reshape(-1, 16, 2)[..., 1])
+    assert not mx.allclose(other[0].statistics.scale.reshape(-1, 16, 2)[..., 0], other[0].statistics.scale.reshape(-1, 16, 2)[..., 1])
 
 
 # -- generation, bytes, peak
@@ -199,7 +199,7 @@ def test_generation_reports_and_counts(qwen):
     assert site["tokens"] in (length, length - 1)
     assert site["tokens_packed"] >= length - 2 - 8 - 32
     assert report.bytes_exact == 2 * 2 * 2 * 32 * site["tokens"] * 2
-    arrays = [x for layer in cache for x in (*layer._arrays(), *layer.keys.parts, *layer.values.parts) if x is not None]
+    arrays = [x for layer in cache for x in (*layer.arrays(), *layer.keys.parts, *layer.values.parts) if x is not None]
     assert cache.nbytes == sum(x.nbytes for x in arrays) <= report.bytes_held_peak
     assert set(report.to_dict()) == set(tqai.Report().to_dict())
     assert report.evaluations > 0
@@ -247,7 +247,7 @@ def test_trim_forgets_the_last_tokens(qwen):
         assert caches.can_trim_prompt_cache(cache)
         assert caches.trim_prompt_cache(cache, 150 - left) == 150 - left
         assert cache[0].offset == left
-        held = cache[0].packed + sum(x.shape[2] for x in (cache[0].head_k, cache[0].tail_k) if x is not None)
+        held = cache[0].packed + sum(x[0].shape[2] for x in (cache[0].head, cache[0].tail) if x is not None)
         assert held == left
         exact = caches.make_prompt_cache(qwen)
         mx.eval(qwen(ids[:, :left], cache=exact))
@@ -376,7 +376,7 @@ def perplexity(model, x, cache):
 
 @pytest.mark.parametrize("variant", minis.LM_VARIANTS)
 def test_perplexity_of_the_mini(variant):
-    model = adapter.mini(variant)
+    model = mini(variant)
     text = minis.lm_text()
     starts = np.linspace(0, len(text) - LENGTH - 1, WINDOWS + 2).astype(int)[1:-1]
     x = mx.array(np.stack([text[i : i + LENGTH + 1].numpy() for i in starts]))
@@ -395,5 +395,5 @@ def test_the_mini_is_the_mini():
     ids = minis.lm_text()[None, :100]
     with torch.no_grad():
         wanted = minis.lm()(ids).logits
-    got = adapter.mini()(mx.array(ids.numpy()))
+    got = mini()(mx.array(ids.numpy()))
     np.testing.assert_allclose(np.array(got), wanted.numpy(), atol=2e-3)

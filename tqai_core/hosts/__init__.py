@@ -18,7 +18,7 @@ HOSTS = (
         "a diffusers pipeline (StableDiffusion3Pipeline, FluxPipeline, WanPipeline) or its transformer",
     ),
     Host("transformers", ".transformers.attach", "kv", "a language model of transformers"),
-    Host("mlx_lm", ".mlx", "kv", "a language model of mlx-lm"),
+    Host("mlx_lm", ".mlx.attach", "kv", "a language model of mlx-lm"),
 )
 
 

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ..config import Config
 from ..errors import TqaiError
@@ -32,16 +32,19 @@ class Usage:
     evaluations: int = 0  # of the model
     peak: int = 0  # bytes
     seconds: float = 0.0  # CPU, from the first evaluation to the last
-    began: float | None = None
     warnings: list[str] = field(default_factory=list)
+    first: int | None = None  # the layer that the model calls first
+    began: float = 0.0
 
-    def count(self, first: bool) -> None:
-        """One call of a layer. ``first``: of the first packed layer, which counts the evaluations."""
+    def count(self, layer: int) -> bool:
+        """One call of a layer. True where it begins an evaluation of the model."""
         self.calls += 1
-        if first:
-            now = time.process_time()
-            self.began = now if self.began is None else self.began
-            self.seconds, self.evaluations = now - self.began, self.evaluations + 1
+        if self.first is None:
+            self.first, self.began = layer, time.process_time()
+        if layer != self.first:
+            return False
+        self.seconds, self.evaluations = time.process_time() - self.began, self.evaluations + 1
+        return True
 
     def warn(self, text: str) -> None:
         """Warn once."""
@@ -87,16 +90,7 @@ def exact_layers(plans: Sequence[Plan | str]) -> list[dict[str, str]]:
     return [{"where": f"attn.{i}", "why": plan} for i, plan in enumerate(plans) if isinstance(plan, str)]
 
 
-class ReportingCache(Protocol):
-    """A packed cache of any library."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def report(self) -> Report: ...
-
-
-C = TypeVar("C", bound=ReportingCache)
+C = TypeVar("C")
 
 
 class CacheHandle(Handle):
@@ -107,8 +101,8 @@ class CacheHandle(Handle):
     def __init__(self, model: Any, config: Config) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self._caches: weakref.WeakValueDictionary[int, ReportingCache] = weakref.WeakValueDictionary()
-        self._last: ReportingCache | None = None
+        self._caches: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._last: Any = None
         self._report = Report(warnings=[f"nothing has run yet: handle.cache() makes a cache for {self.argument}="])
 
     def keep(self, cache: C) -> C:

@@ -163,8 +163,7 @@ class KVCache(Cache):
             raise TqaiError(f"layer {layer_idx} asked, this cache has {len(self.layers)}: it was made for another model's config")
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer := self.layers[layer_idx], PackedLayer):
-            first = not any(isinstance(before, PackedLayer) for before in self.layers[:layer_idx])
-            self.usage.count(first)
+            first = self.usage.count(layer_idx)
             # walking every tensor at every token would cost more than it tells
             if first and (key_states.shape[2] > 1 or layer.kv.length % FLUSH == 0):
                 self.usage.peak = max(self.usage.peak, self.nbytes)

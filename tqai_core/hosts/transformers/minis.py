@@ -20,7 +20,8 @@ BIAS = 40.0  # of the two slowest rotary pairs, which hardly turn
 
 
 @lru_cache(maxsize=1)
-def _file() -> tuple[dict[str, str], dict[str, Tensor]]:
+def file() -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of the trained weights."""
     with safe_open(str(Path(names.__file__).parent / "lm.safetensors"), framework="pt") as f:
         return f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - no mapping
 
@@ -28,7 +29,7 @@ def _file() -> tuple[dict[str, str], dict[str, Tensor]]:
 def model(variant: str = "plain") -> Any:
     if variant not in names.LM_VARIANTS:
         raise TqaiError(f"unknown variant {variant!r}; known: {', '.join(names.LM_VARIANTS)}")
-    header, weights = _file()
+    header, weights = file()
     lm = Qwen2ForCausalLM(Qwen2Config(**json.loads(header["config"])))
     lm.load_state_dict({name: w.float() for name, w in weights.items() if name != "held_out"})
     if variant == "outlier":
@@ -39,7 +40,7 @@ def model(variant: str = "plain") -> Any:
 
 
 def held_out() -> Tensor:
-    return _file()[1]["held_out"].long()
+    return file()[1]["held_out"].long()
 
 
 def _outliers(lm: Any, seed: int = 0) -> None:
