@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqai_core.attention import packed, products
+from tqai_core.attention import eager, products
 from tqai_core.attention.packed import attend
 from tqai_core.codecs.rows import BITS, Scratch, rows
-from tqai_core.kv.cache import FLUSH, SEGMENT, PackedKV, Plan
+from tqai_core.kv import file
+from tqai_core.kv.cache import FLUSH, PackedKV
+from tqai_core.kv.segments import SEGMENT, Plan
 
 CPU = torch.device("cpu")
 NMSE = {2: 0.121, 3: 0.0345, 4: 0.0094, 5: 0.0026, 6: 0.00072, 8: 0.00012}  # Gaussian vectors
@@ -165,7 +167,7 @@ def test_nothing_is_packed_before_the_statistics():
     assert kv.packed == 256 - 36
     plain, _, _ = filled(Plan(recent=32, calibrate=0), n=100)
     assert plain.packed == 64
-    assert plain.mean is None
+    assert plain.statistics.mean is None
 
 
 def test_a_token_is_packed_once_and_never_again():
@@ -303,9 +305,9 @@ def test_values_without_weight_are_not_looked_up(monkeypatch):
     k[:, :, -20:] += 40 * direction
     kv.append(k, torch.randn(1, 1, 3000, 64, generator=g))
     kv.settle()
-    coder, looked = kv.coder_v(), []
+    coder, looked = kv.coders()[1], []
     monkeypatch.setattr(coder, "lookup", lambda codes, scratch=None: looked.append(len(codes)) or type(coder).lookup(coder, codes, scratch))
-    monkeypatch.setattr(packed, "GROUP", 1024)  # asked where there are several groups
+    monkeypatch.setattr(eager, "GROUP", 1024)  # asked where there are several groups
     q = (10 * direction).view(1, 1, 1, 64)
     out = attend(q, kv, scaling=0.125, native=False)
     assert looked == []
@@ -385,20 +387,20 @@ def test_other_heads_or_batch_are_refused():
 
 def test_state_round_trip_and_damage():
     kv, _, _ = filled(Plan(4, 3, recent=32))
-    tensors, header = kv.state()
+    tensors, header = file.state(kv)
     again = PackedKV(Plan(4, 3, recent=32))
-    again.restore(tensors, header)
+    file.restore(again, tensors, header)
     assert torch.equal(again.dense("k"), kv.dense("k"))
     assert torch.equal(again.dense("v"), kv.dense("v"))
     assert again.nbytes == kv.nbytes
     with pytest.raises(ValueError, match="same config"):
-        PackedKV(Plan(4, 4, recent=32)).restore(tensors, header)
+        file.restore(PackedKV(Plan(4, 4, recent=32)), tensors, header)
     with pytest.raises(ValueError, match=r"segments\.0\.gain_v"):
-        again.restore({k: v for k, v in tensors.items() if k != "segments.0.gain_v"}, header)
+        file.restore(again, {k: v for k, v in tensors.items() if k != "segments.0.gain_v"}, header)
     with pytest.raises(ValueError, match=r"segments\.0\.codes_k"):
-        again.restore({**tensors, "segments.0.codes_k": tensors["segments.0.codes_k"][..., :-1]}, header)
+        file.restore(again, {**tensors, "segments.0.codes_k": tensors["segments.0.codes_k"][..., :-1]}, header)
     with pytest.raises(ValueError, match="length"):
-        again.restore(tensors, {**header, "length": 3})
+        file.restore(again, tensors, {**header, "length": 3})
 
 
 def test_other_value_dimension_non_contiguous_and_empty():

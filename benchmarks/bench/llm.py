@@ -19,7 +19,8 @@ from tqai_core import minis
 from tqai_core.attention.backends import native as kernel
 from tqai_core.attention.packed import attend
 from tqai_core.config import Config
-from tqai_core.kv.cache import PackedKV, Plan
+from tqai_core.kv.cache import PackedKV
+from tqai_core.kv.segments import Plan
 from tqai_core.peak import PROC, Peak
 from tqai_core.types import nbytes
 

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tqai_core import minis
-from tqai_core.attention.tiers import attend
+from tqai_core.attention.packed import attend
 from tqai_core.config import Config
-from tqai_core.kv.cache import PackedKV, Plan
+from tqai_core.kv.cache import PackedKV
 from tqai_core.kv.policy import policy
+from tqai_core.kv.segments import Plan
 from tqai_core.registry import REGISTRY, names
 
 from . import llm

@@ -38,10 +38,15 @@ class Queries:
             self.digits = torch.cat([first, whole.sub_(first, alpha=128)], 1).to(torch.int8)
             self.unit = unit * coder.step
 
-    def scores(self, codes: Tensor, out: Tensor, scratch: Scratch) -> None:
+    def scores(self, codes: Tensor, out: Tensor, scratch: Scratch, chosen: list[Tensor | slice] | None = None) -> None:
         """Products with the levels of ``codes uint8 [B, H, n, bytes]``, in units of ``unit`` where it is set, into ``out
-        [B x H, r, n]``."""
+        [B x H, r, n]``. ``chosen``: the rows that each head reads, all others give 0; wants precise queries."""
         codes = codes.flatten(0, 1)
+        if chosen is not None:
+            for own, theirs, to, rows in zip(self.q, codes, out.zero_(), chosen, strict=True):
+                if len(some := theirs[rows]):
+                    to[:, rows] = own @ self.coder.lookup(some).T
+            return
         if self.unit is None:
             pieces = _pieces(codes, self.coder)
             for own, theirs, to in zip(self.q.chunk(pieces), codes.chunk(pieces), out.chunk(pieces), strict=True):
@@ -56,9 +61,17 @@ class Queries:
             out += (self.q.sum(-1, keepdim=True) * (self.coder.step / 2)).div_(self.unit)
 
 
-def add_values(weights: Tensor, codes: Tensor, coder: Rows, sums: Tensor, scratch: Scratch) -> None:
-    """Adds to ``sums fp32 [B x H, r, d]`` the levels of ``codes uint8 [B, H, n, bytes]`` times ``weights [B x H, r, n]``."""
+def add_values(
+    weights: Tensor, codes: Tensor, coder: Rows, sums: Tensor, scratch: Scratch, chosen: list[Tensor | slice] | None = None
+) -> None:
+    """Adds to ``sums fp32 [B x H, r, d]`` the levels of ``codes uint8 [B, H, n, bytes]`` times ``weights [B x H, r, n]``, of the
+    ``chosen`` rows of each head alone where they are given."""
     codes = codes.flatten(0, 1)
+    if chosen is not None:
+        for own, theirs, to, rows in zip(weights, codes, sums, chosen, strict=True):
+            if len(some := theirs[rows]):
+                to += own[:, rows] @ coder.lookup(some)
+        return
     pieces = _pieces(codes, coder)
     for own, theirs, to in zip(weights.chunk(pieces), codes.chunk(pieces), sums.chunk(pieces), strict=True):
         to.baddbmm_(own, coder.lookup(theirs, scratch))

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from ..config import Config
 from ..errors import TqaiError
 from ..handle import Handle
-from ..kv.cache import FLUSH, Plan
+from ..kv.cache import FLUSH
+from ..kv.segments import Plan
 from ..report import Report
 
 

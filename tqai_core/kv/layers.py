@@ -9,7 +9,7 @@ from typing import Any
 from ..config import Config
 from ..errors import TqaiError
 from ..registry import build
-from .cache import Plan
+from .segments import Plan
 
 
 def layer_plans(config: Config, own_forms: Sequence[str]) -> list[Plan | str]:

@@ -2,27 +2,25 @@
 
 ::
 
-  tokens leave the recent window, at most 256 at a time (a flush)
+  tokens leave the recent window, at most 256 at a time (a batch)
      |
-   Scorer.weigh  -> importance of each token ---------\\
-   Monitor.judge -> shall all of them be held finer? ---> two tiers of rows, base and fine, each in the order of the tokens
+   TokenScorer.weigh  -> importance of each token ---------\\
+   PackMonitor.judge  -> shall all of them be held finer? ---> two bit tiers, base and fine, each in the order of the tokens
      |
-   Strategy.lines   -> keys as residuals against a line for each block of tokens, where that pays (delta, delta2)
-   Strategy.choose  -> the blocks that a step reads (window)
+   BlockPredictor.fit -> keys as residuals against a line for each block of tokens, where that pays (delta, delta2)
+   BlockReader        -> the blocks that a step reads (window)
 
 Scores, sequences and layers stay apart: a sequence's tiers do not depend on its batch (what a monitor decides does), and every
-flush has as many fine tokens in each sequence, so that a tier is one rectangle of rows.
+batch has as many fine tokens in each sequence, so that a tier is one rectangle of rows.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,88 +29,56 @@ from ..codecs.rows import Rows, rows
 from ..config import Config
 from ..errors import TqaiError
 from ..roles import BlockPredictor, BlockReader, BlockScorer, LayerScorer, Monitor, PackMonitor, Scorer, Strategy, TokenScorer, TokenSorter
-
-if TYPE_CHECKING:
-    from .cache import PackedKV, Plan, Segment
+from .batch import PackBatch
+from .segments import SEGMENT, UNCHANGED, Adjustment, BitTier, Plan
 
 FLUSH = 256  # most tokens that are judged together
-LINE = 4  # bits of the lines that keys are predicted by, and of centroids: their error comes back in the residual
-QUERIES = 4  # recent queries kept for whoever asks
+COEFFICIENT = 4  # bits of the coefficients that predict keys, and of centroids: their error comes back in the residual
+CHOICE = 64  # queries that together choose blocks; calls of more read all of them
 
 
-@dataclass
-class Flush:
-    """Tokens about to be packed in one layer. Keys and queries are as they are stored: centred, scaled, not rotated; queries
-    are scaled by 1/sqrt(d) too, so that q.k is a score up to a number for all keys."""
-
-    k: Tensor  # fp32 [B, H, n, D]
-    v: Tensor  # fp32 [B, H, n, Dv]
-    q: Tensor | None  # fp32 [B, H, group x recent queries, D]; None where an attention hides its queries
-    first: int  # position of the first of them
-    layer: int
-    state: dict[str, Any]  # of the method that is asked; tensors in it begin with the batch
-    near: Callable[[], tuple[Tensor, Tensor, int]]  # all exact rows (k, v) and where these tokens begin in them
-    packed: Callable[[], tuple[Tensor, Tensor]]  # these tokens as the base tier would give them back
-
-    def attention(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights ``[B, H, queries, n]`` and output of the recent queries on rows ``k, v``."""
-        assert self.q is not None
-        p = (self.q @ k.transpose(-1, -2)).softmax(-1)
-        return p, p @ v
-
-    @cached_property
-    def error(self) -> Tensor | None:
-        """|change| / |output| of the recent queries' attention to the exact rows, were these tokens packed in the base tier."""
-        if self.q is None:
-            return None
-        k, v, at = self.near()
-        exact = self.attention(k, v)[1]
-        n = self.k.shape[2]
-        changed = [torch.cat([x[:, :, :at], own, x[:, :, at + n :]], 2) for x, own in zip((k, v), self.packed(), strict=True)]
-        return (self.attention(*changed)[1] - exact).norm() / exact.norm().clamp_min(1e-30)
-
-
-def policy(config: Config, plan: Plan, layer: int, layers: int) -> tuple[Policy | None, Plan]:
-    """The methods of ``config`` for one of ``layers``, or None without any; and the plan, which a scorer of layers changes."""
+def policy(config: Config, plan: Plan, layer: int, layers: int) -> tuple[Policy, Plan]:
+    """The methods of ``config`` for one of ``layers``; and the plan, which a scorer of layers changes."""
     scorer, strategy, monitor, _ = config.build()
     if scorer is None and strategy is None and monitor is None:
-        return None, plan
+        return Policy(plan), plan
     strategy = strategy or Strategy()
     raised = scorer.finer(layer, layers, strategy.tiers(plan.bits_k)[0]) if isinstance(scorer, LayerScorer) else None
     if raised is not None:
         bits = [strategy.tiers(b)[1] if up else b for b, up in zip((plan.bits_k, plan.bits_v), raised, strict=True)]
         plan = dataclasses.replace(plan, bits_k=bits[0], bits_v=bits[1])
-    return Policy(scorer, strategy, monitor, plan, layer), plan
+    return Policy(plan, scorer, strategy, monitor, layer), plan
 
 
 @dataclass
 class Policy:
-    """The methods of one layer and what they remember."""
+    """The methods of one layer and what they remember; without any it changes nothing."""
 
-    scorer: Scorer | None
-    strategy: Strategy
-    monitor: Monitor | None
     plan: Plan
+    scorer: Scorer | None = None
+    strategy: Strategy | None = None
+    monitor: Monitor | None = None
     layer: int = 0
 
     def __post_init__(self) -> None:
-        self.terms = self.strategy.terms if isinstance(self.strategy, BlockPredictor) else 0
-        self.reads = isinstance(self.strategy, BlockReader)
-        self.near = self.reads and isinstance(self.scorer, BlockScorer)  # blocks chosen by what queries want
-        self.share, fine_k = self.strategy.tiers(self.plan.bits_k)
-        fine_v = self.strategy.tiers(self.plan.bits_v)[1]
-        self.fine = (max(fine_k, self.plan.bits_k), max(fine_v, self.plan.bits_v))
-        self.two = self.fine != (self.plan.bits_k, self.plan.bits_v)  # whether there is a finer size at all
-        asked = [m.recent_queries for m in (self.scorer, self.monitor) if isinstance(m, (TokenScorer, PackMonitor))]
-        self.queries_wanted = max(asked, default=0)
+        methods = (self.scorer, self.strategy, self.monitor)
+        self.plain = methods == (None, None, None)
+        strategy = self.strategy = self.strategy or Strategy()
+        self.terms = strategy.terms if isinstance(strategy, BlockPredictor) else 0
+        self.reads = isinstance(strategy, BlockReader)
+        self.reads_by_query = self.reads and isinstance(self.scorer, BlockScorer)  # else by the tokens' scores, or the newest
+        self.share, fine_k = strategy.tiers(self.plan.bits_k)
+        self.fine = (max(fine_k, self.plan.bits_k), max(strategy.tiers(self.plan.bits_v)[1], self.plan.bits_v))
+        self.two = not self.plain and self.fine != (self.plan.bits_k, self.plan.bits_v)  # whether there is a finer size at all
+        self.recent_queries = max((m.recent_queries for m in methods if isinstance(m, (TokenScorer, PackMonitor))), default=0)
         self.clear()
 
     def clear(self) -> None:
-        self.tensors: dict[str, Tensor] = {}  # tier [B, packed], line codes and gains [B, H, blocks, terms, ...], queries, block scores
+        self.tensors: dict[str, Tensor] = {}  # tier [B, packed], codes and gain [B, H, blocks, terms, ...], queries, scores of blocks
         self.states: dict[str, dict[str, Any]] = {"scorer": {}, "monitor": {}}
-        self.gate: bool | None = None if self.terms else False  # whether keys are predicted; None: not decided yet
-        self.lead = 0  # tokens of the first block, where it is a short one
-        self.residual: float | None = None  # energy of what prediction leaves of the keys
+        self.predicts: bool | None = None if self.terms else False  # whether keys are predicted; None: not decided yet
+        self.first_block_len = 0  # tokens of the first block, where it is a short one
+        self.residual_energy: float | None = None  # part of the keys' energy that prediction leaves
         self.decisions: list[dict[str, Any]] = []
         self.read = self.readable = 0  # blocks that steps read, and that they could have read
 
@@ -121,134 +87,91 @@ class Policy:
     @property
     def span(self) -> int:
         """Tokens of a block; 1 where blocks mean nothing."""
-        return 1 if self.terms and self.gate is False else self.strategy.span
+        assert self.strategy is not None
+        return 1 if self.terms and self.predicts is False else self.strategy.span
 
     @property
-    def offset(self) -> int:
+    def missing(self) -> int:
         """Tokens that the first block is short of."""
-        return -self.lead % self.span
+        return -self.first_block_len % self.span
 
     def due(self, count: int, packed: int) -> int:
         """How many of ``count`` tokens can be packed now: whole blocks, the first of which may be a short one."""
         if not packed and self.terms and count >= self.span:
-            self.lead = count % self.span
+            self.first_block_len = count % self.span
             return count
         return count - count % self.span
 
     def size(self, left: int, packed: int) -> int:
-        """Tokens of the next flush."""
-        lead = 0 if packed else self.lead
-        return min(left, lead + (FLUSH - lead) // self.span * self.span)
+        """Tokens of the next batch."""
+        first = 0 if packed else self.first_block_len
+        return min(left, SEGMENT if self.plain else first + (FLUSH - first) // self.span * self.span)
 
     def observe(self, q: Tensor) -> None:
         """Queries ``[B, heads, n, D]`` as they come; the last few stay."""
-        if not self.queries_wanted:
+        count, before = self.recent_queries, self.tensors.get("queries")
+        if not count:
             return
-        count, before = self.queries_wanted, self.tensors.get("queries")
         q = q.detach()[:, :, -count:]
         if before is not None and q.shape[2] < count and before.shape[:2] == q.shape[:2]:
             q = torch.cat([before[:, :, q.shape[2] - count :].to(q.dtype), q], 2)
         self.tensors["queries"] = q.clone()
 
-    def pack(self, kv: PackedKV, at: int, size: int) -> bool:
-        """Pack the exact rows ``at`` to ``at + size`` of ``kv``, or False where they are no numbers."""
-        assert kv.keys is not None
-        assert kv.values is not None
-        k, v = kv.stored(kv.keys[:, :, at : at + size]), kv.values[:, :, at : at + size].float()
-        if not bool((k.isfinite().all() & v.isfinite().all()).item()):
+    def queries(self, heads: int, scale: Tensor | None) -> Tensor | None:
+        """The recent queries as they meet stored keys of ``heads`` heads: ``fp32 [B, H, group x recent, D]``."""
+        q = self.tensors.get("queries")
+        if q is None:
+            return None
+        q = (q.float() * q.shape[3] ** -0.5).unflatten(1, (heads, -1)).flatten(2, 3)
+        return q if scale is None else q * scale
+
+    def decide(self, batch: PackBatch) -> bool:
+        """Set what ``batch`` leaves to the policy; False where a method cannot look at it, since it is not finite."""
+        if self.plain:
+            return True
+        if not batch.all_finite:
             return False
-        guess, lines = self._predict(k)
-        rest = k if guess is None else k - guess
-
-        def near() -> tuple[Tensor, Tensor, int]:
-            assert kv.keys is not None
-            assert kv.values is not None
-            return kv.stored(kv.keys), kv.values.float(), at
-
-        def packed() -> tuple[Tensor, Tensor]:
-            y = kv.coder_k().decode(*kv.coder_k().encode(rest))
-            return y if guess is None else y + guess, kv.coder_v().decode(*kv.coder_v().encode(v))
-
-        flush = Flush(k, v, self._queries(kv), kv.plan.sink + kv.packed, self.layer, {}, near, packed)
-        fine, score = self._tiers(flush, rest)
-        made = self._encode(kv, rest, v, fine)
-        if made is None:
-            return False
-        if lines is not None:
-            self._grow("codes", lines[0], 2)
-            self._grow("gain", lines[1], 2)
-        if score is not None and self.reads:
-            self._grow("scores", score.unflatten(1, (-1, self.span)).mean(-1).bfloat16(), 1)
-        if fine is not None or "tier" in self.tensors:
-            none = torch.zeros(k.shape[0], 0 if "tier" in self.tensors else kv.packed, dtype=torch.uint8, device=k.device)
-            self._grow("tier", none, 1)
-            self._grow("tier", none.new_zeros(k.shape[0], size) if fine is None else fine.to(torch.uint8), 1)
-        for segments, segment in zip((kv.segments, kv.fine), made, strict=True):
-            if segment is not None:
-                kv.add(segments, segment)
+        self._predict(batch)
+        self._sort(batch)
         return True
 
-    def _tiers(self, flush: Flush, rest: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Which tokens are fine, ``bool [B, n]`` or None, and the scores of all."""
-        b, _, n, _ = flush.k.shape
-        score = None
-        if isinstance(self.scorer, TokenScorer) and not self.near and (self.two or self.reads):
-            flush.state = self.states["scorer"]
-            score = self.scorer.weigh(flush)
-        if score is None and isinstance(self.strategy, TokenSorter):  # the tokens whose error is largest
-            score = rest.square().sum((1, 3))
+    def _sort(self, batch: PackBatch) -> None:
+        """Set the scores of the tokens, and which of them are fine."""
+        b, _, n, _ = batch.k.shape
+        if isinstance(self.scorer, TokenScorer) and not self.reads_by_query and (self.two or self.reads):
+            batch.state = self.states["scorer"]
+            batch.scores = self.scorer.weigh(batch)
+        if batch.scores is None and isinstance(self.strategy, TokenSorter):  # the tokens whose error is largest
+            batch.scores = batch.rest.square().sum((1, 3))
         if not self.two:
-            return None, score
-        raised = False
+            return
         if isinstance(self.monitor, PackMonitor):
-            flush.state = self.states["monitor"]
-            decision, error = self.monitor.judge(flush)
+            batch.state = self.states["monitor"]
+            decision, error = self.monitor.judge(batch)
             self.decisions.append({
-                "step": flush.first, "sigma": None, "action": "raise" if decision.compute else "pack",
+                "step": batch.first, "sigma": None, "action": "raise" if decision.compute else "pack",
                 "error_estimate": decision.error_estimate, "error": error, "why": decision.why, "model": f"attn.{self.layer}",
             })  # fmt: skip
-            raised = decision.compute
-        if raised:
-            return torch.ones(b, n, dtype=torch.bool, device=flush.k.device), score
-        count = 0 if score is None or self.reads else round(self.share * n)
-        if not count or score is None:
-            return None, score
-        fine = torch.zeros(b, n, dtype=torch.bool, device=flush.k.device)
-        return fine.scatter_(1, score.topk(count, dim=1).indices, True), score
+            if decision.compute:
+                batch.fine = torch.ones(b, n, dtype=torch.bool, device=batch.k.device)
+                return
+        if batch.scores is not None and not self.reads and (count := round(self.share * n)):
+            batch.fine = torch.zeros(b, n, dtype=torch.bool, device=batch.k.device)
+            batch.fine.scatter_(1, batch.scores.topk(count, dim=1).indices, True)
 
-    def _encode(self, kv: PackedKV, k: Tensor, v: Tensor, fine: Tensor | None) -> tuple[Segment | None, Segment | None] | None:
-        """Rows of the base and of the fine tier, None where a gain is no number."""
-        n = k.shape[2]
-        count = 0 if fine is None else int(fine[0].sum())
-        out: list[Segment | None] = []
-        for tier, rows_of in ((0, n - count), (1, count)):
-            if not rows_of:
-                out.append(None)
-                continue
-            own = (k, v)
-            if fine is not None and rows_of < n:
-                place = order(fine if tier else ~fine)[:, None, :rows_of, None]
-                own = (k.gather(2, place.expand(-1, k.shape[1], -1, k.shape[3])), v.gather(2, place.expand(-1, v.shape[1], -1, v.shape[3])))
-            coders = (kv.coder_k(), kv.coder_v()) if tier == 0 else self.fine_coders(kv)
-            segment, sound = kv.rows_of(*own, *coders)
-            if not sound:
-                return None
-            out.append(segment)
-        return out[0], out[1]
-
-    def fine_coders(self, kv: PackedKV) -> tuple[Rows, Rows]:
-        assert kv.keys is not None
-        assert kv.values is not None
-        (k, v), seed = self.fine, self.plan.seed
-        return rows(kv.keys.shape[3], k, seed, kv.keys.device), rows(kv.values.shape[3], v, seed + 1, kv.values.device)
-
-    def _queries(self, kv: PackedKV) -> Tensor | None:
-        q = self.tensors.get("queries")
-        if q is None or kv.keys is None:
-            return None
-        q = q.float() * q.shape[3] ** -0.5
-        q = q.unflatten(1, (kv.keys.shape[1], -1)).flatten(2, 3)
-        return q if kv.scale is None else q * kv.scale
+    def keep(self, batch: PackBatch, packed: int) -> None:
+        """Remember what was decided of ``batch``, whose rows follow ``packed`` others."""
+        if batch.coefficients is not None:
+            self._grow("codes", batch.coefficients[0], 2)
+            self._grow("gain", batch.coefficients[1], 2)
+        if batch.scores is not None and self.reads:
+            self._grow("scores", batch.scores.unflatten(1, (-1, self.span)).mean(-1).bfloat16(), 1)
+        if batch.fine is not None or "tier" in self.tensors:
+            b, _, n, _ = batch.k.shape
+            if "tier" not in self.tensors:
+                self.tensors["tier"] = torch.zeros(b, packed, dtype=torch.uint8, device=batch.k.device)
+            old = self.tensors["tier"]
+            self._grow("tier", old.new_zeros(b, n) if batch.fine is None else batch.fine.to(torch.uint8), 1)
 
     def _grow(self, name: str, new: Tensor, dim: int) -> None:
         before = self.tensors.get(name)
@@ -256,83 +179,90 @@ class Policy:
 
     # -- prediction of keys, and centroids
 
-    def _predict(self, k: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """What the lines of the blocks give of ``k``, and their codes ``[B, H, blocks, terms, bytes]`` with gains."""
-        if self.near:
-            return None, self._line_coder(k).encode(k.unflatten(2, (-1, self.span)).mean(3, keepdim=True))
-        if self.gate is False:
-            return None, None
-        coder, short = self._line_coder(k), -k.shape[2] % self.span
-        own = k if not short else torch.cat([k[:, :, : self.span - short].mean(2, keepdim=True).expand(-1, -1, short, -1), k], 2)
-        lines = coder.encode(cast(BlockPredictor, self.strategy).fit(own))
-        guess = self._follow(coder.decode(*lines))[:, :, short:]
-        if self.gate is None:  # once a layer: does it spare more bits than the lines take?
-            before, after = torch.stack([k.square().sum(), (k - guess).square().sum()]).tolist()
-            self.residual = after / max(before, 1e-30)
-            cost = self.terms * (LINE + 16 / k.shape[3]) / self.span
-            self.gate = -0.5 * math.log2(max(self.residual, 1e-30)) > cost
-            if not self.gate:
-                return None, None
-        return guess, lines
+    def _predict(self, batch: PackBatch) -> None:
+        """Set what the coefficients of the blocks predict of the keys; centroids where queries choose blocks by them."""
+        k, span = batch.k, self.span
+        coder = self._coefficient_coder(k)
+        if self.reads_by_query:
+            batch.coefficients = coder.encode(k.unflatten(2, (-1, span)).mean(3, keepdim=True))
+            return
+        if self.predicts is False:
+            return
+        missing = -k.shape[2] % span
+        if missing:
+            k = torch.cat([k[:, :, : span - missing].mean(2, keepdim=True).expand(-1, -1, missing, -1), k], 2)
+        coefficients = coder.encode(cast(BlockPredictor, self.strategy).fit(k))
+        predicted = self._expand(coder.decode(*coefficients))[:, :, missing:]
+        if self.predicts is None:  # once a layer: does it spare more bits than the coefficients take?
+            before, after = torch.stack([batch.k.square().sum(), (batch.k - predicted).square().sum()]).tolist()
+            self.residual_energy = after / max(before, 1e-30)
+            cost = self.terms * (COEFFICIENT + 16 / k.shape[3]) / span
+            self.predicts = -0.5 * math.log2(max(self.residual_energy, 1e-30)) > cost
+        if self.predicts:
+            batch.predicted, batch.coefficients = predicted, coefficients
 
-    def _line_coder(self, k: Tensor) -> Rows:
-        return rows(k.shape[3], LINE, self.plan.seed, k.device)
+    def _coefficient_coder(self, k: Tensor) -> Rows:
+        return rows(k.shape[3], COEFFICIENT, self.plan.seed, k.device)
 
-    def line_scores(self, q: Tensor) -> Tensor | None:
-        """Scores of queries ``q [B, H, r, D]`` (stored domain, rotated) with lines or centroids: ``[B, H, r, blocks, terms]``."""
+    def _expand(self, coefficients: Tensor) -> Tensor:
+        """Coefficients ``[B, H, blocks, terms, D]`` at each token of their blocks."""
+        return torch.einsum("bhntd,ts->bhnsd", coefficients, course(self.terms, self.span, coefficients.device)).flatten(2, 3)
+
+    def predicted(self, like: Tensor) -> Tensor | None:
+        """The predicted part of the packed keys ``fp32 [B, H, packed, D]`` in the order of the tokens; ``like`` is of their width."""
+        if not self.predicts or "codes" not in self.tensors:
+            return None
+        coefficients = self._coefficient_coder(like).decode(self.tensors["codes"], self.tensors["gain"])
+        return self._expand(coefficients)[:, :, self.missing :]
+
+    def _coefficient_scores(self, q: Tensor) -> Tensor | None:
+        """Scores of rotated queries ``q [B, H, r, D]`` with coefficients or centroids: ``[B, H, r, blocks, terms]``."""
         codes = self.tensors.get("codes")
         if codes is None:
             return None
-        levels = self._line_coder(q).lookup(codes) * self.tensors["gain"].float()[..., None]
+        levels = self._coefficient_coder(q).lookup(codes) * self.tensors["gain"].float()[..., None]
         return (q @ levels.flatten(2, 3).transpose(-1, -2)).unflatten(3, levels.shape[2:4])
 
-    def predicted(self, kv: PackedKV) -> Tensor | None:
-        """The predicted part of the packed keys ``fp32 [B, H, packed, D]`` in the order of the tokens."""
-        if not self.gate or "codes" not in self.tensors:
-            return None
-        assert kv.keys is not None
-        lines = self._line_coder(kv.keys).decode(self.tensors["codes"], self.tensors["gain"])
-        return self._follow(lines)[:, :, self.offset :]
+    # -- out: what attention asks
 
-    def _follow(self, lines: Tensor) -> Tensor:
-        """Lines ``[B, H, blocks, terms, D]`` at each token of their blocks."""
-        return torch.einsum("bhntd,ts->bhnsd", lines, course(self.terms, self.span, lines.device)).flatten(2, 3)
+    @property
+    def by_block(self) -> bool:
+        """Whether a step must know which row is whose, whatever its mask."""
+        return bool(self.predicts) or self.reads
 
-    # -- out
+    def score_width(self, length: int) -> int:
+        """Tokens whose scores exist at a time: with methods all of them."""
+        return min(max(length, 1), 1024) if self.plain else max(length, 1)
 
-    def places(self, kv: PackedKV) -> list[Tensor | None]:
-        """Numbers of the packed tokens that each tier's rows hold, ``int64 [B, rows]``; None: all of them in order."""
-        tier = self.tensors.get("tier")
-        count = sum(map(len, kv.fine))
-        if tier is None or not count:
-            return [None, None]
-        back = order(tier.bool())
-        return [back[:, count:], back[:, :count]]
+    def places(self, fine: int) -> tuple[Tensor | None, Tensor | None]:
+        """Numbers of the packed tokens that the rows of each tier hold, ``int64 [B, rows]``, where ``fine`` of them are fine."""
+        back = order(self.tensors["tier"].bool())
+        return back[:, fine:], back[:, :fine]
 
-    def bands(self, kv: PackedKV) -> list[PackedKV]:
-        """Each tier as a cache of its own kind of rows; the exact rows belong to the first."""
-        assert kv.keys is not None
-        assert kv.values is not None
-        base = copy.copy(kv)
-        base.policy, base.fine = None, []
-        base.length = kv.keys.shape[2] + base.packed
-        if not kv.fine:
-            return [base]
-        fine = copy.copy(base)
-        fine.basis = None  # plain rows: they have bits to spare
-        fine.segments, fine.plan = kv.fine, dataclasses.replace(kv.plan, bits_k=self.fine[0], bits_v=self.fine[1], sink=0)
-        fine.keys, fine.values, fine.length = kv.keys[:, :, :0], kv.values[:, :, :0], sum(map(len, kv.fine))
-        return [base, fine]
+    def adjust(self, q: Tensor, tiers: Sequence[BitTier], count: int) -> list[Adjustment]:
+        """What changes in the attention of ``q fp32 [B, H, group x n, D]`` (scaled) to each tier; ``count``: queries of the
+        whole call."""
+        if not self.by_block:
+            return [UNCHANGED] * len(tiers)
+        base = tiers[0]
+        turned = base.coder_k.rotate(q if base.scale is None else q * base.scale)
+        out, reads = [], self.reads and count <= CHOICE
+        exact = _exact_weight(q, base) if self.reads_by_query and reads else None
+        for tier in tiers:
+            offsets = self._offsets(turned, tier) if tier.packed else None
+            read = self._reading(turned, tier, exact) if tier.packed and reads else None
+            out.append(UNCHANGED if offsets is None and read is None else Adjustment(offsets, read, self.span))
+        return out
 
-    def reading(self, q: Tensor, places: Tensor | None, rows_of: int, exact: Tensor | None = None) -> Tensor | None:
-        """Blocks that queries ``q [B, H, r, D]`` (stored domain, rotated) read of a tier's rows: ``bool [B, H, blocks]``, None for
-        all. ``exact [B, H, r, 1]`` is the logarithm of the weight that the exact rows have for them."""
-        blocks = rows_of // self.span
-        own = None if places is None else places[:, :: self.span] // self.span  # a block lies in one tier as a whole
+    def _reading(self, q: Tensor, tier: BitTier, exact: Tensor | None) -> Tensor | None:
+        """Blocks of a tier that rotated queries ``q [B, H, r, D]`` read: ``bool [B, H, blocks]``, None for all. ``exact [B, H, r, 1]`` is
+        the logarithm of the weight that the exact rows have for them."""
+        blocks = tier.packed // self.span
+        own = None if tier.order is None else tier.order[:, :: self.span] // self.span  # a block lies in one tier as a whole
         scores = self.tensors.get("scores")
         if scores is not None:
             scores = (scores if own is None else scores.gather(1, own))[:, None].float().expand(-1, q.shape[1], -1)
-        if self.near and (logits := self.line_scores(q)) is not None:
+        if self.reads_by_query and (logits := self._coefficient_scores(q)) is not None:
             logits = logits[..., 0]
             if own is not None:
                 logits = logits.gather(3, own[:, None, None].expand(-1, *logits.shape[1:3], -1))
@@ -342,21 +272,22 @@ class Policy:
             scores = scores.softmax(-1)[..., :blocks].mean(2)
         if scores is None:
             scores = torch.arange(blocks, device=q.device, dtype=torch.float32).expand(*q.shape[:2], -1)
-        kept = cast(BlockReader, self.strategy).num_blocks(blocks)
+        num_blocks = cast(BlockReader, self.strategy).num_blocks(blocks)
         scores = scores.clone()
-        scores[..., blocks - kept // 2 :] = float("inf")  # half of them the newest: some layers look nowhere else
-        self.read, self.readable = self.read + kept, self.readable + blocks
-        return None if kept == blocks else torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(kept, -1).indices, True)
+        scores[..., blocks - num_blocks // 2 :] = float("inf")  # half of them the newest: some layers look nowhere else
+        self.read, self.readable = self.read + num_blocks, self.readable + blocks
+        if num_blocks == blocks:
+            return None
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(num_blocks, -1).indices, True)
 
-    def shift(self, q: Tensor, places: Tensor | None, rows_of: int) -> Tensor | None:
-        """What the predicted part of the keys adds to the scores of ``q [B, H, r, D]`` (stored domain, rotated) with a tier's
-        rows: ``[B, H, r, rows]``."""
-        if not self.gate or (scores := self.line_scores(q)) is None:
+    def _offsets(self, q: Tensor, tier: BitTier) -> Tensor | None:
+        """What the predicted part of the keys adds to the scores of rotated queries ``q [B, H, r, D]``: ``[B, H, r, rows]``."""
+        if not self.predicts or (scores := self._coefficient_scores(q)) is None:
             return None
         weights = course(self.terms, self.span, q.device)
-        if places is None:
-            return torch.einsum("bhrnt,ts->bhrns", scores, weights).flatten(3)[..., self.offset :]
-        places = places + self.offset
+        if tier.order is None:
+            return torch.einsum("bhrnt,ts->bhrns", scores, weights).flatten(3)[..., self.missing :]
+        places = tier.order + self.missing
         block = (places // self.span)[:, None, None].expand(-1, *scores.shape[1:3], -1)
         own = weights[:, places % self.span].permute(1, 0, 2)  # [B, terms, rows]
         return sum(scores[..., t].gather(3, block) * own[:, t][:, None, None] for t in range(len(weights)))  # type: ignore[return-value]
@@ -375,73 +306,75 @@ class Policy:
         return even if even == self._whole(even) else self.boundary(even)
 
     def _whole(self, count: int) -> int:
-        return max(count - (count + self.offset) % self.span, 0)
+        return max(count - (count + self.missing) % self.span, 0)
 
-    def crop(self, kv: PackedKV, count: int) -> None:
-        """Keep the first ``count`` packed tokens, a :meth:`boundary`."""
-        tier = self.tensors.get("tier")
-        fine = 0 if tier is None else int(tier[0, :count].sum())
-        kv.cut(kv.segments, count - fine)
-        kv.cut(kv.fine, fine)
-        blocks = (count + self.offset) // self.span if count else 0
-        for name, dim, left in (("tier", 1, count), ("codes", 2, blocks), ("gain", 2, blocks), ("scores", 1, blocks)):
+    def _sizes(self, packed: int) -> tuple[tuple[str, int, int], ...]:
+        """Name, dimension and size of the tensors that grow with the ``packed`` tokens."""
+        blocks = (packed + self.missing) // self.span if packed else 0
+        return ("tier", 1, packed), ("codes", 2, blocks), ("gain", 2, blocks), ("scores", 1, blocks)
+
+    def crop(self, count: int) -> int:
+        """Keep the first ``count`` packed tokens, a :meth:`boundary`; how many of them are fine."""
+        for name, dim, left in self._sizes(count):
             if name in self.tensors:
                 self.tensors[name] = self.tensors[name].narrow(dim, 0, left).clone()
+        return int(self.tensors["tier"][0].sum()) if "tier" in self.tensors else 0
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         for store in (self.tensors, *self.states.values()):
-            for name, value in store.items():
-                if isinstance(value, Tensor):
-                    store[name] = change(value)
+            store.update({name: change(value) for name, value in store.items() if isinstance(value, Tensor)})
 
     # -- files and reports
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of a file; no header without methods."""
+        if self.plain:
+            return {}, {}
         tensors = dict(self.tensors)
         plain: dict[str, dict[str, Any]] = {}
         for role, store in self.states.items():
             tensors |= {f"{role}.{name}": value for name, value in store.items() if isinstance(value, Tensor)}
             plain[role] = {name: value for name, value in store.items() if not isinstance(value, Tensor)}
-        header = {"states": plain, "gate": self.gate, "residual": self.residual, "decisions": self.decisions, "lead": self.lead}
-        return tensors, {**header, "read": [self.read, self.readable]}
+        return tensors, {
+            "states": plain, "gate": self.predicts, "residual": self.residual_energy, "decisions": self.decisions,
+            "lead": self.first_block_len, "read": [self.read, self.readable],
+        }  # fmt: skip
 
-    def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    def restore(self, tensors: dict[str, Tensor], header: dict[str, Any], batch: int, packed: int, fine: int) -> None:
+        """What :meth:`state` gave, for a cache of ``batch`` sequences with ``packed`` tokens, ``fine`` of them fine. TqaiError names
+        what does not belong together."""
         self.clear()
-        self.gate, self.residual, self.decisions = header["gate"], header["residual"], list(header["decisions"])
-        (self.read, self.readable), self.lead = header["read"], header["lead"]
+        if self.plain:
+            return
+        self.predicts, self.residual_energy, self.decisions = header["gate"], header["residual"], list(header["decisions"])
+        (self.read, self.readable), self.first_block_len = header["read"], header["lead"]
         for role, store in self.states.items():
             store.update(header["states"][role])
         for name, tensor in tensors.items():
             role, dot, own = name.partition(".")
-            if dot:
-                self.states[role][own] = tensor
-            else:
-                self.tensors[name] = tensor
-
-    def check(self, kv: PackedKV) -> None:
-        """ValueError where what a file holds does not belong together."""
-        blocks = (kv.packed + self.offset) // self.span if kv.packed else 0
-        for name, dim, size in (("tier", 1, kv.packed), ("codes", 2, blocks), ("gain", 2, blocks), ("scores", 1, blocks)):
-            tensor = self.tensors.get(name)
-            if tensor is not None and (kv.keys is None or tensor.shape[0] != kv.keys.shape[0] or tensor.shape[dim] != size):
-                raise TqaiError(f"field 'policy.{name}' is {tuple(tensor.shape)}, it should tell of {size}: save the cache again")
-        if self.gate and kv.packed and "codes" not in self.tensors:
+            (self.states[role] if dot else self.tensors)[own or name] = tensor
+        for name, dim, size in self._sizes(packed):
+            held = self.tensors.get(name)
+            if held is not None and (held.shape[0] != batch or held.shape[dim] != size):
+                raise TqaiError(f"field 'policy.{name}' is {tuple(held.shape)}, it should be of {size}: save the cache again")
+        if self.predicts and packed and "codes" not in self.tensors:
             raise TqaiError("field 'policy.codes' is missing: save the cache again")
-        tier = self.tensors.get("tier")
-        if sum(map(len, kv.fine)) != (0 if tier is None else int(tier[0].sum())):
+        if fine != (int(self.tensors["tier"][0].sum()) if "tier" in self.tensors else 0):
             raise TqaiError("field 'policy.tier' is missing or names rows that are not there: save the cache again")
 
-    def report(self, kv: PackedKV) -> dict[str, Any]:
-        """What the methods did here: exact average bits, share of fine tokens, prediction, share of the blocks read."""
-        fine, packed = sum(map(len, kv.fine)), kv.packed
+    def report(self, tiers: Sequence[BitTier]) -> dict[str, Any]:
+        """What the methods did to ``tiers``: exact average bits, share of fine tokens, prediction, share of the blocks read."""
         out: dict[str, Any] = {}
-        if packed and kv.keys is not None and kv.values is not None:
-            for name, d in (("k", kv.keys.shape[3]), ("v", kv.values.shape[3])):
-                held = sum(len(s) * getattr(s, f"codes_{name}").shape[3] for s in (*kv.segments, *kv.fine))
+        if self.plain:
+            return out
+        if packed := sum(tier.packed for tier in tiers):
+            for name, d in (("k", tiers[0].keys.shape[3]), ("v", tiers[0].values.shape[3])):
+                held = sum(len(s) * getattr(s, f"codes_{name}").shape[3] for tier in tiers for s in tier.segments)
                 out[f"bits_{name}"] = round(8 * held / (packed * d), 4)
-            out["share_fine"] = round(fine / packed, 4)
-        if self.terms and self.gate is not None:
-            out |= {"predicted": self.gate, "residual_energy": None if self.residual is None else round(self.residual, 4)}
+            out["share_fine"] = round(sum(tier.packed for tier in tiers[1:]) / packed, 4)
+        if self.terms and self.predicts is not None:
+            left = self.residual_energy
+            out |= {"predicted": self.predicts, "residual_energy": None if left is None else round(left, 4)}
         if self.reads:
             out["share_read"] = round(self.read / self.readable, 4) if self.readable else 1.0
         if self.monitor is not None:
@@ -453,8 +386,9 @@ class Policy:
         out = []
         if not self.two and (self.scorer or self.monitor or isinstance(self.strategy, TokenSorter)) and not self.reads:
             out.append(f"no finer size than {max(self.fine)} bits: scorer and monitor decide nothing in this layer")
-        if self.terms and self.gate is False and self.residual is not None:
-            out.append(f"{self.strategy.name} is off: it leaves {self.residual:.2f} of the keys' energy, its lines would cost more")
+        if self.terms and self.predicts is False and self.residual_energy is not None:
+            name, left = cast(Strategy, self.strategy).name, self.residual_energy
+            out.append(f"{name} is off: it leaves {left:.2f} of the keys' energy, its lines would cost more")
         return out
 
 
@@ -464,6 +398,12 @@ def order(first: Tensor) -> Tensor:
 
 
 def course(terms: int, span: int, device: torch.device) -> Tensor:
-    """What a block's mean and slope weigh at its tokens, ``fp32 [terms, span]``."""
+    """What the coefficients of a block weigh at its tokens: 1 for the mean, -1 to 1 for the slope; ``fp32 [terms, span]``."""
     ones = torch.ones(1, span, device=device)
     return ones if terms == 1 else torch.cat([ones, torch.linspace(-1, 1, span, device=device)[None]])
+
+
+def _exact_weight(q: Tensor, base: BitTier) -> Tensor:
+    """Logarithm of the weight that the exact rows have for queries ``q``, on the scale of stored keys, ``[B, H, rows of q, 1]``."""
+    weight = (q @ base.keys.float().transpose(-1, -2)).logsumexp(-1, keepdim=True)
+    return weight if base.mean is None else weight - (q * base.mean).sum(-1, keepdim=True)

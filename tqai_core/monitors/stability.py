@@ -77,7 +77,7 @@ class Stability(EntropyMonitor, PackMonitor, name="stability", paper="attention 
         state = batch.state
         if batch.q is None:
             return Decision(False, "this attention hides its queries"), None
-        k, v, _ = batch.near()
+        k, v, _ = batch.exact_rows()
         p = batch.attention(k, v)[0]
         entropy = torch.special.entr(p).sum(-1).mean((0, 2)) / math.log(max(p.shape[-1], 2))  # [heads]
         now, before = entropy.tolist(), state.get("before")

@@ -19,16 +19,14 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...codecs.rows import BITS
-from ...kv.cache import PackedKV, Plan, Segment
-
-if TYPE_CHECKING:
-    from ..packed import Part
+from ...codecs.rows import BITS, rows
+from ...kv.segments import UNCHANGED, Adjustment, BitTier, encode, rows_in
+from ..call import Call
+from ..online_softmax import OnlineSoftmax
 
 SOURCE = Path(__file__).with_name("packed.c")
 OPTIONS = ("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -171,127 +169,105 @@ def load(path: Path) -> ctypes.CDLL:
 
 def check(library: ctypes.CDLL) -> None:
     """Every size of code against torch on a few made-up rows: a compiler's mistake must not reach a user. RuntimeError."""
-    d, h, r, n = 96, 2, 5, 67
+    d, h, r, n, cpu = 96, 2, 5, 67, torch.device("cpu")
     wave = torch.arange(h * n * d, dtype=torch.float32)
     k, v = ((wave * a).sin().view(1, h, n, d) * (wave * b).cos().view(1, h, n, d) for a, b in ((12.9898, 0.37), (78.233, 0.73)))
     q = (wave[: h * r * d] * 3.1).sin().view(1, h, r, d)
     for bits in BITS:
-        kv = PackedKV(Plan(bits, bits, sink=2, recent=1, calibrate=0))
-        kv.append(k[:, :, :3], v[:, :, :3])
-        keys, values = kv.coder_k(), kv.coder_v()
-        kv.segments = [Segment(*keys.encode(k), *values.encode(v))]
-        kv.length += n
-        s = torch.cat([q @ k[:, :, :3].transpose(2, 3), q @ keys.decode(*_tensors(kv.segments[0])[:2]).transpose(2, 3)], 3)
-        want = s.softmax(-1) @ torch.cat([v[:, :, :3], values.decode(*_tensors(kv.segments[0])[2:])], 2)
+        keys, values = rows(d, bits, 0, cpu), rows(d, bits, 1, cpu)
+        segment, _ = encode(k, v, keys, values)
+        tier = BitTier(k[:, :, :3], v[:, :, :3], [segment], keys, values, None, None, sinks=2, packed=n)
+        s = torch.cat([q @ k[:, :, :3].mT, q @ keys.decode(segment.codes_k, segment.gain_k).mT], 3)
+        want = s.softmax(-1) @ torch.cat([v[:, :, :3], values.decode(segment.codes_v, segment.gain_v)], 2)
         for precise, limit in ((False, 1e-3), (True, 1e-4)):
-            got = _run(library, q, kv, 1, None, 0, None, None, 1, precise)
-            error = float("inf") if got is None else float((got[0] / got[1] - want).norm() / want.norm())
-            if error < limit:
-                continue
-            raise RuntimeError(f"its results at {bits} bits differ from torch's by {error:.1e}")
+            got = _run(library, Call(q, 1, precise=precise), tier, None, UNCHANGED, 1)
+            error = float("inf") if got is None else float((got.result() - want).norm() / want.norm())
+            if not error < limit:
+                raise RuntimeError(f"its results at {bits} bits differ from torch's by {error:.1e}")
 
 
 # -- running
 
 
-def attend(
-    q: Tensor, kv: PackedKV, *, count: int, mask: Tensor | None, seen: int, softcap: float | None, aux: Tensor | None, precise: bool,
-    part: Part,
-) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
-    """The attention of ``q fp32 [B, H, group x count, D]`` (scaled): weighted sum ``fp32 [B, H, group x count, Dv]``, weight and
-    maximum ``[..., 1]``, or None where it cannot.
+def takes(call: Call, tier: BitTier, change: Adjustment) -> str:
+    """Why the kernel cannot run ``call``, or ""; the first call that it could run builds it."""
+    q = call.q
+    if not tier.segments:
+        return "nothing is packed"
+    if q.device.type != "cpu" or q.shape[2] > ROWS:
+        return f"it is for a CPU and at most {ROWS} queries of a kv head"
+    if q.shape[3] % UNITS or tier.values.shape[3] % UNITS:
+        return f"head dimensions must be multiples of {UNITS}"
+    if call.mask.given is not None and call.mask.given.shape[-1] < tier.length:
+        return "the mask has fewer columns than there are tokens"
+    if change.offsets is not None and call.softcap is not None:
+        return "offsets come before the cap, a mask after it"
+    return "" if ready() else status()
 
-    ``mask`` broadcasts over ``[B, H x group, count, tokens]``: bool (True = attend) or added. ``seen``: tokens that the first
-    query sees, each further one sees one more; 0: all. ``aux [heads]``: logits that take weight and have no value. ``precise``
-    keeps products in fp32; else they are of 16-bit integers, which is faster and within the rounding of bf16.
-    """
-    b, h, r, d = q.shape
-    if kv.keys is None or kv.values is None or q.device.type != "cpu" or r > ROWS or d % UNITS or kv.values.shape[3] % UNITS:
-        return None
-    if mask is not None and mask.shape[-1] < kv.length:
-        return None
-    if part.added is not None and softcap is not None:  # a mask is added after the cap
-        return None
-    if not ready():
-        return None
-    if part.added is not None:
-        mask = _with(part.added, mask, kv, count)
+
+def run(call: Call, tier: BitTier, change: Adjustment) -> OnlineSoftmax | None:
+    """The softmax over all rows of ``tier``, exact ones included, or None where the kernel fails."""
     assert _library is not None
-    parts = min(torch.get_num_threads(), len(kv.segments), max(b * h * kv.length * d // PARALLEL, 1))
-    return _run(_library, q, kv, count, mask, seen, softcap, aux, parts, precise, part.read, part.block)
+    b, h, _, d = call.q.shape
+    parts = min(torch.get_num_threads(), len(tier.segments), max(b * h * tier.length * d // PARALLEL, 1))
+    mask = call.mask.given if change.offsets is None else _with(change.offsets, call, tier)
+    return _run(_library, call, tier, mask, change, parts)
 
 
-def _with(added: Tensor, mask: Tensor | None, kv: PackedKV, count: int) -> Tensor:
-    """``added [B, H, group x count, packed]`` and a mask as one mask ``fp32 [B, heads, count, tokens]``."""
-    b, h, r, n = added.shape
-    out = added.new_zeros(b, h * (r // count), count, kv.length)
-    out[..., kv.sinks : kv.sinks + n] = added.view(b, -1, count, n)
+def _with(offsets: Tensor, call: Call, tier: BitTier) -> Tensor:
+    """Offsets of the packed rows and the mask as one mask ``fp32 [B, heads, count, tokens]``."""
+    b, n, mask = offsets.shape[0], offsets.shape[3], call.mask.given
+    out = offsets.new_zeros(b, offsets.shape[1] * call.group, call.count, tier.length)
+    out[..., tier.sinks : tier.sinks + n] = offsets.view(b, -1, call.count, n)
     if mask is None:
         return out
-    mask = mask[..., : kv.length]
+    mask = mask[..., : tier.length]
     return out.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else out.add_(mask)
 
 
-def _run(
-    library: ctypes.CDLL, q: Tensor, kv: PackedKV, count: int, mask: Tensor | None, seen: int, softcap: float | None,
-    aux: Tensor | None, parts: int, precise: bool, read: Tensor | None = None, block: int = 1,
-) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+def _run(library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, change: Adjustment, parts: int) -> OnlineSoftmax | None:
+    """Neighbouring segments to a thread each (split K), in ``parts`` threads; the first takes the exact rows too."""
     global _pool
-    assert kv.keys is not None
-    assert kv.values is not None
-    b, h, r, d = q.shape
-    keys, values, group = kv.coder_k(), kv.coder_v(), r // count
-    exact_k, exact_v = (x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float() for x in (kv.keys, kv.values))
+    b, h, _, d = call.q.shape
+    keys, values = tier.coder_k, tier.coder_v
+    exact_k, exact_v = (x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float() for x in (tier.keys, tier.values))
     strides: Sequence[int] = (0, 0, 0)
     if mask is not None:
-        if mask.dtype not in (torch.bool, torch.float32):
-            mask = mask.float()
-        if mask.stride(-1) != 1:
-            mask = mask.contiguous()
+        mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         strides = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
-    q = q.contiguous()
-    mean, scale = (None if x is None else x.contiguous() for x in (kv.mean, kv.scale))
+    q, read = call.q.contiguous(), None if change.read is None else change.read.contiguous()
+    mean, scale = (None if x is None else x.contiguous() for x in (tier.mean, tier.scale))
     basis = values.basis
     runs = (_Run * len(values.runs))(*((run.d, run.bits, run.level.data_ptr(), run.back.data_ptr()) for run in values.runs))
-    read = None if read is None else read.contiguous()
     states, jobs, at = [], [], 0
     for i in range(parts):
-        own = kv.segments[len(kv.segments) * i // parts : len(kv.segments) * (i + 1) // parts]
-        table = (_Segment * len(own))(*((*(t.data_ptr() for t in _tensors(segment)), len(segment)) for segment in own))
-        top, weight = q.new_full((b, h, r), -1e30), q.new_zeros(b, h, r)
-        if aux is not None and i == 0:
-            top.view(b, h, group, count).copy_(aux.view(h, group, 1))
-            weight.fill_(1)
-        state = (top, weight, q.new_empty(b, h, r, values.d))
+        own = tier.segments[len(tier.segments) * i // parts : len(tier.segments) * (i + 1) // parts]
+        table = (_Segment * len(own))(*((*(t.data_ptr() for t in vars(segment).values()), len(segment)) for segment in own))
+        state = call.begin(values.d) if i == 0 else OnlineSoftmax.begin(q, values.d)
         states.append(state)
         jobs.append(_Job(
-            b * h, h, group, count, d, values.d, keys.bits, len(runs),
-            keys.level.data_ptr(), ctypes.addressof(runs), ctypes.addressof(table), len(own), kv.sinks + at,
+            b * h, h, call.group, call.count, d, values.d, keys.bits, len(runs),
+            keys.level.data_ptr(), ctypes.addressof(runs), ctypes.addressof(table), len(own), tier.sinks + at,
             q.data_ptr(), keys.forward.data_ptr(), *(None if x is None else x.data_ptr() for x in (mean, scale, basis)),
             0 if basis is None else basis.shape[1], exact_k.data_ptr(), exact_v.data_ptr(),
-            *((exact_k.shape[2], kv.sinks) if i == 0 else (0, 0)), 1 if exact_k.dtype == torch.bfloat16 else 2,
+            *((exact_k.shape[2], tier.sinks) if i == 0 else (0, 0)), 1 if exact_k.dtype == torch.bfloat16 else 2,
             None if mask is None else mask.data_ptr(), 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
-            *strides, seen, kv.sinks + kv.packed, precise, softcap or 0.0, *(x.data_ptr() for x in state),
-            None if read is None else read.data_ptr() + at // block, 0 if read is None else read.shape[2], block,
+            *strides, call.mask.first, tier.sinks + tier.packed, call.precise, call.softcap or 0.0,
+            *(x.data_ptr() for x in (state.top, state.weight, state.sum)),
+            None if read is None else read.data_ptr() + at // change.block, 0 if read is None else read.shape[2], change.block,
         ))  # fmt: skip
         jobs[-1].table = table  # kept alive
-        at += sum(map(len, own))
+        at += rows_in(own)
     if parts == 1:
         done = [library.tqai_attend(ctypes.byref(jobs[0]))]
-    else:  # neighbouring segments to a thread each (split K)
+    else:
         if _pool is None:
             _pool = ThreadPoolExecutor(torch.get_num_threads(), "tqai-packed")
         done = list(_pool.map(lambda job: library.tqai_attend(ctypes.byref(job)), jobs))
     if any(done):
         return None
-    top, weight, total = states[0]
-    for t, w, x in states[1:]:
-        high = torch.maximum(top, t)
-        mine, theirs = torch.exp(top - high), torch.exp(t - high)
-        top, weight = high, weight * mine + w * theirs
-        total = total * mine[..., None] + x * theirs[..., None]
-    return total, weight[..., None], top[..., None]
-
-
-def _tensors(segment: Segment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return segment.codes_k, segment.gain_k, segment.codes_v, segment.gain_v
+    state = states[0]
+    for other in states[1:]:
+        state.merge(other.top[None], other.weight[None], other.sum[None])
+    return state

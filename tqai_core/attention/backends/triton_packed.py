@@ -7,37 +7,48 @@ asked for: ``TQAI_TRITON=1``. Without Triton or on another device the torch path
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...codecs.rows import Rows
-from ...kv.cache import Segment
+from ...kv.segments import UNCHANGED, Adjustment, BitTier
+from .. import eager
+from ..call import Call
+from ..online_softmax import OnlineSoftmax
 from . import triton_sparse
 
 BLOCK = 128  # tokens of a program
 ROWS = 64  # queries of one kv head, group included
 
 
-def wanted(q: Tensor, bits_k: int, bits_v: int) -> bool:
-    """Whether to run for ``q [B, H, rows, D]``; 5 and 6 bits are left to torch."""
-    return {bits_k, bits_v} <= {2, 3, 4, 8} and q.shape[2] <= ROWS and triton_sparse.wanted(q)
+def takes(call: Call, tier: BitTier, change: Adjustment) -> str:
+    """Why the kernel is not for ``call``, or ""."""
+    if not tier.segments or change is not UNCHANGED or not isinstance(tier.coder_v, Rows):
+        return "it is for plain rows that are all read"
+    if not {tier.coder_k.bits, tier.coder_v.bits} <= {2, 3, 4, 8} or call.q.shape[2] > ROWS:
+        return f"it is for 2, 3, 4 and 8 bits and at most {ROWS} queries of a kv head"
+    return "" if triton_sparse.wanted(call.q) else "asked for by TQAI_TRITON=1, where Triton is installed"
 
 
-def attend(
-    segments: Sequence[Segment], q: Tensor, shift: Tensor | None, keys: Rows, values: Rows, *, mask: Tensor | None, first: int,
-    group: int, softcap: float | None, top: Tensor, weight: Tensor, total: Tensor,
-) -> None:  # fmt: skip
-    """Adds ``segments`` to an online softmax, in place: ``top``, ``weight`` ``[B, H, rows, 1]``, ``total [B, H, rows, Dv]``, fp32.
+def run(call: Call, tier: BitTier, change: Adjustment) -> OnlineSoftmax:
+    """The softmax over the rows of ``tier``; the exact ones by torch."""
+    state = eager.exact_rows(call, tier)
+    state.sum = tier.coder_v.rotate(state.sum)
+    state.merge(*partial(call, tier))
+    state.sum = tier.coder_v.unrotate(state.sum)
+    return state
 
-    ``q fp32 [B, H, rows, D]`` is rotated and scaled, rows are group x count; ``shift [B, H, rows, 1]`` is added to the scores;
-    ``mask`` (bool or added) broadcasts over ``[B, H x group, count, tokens]``, its column ``first`` is the first packed token.
-    """
+
+def partial(call: Call, tier: BitTier) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, weight and weighted sum of each block of packed rows: ``[parts, B, H, rows, 1]`` twice, ``[parts, B, H, rows, Dv]``."""
     import triton
 
+    q, shift = eager.rotated(call.q, tier)
+    keys, values, mask = tier.coder_k, tier.coder_v, call.mask.at(0, tier.length)
     b, h, r, d = q.shape
     q = q.contiguous()
     added, strides = q, (0, 0, 0)
@@ -45,34 +56,29 @@ def attend(
         added = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else mask.float()
         strides = tuple(0 if size == 1 else step for size, step in zip(added.shape[:3], added.stride()[:3], strict=True))  # type: ignore[assignment]
         added = added if added.stride(-1) == 1 else added.contiguous()
-    blocks = [-(-len(segment) // BLOCK) for segment in segments]
-    parts = sum(blocks)
+    blocks = [-(-len(segment) // BLOCK) for segment in tier.segments]
+    parts, at, done = sum(blocks), tier.sinks, 0
     tops = q.new_empty(b * h, parts, r)
     weights, sums = torch.empty_like(tops), q.new_empty(b * h, parts, r, values.d)
-    at, done = first, 0
-    run: Any = _kernel()
-    for segment, count in zip(segments, blocks, strict=True):
-        run[(b * h, count)](
+    kernel: Any = _kernel()
+    for segment, count in zip(tier.segments, blocks, strict=True):
+        kernel[(b * h, count)](
             segment.codes_k.contiguous(), segment.gain_k.contiguous().view(torch.int16),
             segment.codes_v.contiguous(), segment.gain_v.contiguous().view(torch.int16),
-            keys.level, values.level, q, q if shift is None else shift.contiguous(), added, tops, weights, sums,
-            len(segment), h, r, r // group, group, d, values.d, parts, done, at, *strides, softcap or 1.0,
-            BITS_K=keys.bits, BITS_V=values.bits, SHIFT=shift is not None, MASK=mask is not None, CAP=bool(softcap),
+            keys.level, values.runs[0].level, q, q if shift is None else shift.contiguous(), added, tops, weights, sums,
+            len(segment), h, r, call.count, call.group, d, values.d, parts, done, at, *strides, call.softcap or 1.0,
+            BITS_K=keys.bits, BITS_V=values.runs[0].bits, SHIFT=shift is not None, MASK=mask is not None, CAP=bool(call.softcap),
             BLOCK=BLOCK, ROWS=max(triton.next_power_of_2(r), 16),
             UNITS_K=max(triton.next_power_of_2(d // _parts(keys.bits)), 16),
-            UNITS_V=max(triton.next_power_of_2(values.d // _parts(values.bits)), 16),
+            UNITS_V=max(triton.next_power_of_2(values.d // _parts(values.runs[0].bits)), 16),
         )  # fmt: skip
         at, done = at + len(segment), done + count
-    tops, weights = tops.view(b, h, parts, r, 1), weights.view(b, h, parts, r, 1)
-    high = torch.maximum(top, tops.amax(2))
-    mine, theirs = torch.exp(top - high), torch.exp(tops - high[:, :, None])
-    weight.mul_(mine).add_((weights * theirs).sum(2))
-    total.mul_(mine).add_((sums.view(b, h, parts, r, values.d) * theirs).sum(2))
-    top.copy_(high)
+    tops, weights, sums = (rearrange(x, "(b h) parts r ... -> parts b h r ...", b=b) for x in (tops[..., None], weights[..., None], sums))
+    return tops, weights, sums
 
 
 def _parts(bits: int) -> int:
-    """Codes that begin in one byte; a program looks at every so manieth coordinate at a time."""
+    """Codes that begin in one byte; a program takes the coordinates part, part + parts, part + 2 parts, ... together."""
     return {2: 4, 3: 4, 4: 2, 8: 1}[bits]
 
 

@@ -15,8 +15,8 @@ from mlx_lm.models import cache as caches
 
 from ...config import Config
 from ...errors import TqaiError
-from ...kv.cache import Plan
 from ...kv.layers import layer_plans
+from ...kv.segments import Plan
 from ...report import Report
 from ..language import CacheHandle, Usage, cache_report, exact_layers, kv_config
 from .cache import PackedKVCache, hook

@@ -13,7 +13,8 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as caches
 
 from ...errors import TqaiError
-from ...kv.cache import FLUSH, Plan
+from ...kv.cache import FLUSH
+from ...kv.segments import Plan
 from ...kv.statistics import KeyStatistics, sample
 from ..language import LayerFigures, Usage
 from .rows import Rows, group_of

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...attention.lazy import LazyKV
-from ...attention.tiers import attend
-from ...kv.cache import PackedKV, Plan
+from ...attention.packed import attend
+from ...kv.cache import PackedKV
+from ...kv.segments import Plan
 from .cache import PackedLayer
 
 

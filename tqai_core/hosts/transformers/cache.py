@@ -17,9 +17,11 @@ from ...attention.lazy import LazyKV
 from ...config import Config
 from ...errors import TqaiError
 from ...files import read_with_header
-from ...kv.cache import FLUSH, PackedKV, Plan
+from ...kv import file
+from ...kv.cache import FLUSH, PackedKV
 from ...kv.layers import layer_plans
 from ...kv.policy import policy
+from ...kv.segments import Plan
 from ...report import Report
 from ...types import nbytes, tensors_in
 from ..language import LayerFigures, Usage, cache_report, exact_layers, kv_config
@@ -78,8 +80,8 @@ class PackedLayer(DynamicLayer):
         return LayerFigures(index, kv.plan, kv.length, kv.packed, kv.nbytes, numbers, kv.decoded)
 
     def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """What ``kv.state()`` gave."""
-        self.kv.restore(tensors, header)
+        """What :func:`tqai_core.kv.file.state` gave."""
+        file.restore(self.kv, tensors, header)
         if self.kv.keys is not None:
             self.dtype, self.device, self.is_initialized = self.kv.keys.dtype, self.kv.keys.device, True
 
@@ -199,10 +201,9 @@ class KVCache(Cache):
         report = cache_report(self.config, self.usage, figures, others, exact_layers(self.plans))
         for i, layer in packed:
             where, kv = f"attn.{i}", layer.kv
-            if kv.policy is not None:
-                report.per_site[where] |= kv.policy.report(kv)
-                report.decisions += kv.policy.decisions
-                report.fallbacks += [{"where": where, "why": why} for why in kv.policy.fallbacks()]
+            report.per_site[where] |= kv.policy.report(kv.tiers() if kv.length else ())
+            report.decisions += kv.policy.decisions
+            report.fallbacks += [{"where": where, "why": why} for why in kv.policy.fallbacks()]
             if kv.exact_why:
                 report.fallbacks.append({"where": where, "why": f"{kv.exact_why}: held exact from there"})
         if any(layer.kv.packed for _, layer in packed) and (why := native.status()):
@@ -217,7 +218,7 @@ class KVCache(Cache):
         headers: list[Any] = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PackedLayer):
-                own, header = layer.kv.state()
+                own, header = file.state(layer.kv)
             elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 own = {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
                 header = {"length": layer.get_seq_length()}
