@@ -12,13 +12,14 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'tqai-core[mlx]'", exc_type=ImportError)
 
 import mlx.core as mx
+from mlx_caches import mini
 from mlx_lm.generate import generate_step
 from mlx_lm.models import base, qwen2
 from mlx_lm.models import cache as caches
 
 import tqai_core as tqai
 from tqai_core import minis
-from tqai_core.hosts.mlx import PackedKVCache, load_prompt_cache, make_prompt_cache, mini, rows
+from tqai_core.hosts.mlx import PackedKVCache, load_prompt_cache, make_prompt_cache, rows
 from tqai_core.hosts.mlx import cache as layer_cache
 from tqai_core.kv.cache import FLUSH
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -63,8 +63,13 @@ class LayerFigures:
     tokens: int
     packed: int  # of the tokens
     nbytes: int
-    numbers: int  # of its keys and values, were they exact
+    exact: Sequence[Any]  # some keys and some values [B, H, n, D], for their shapes; empty where there were none yet
     decoded: int = 0  # times that dense keys or values were made
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the keys and values of all tokens are."""
+        return self.tokens * sum(x.shape[0] * x.shape[1] * x.shape[3] for x in self.exact)
 
     def row(self) -> dict[str, Any]:
         bits = round(8 * self.nbytes / self.numbers, 4) if self.numbers else 0.0
@@ -74,21 +79,17 @@ class LayerFigures:
         }  # fmt: skip
 
 
-def cache_report(config: Config, usage: Usage, layers: Sequence[LayerFigures], others: int, fallbacks: Iterable[dict[str, str]]) -> Report:
+def cache_report(config: Config, plans: Sequence[Plan | str], usage: Usage, layers: Sequence[LayerFigures], others: int) -> Report:
     """The report of a cache. ``others``: how many numbers its layers hold that are not packed."""
     report = Report(calls=usage.calls, evaluations=usage.evaluations, seconds_cpu=usage.seconds, bytes_held_peak=usage.peak)
-    report.warnings, report.fallbacks = list(usage.warnings), list(fallbacks)
     report.bytes_exact = 2 * (others + sum(layer.numbers for layer in layers))
     report.per_site = {f"attn.{layer.index}": layer.row() for layer in layers}
+    report.warnings = list(usage.warnings)
+    report.fallbacks = [{"where": f"attn.{i}", "why": plan} for i, plan in enumerate(plans) if isinstance(plan, str)]
     if usage.evaluations and layers and not any(layer.packed for layer in layers):
         start = max(config.calibrate, config.sink + config.recent + FLUSH)
         report.warnings.append(f"nothing is packed yet: {layers[0].tokens} tokens are held, packing starts at {start}")
     return report
-
-
-def exact_layers(plans: Sequence[Plan | str]) -> list[dict[str, str]]:
-    """The report's ``fallbacks`` for layers that stay exact; see :func:`tqai_core.kv.layers.layer_plans`."""
-    return [{"where": f"attn.{i}", "why": plan} for i, plan in enumerate(plans) if isinstance(plan, str)]
 
 
 C = TypeVar("C")

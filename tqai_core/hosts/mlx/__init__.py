@@ -9,7 +9,7 @@ tokens are there, and each token is packed once. Exact at any time are the chunk
 the tokens that the statistics wait for; never the whole prompt.
 """
 
-from .attach import load_prompt_cache, make_prompt_cache, mini
+from .attach import load_prompt_cache, make_prompt_cache
 from .cache import PackedKVCache
 
-__all__ = ["PackedKVCache", "load_prompt_cache", "make_prompt_cache", "mini"]
+__all__ = ["PackedKVCache", "load_prompt_cache", "make_prompt_cache"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ from ...errors import TqaiError
 from ...kv.layers import layer_plans
 from ...kv.segments import Plan
 from ...report import Report
-from ..language import CacheHandle, Usage, cache_report, exact_layers, kv_config
+from ..language import CacheHandle, Usage, cache_report, kv_config
 from .cache import PackedKVCache, hook
 
 
@@ -45,9 +44,7 @@ class PromptCache(list[Any]):
         others = [layer for layer in self if not isinstance(layer, PackedKVCache)]
         self.usage.peak = sum(max(layer.peak, layer.nbytes) for _, layer in self.packed_layers) + sum(layer.nbytes for layer in others)
         numbers = sum(x.size for _, x in tree_flatten([layer.state for layer in others]) if isinstance(x, mx.array))
-        report = cache_report(
-            self.config, self.usage, [layer.figures(i) for i, layer in self.packed_layers], numbers, exact_layers(self.plans)
-        )  # fmt: skip
+        report = cache_report(self.config, self.plans, self.usage, [layer.figures(i) for i, layer in self.packed_layers], numbers)
         for i, layer in self.packed_layers:
             if not (layer.keys.all_finite and layer.values.all_finite):
                 report.warnings.append(f"attn.{i}: keys or values hold NaN or inf, as the exact cache's would")
@@ -124,16 +121,3 @@ def attach(model: Any, config: Config, steps: int | None = None) -> MLXHandle:
     handle, held = MLXHandle(model, config), [hook()]
     handle.on_remove(held.clear)
     return handle
-
-
-def mini(variant: str = "plain") -> Any:
-    """The trained mini language model (:func:`tqai_core.minis.lm`) as mlx-lm's Qwen2, fp32. Needs transformers too."""
-    from mlx_lm.models import qwen2
-
-    from ..transformers import minis
-
-    source = minis.model(variant)
-    more = {"model_type": "qwen2", "rms_norm_eps": source.config.rms_norm_eps}
-    model = qwen2.Model(qwen2.ModelArgs.from_dict(json.loads(minis.file()[0]["config"]) | more))
-    model.load_weights([(name, mx.array(w.numpy())) for name, w in source.state_dict().items()])
-    return model

@@ -65,7 +65,7 @@ class PackedKVCache(caches._BaseCache):
         self._begin(plan, interleaved)
 
     def _begin(self, plan: Plan, interleaved: bool) -> None:
-        self.plan, self.interleaved, self.hook = plan, interleaved, hook()
+        self.plan, self.bits, self.interleaved, self.hook = plan, plan.bits_k, interleaved, hook()
         self.usage, self.index = Usage(), 0  # one Usage for all layers of a prompt cache
         self.clear()
 
@@ -75,10 +75,6 @@ class PackedKVCache(caches._BaseCache):
         self.keys, self.values = Rows(self.plan.bits_k, self.plan.seed), Rows(self.plan.bits_v, self.plan.seed + 1)
         self.statistics = KeyStatistics()
         self.offset = self.peak = 0
-
-    @property
-    def bits(self) -> int:
-        return self.plan.bits_k
 
     @property
     def packed(self) -> int:
@@ -224,8 +220,7 @@ class PackedKVCache(caches._BaseCache):
         return sum(x.nbytes for _, x in tree_flatten([self.arrays(), self.keys.parts, self.values.parts]) if isinstance(x, mx.array))
 
     def figures(self, index: int) -> LayerFigures:
-        numbers = 0 if self.tail is None else self.offset * sum(x.shape[0] * x.shape[1] * x.shape[3] for x in self.tail)
-        return LayerFigures(index, self.plan, self.offset, self.packed, self.nbytes, numbers)
+        return LayerFigures(index, self.plan, self.offset, self.packed, self.nbytes, self.tail or ())
 
     def arrays(self) -> list[mx.array | None]:
         """Everything but packed rows: exact rows and statistics."""

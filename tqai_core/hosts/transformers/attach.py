@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,28 +57,19 @@ def attach(model: Any, config: Config, steps: int | None = None) -> LMHandle:
     return handle
 
 
-@dataclass
-class _Replaced:
-    """The attention that a model's configuration named before the first handle, and how many handles there are."""
-
-    config: Any
-    before: Any
-    handles: int = 0
-
-
-_REPLACED: dict[int, _Replaced] = {}  # by the id of the configuration, which the entry keeps alive
+_USERS: dict[int, tuple[list[Any], Any]] = {}  # by the id of a configuration: itself once for each handle, its own attention
 
 
 def _replaced(config: Any) -> Callable[[], None]:
     """The undo of one handle. The last of several restores the configuration, in whatever order they are removed."""
-    entry = _REPLACED.setdefault(id(config), _Replaced(config, config._attn_implementation))
-    entry.handles += 1
+    users, before = _USERS.setdefault(id(config), ([], config._attn_implementation))
+    users.append(config)
 
     def undo() -> None:
-        entry.handles -= 1
-        if not entry.handles:
-            config._attn_implementation_internal = entry.before
-            del _REPLACED[id(config)]
+        users.pop()
+        if not users:
+            config._attn_implementation_internal = before
+            del _USERS[id(config)]
 
     return undo
 

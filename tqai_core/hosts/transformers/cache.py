@@ -24,7 +24,7 @@ from ...kv.policy import policy
 from ...kv.segments import Plan
 from ...report import Report
 from ...types import nbytes, tensors_in
-from ..language import LayerFigures, Usage, cache_report, exact_layers, kv_config
+from ..language import LayerFigures, Usage, cache_report, kv_config
 
 FORMAT = 2
 
@@ -49,7 +49,7 @@ class PackedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new tokens; the answer has the dense shape and no storage (:class:`~tqai_core.attention.lazy.LazyKV`)."""
+        """Append tokens. Returns all keys and values in their dense shape, without storage: :class:`~tqai_core.attention.lazy.LazyKV`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         fresh = self.kv.length == 0
@@ -60,7 +60,7 @@ class PackedLayer(DynamicLayer):
         )
 
     def claim(self, module: Any) -> None:
-        """Raises ValueError when another model's attention reads this layer."""
+        """TqaiError where another model's attention reads this layer."""
         known = self._module() if self._module is not None else None
         if known is None:
             self._module = weakref.ref(module)
@@ -74,10 +74,8 @@ class PackedLayer(DynamicLayer):
         )
 
     def figures(self, index: int) -> LayerFigures:
-        kv, numbers = self.kv, 0
-        if kv.keys is not None and kv.values is not None:
-            numbers = kv.length * kv.keys.shape[0] * kv.keys.shape[1] * (kv.keys.shape[3] + kv.values.shape[3])
-        return LayerFigures(index, kv.plan, kv.length, kv.packed, kv.nbytes, numbers, kv.decoded)
+        kv = self.kv
+        return LayerFigures(index, kv.plan, kv.length, kv.packed, kv.nbytes, kv.exact if kv.length else (), kv.decoded)
 
     def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         """What :func:`tqai_core.kv.file.state` gave."""
@@ -126,9 +124,9 @@ class KVCache(Cache):
     """A packed KV cache for ``past_key_values=``.
 
     ``model_config`` is ``model.config``; ``config`` a ``tqai.Config(level="kv", codec="turbo:bits_k=4,bits_v=4", sink=4, recent=64)``.
-    Works with any attention; it is read in place once ``tqai.apply(model, config)`` has set ours. Layers that are no
-    plain full attention (sliding windows, linear attention) keep transformers' own classes, and so do ``skip_layers``.
-    Raises ValueError for a head dimension it cannot pack and, unless ``calibrate=0``, for a model without rotary positions.
+    It works with any attention; after ``tqai.apply(model, config)`` the model's attention reads it in place. Layers of another
+    kind than plain full attention (sliding windows, linear attention) keep transformers' own classes, and so do ``skip_layers``.
+    TqaiError for a head dimension that cannot be packed and, unless ``calibrate=0``, for a model without rotary positions.
     """
 
     def __init__(self, model_config: Any, config: Config | None = None) -> None:
@@ -193,12 +191,11 @@ class KVCache(Cache):
         return sum(layer.kv.decoded for layer in self.packed_layers)
 
     def report(self) -> Report:
-        """Since the last reset. ``per_site`` tells each layer's bits, tokens and bytes, and how often dense values were made."""
+        """Since the last reset. ``per_site`` has the bits, tokens and bytes of each layer, and how often dense values were made."""
         self.usage.peak = max(self.usage.peak, self.nbytes)
         packed = [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)]
         others = sum(x.numel() for layer in self.layers if not isinstance(layer, PackedLayer) for x in tensors_in(vars(layer)))
-        figures = [layer.figures(i) for i, layer in packed]
-        report = cache_report(self.config, self.usage, figures, others, exact_layers(self.plans))
+        report = cache_report(self.config, self.plans, self.usage, [layer.figures(i) for i, layer in packed], others)
         for i, layer in packed:
             where, kv = f"attn.{i}", layer.kv
             report.per_site[where] |= kv.policy.report(kv.tiers() if kv.length else ())
@@ -231,7 +228,7 @@ class KVCache(Cache):
 
     @classmethod
     def load(cls, path: str | Path, model_config: Any, *, device: str | torch.device = "cpu", weights: str = "") -> KVCache:
-        """A cache from a file of :meth:`save`, ready to be continued. ValueError for a file of another model, or a damaged one."""
+        """A cache from a file of :meth:`save`, ready to be continued. TqaiError for a file of another model, or a damaged one."""
         header, tensors = read_with_header(
             path, "tqai-kv", FORMAT, what="cache file", make="write one with cache.save(path)", again="save the cache again", device=device
         )

@@ -20,8 +20,7 @@ BIAS = 40.0  # of the two slowest rotary pairs, which hardly turn
 
 
 @lru_cache(maxsize=1)
-def file() -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of the trained weights."""
+def _file() -> tuple[dict[str, str], dict[str, Tensor]]:
     with safe_open(str(Path(names.__file__).parent / "lm.safetensors"), framework="pt") as f:
         return f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - no mapping
 
@@ -29,7 +28,7 @@ def file() -> tuple[dict[str, str], dict[str, Tensor]]:
 def model(variant: str = "plain") -> Any:
     if variant not in names.LM_VARIANTS:
         raise TqaiError(f"unknown variant {variant!r}; known: {', '.join(names.LM_VARIANTS)}")
-    header, weights = file()
+    header, weights = _file()
     lm = Qwen2ForCausalLM(Qwen2Config(**json.loads(header["config"])))
     lm.load_state_dict({name: w.float() for name, w in weights.items() if name != "held_out"})
     if variant == "outlier":
@@ -40,7 +39,7 @@ def model(variant: str = "plain") -> Any:
 
 
 def held_out() -> Tensor:
-    return file()[1]["held_out"].long()
+    return _file()[1]["held_out"].long()
 
 
 def _outliers(lm: Any, seed: int = 0) -> None:
@@ -71,13 +70,3 @@ def _bias(lm: Any) -> None:
             for pair in (d // 2 - 1, d // 2 - 2):
                 bias[head * d + pair] += BIAS
                 bias[head * d + pair + d // 2] -= BIAS
-
-
-def random_qwen2() -> Any:
-    """For timing: 4 layers, 8 query and 2 key heads of 64, fp32."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=256, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-        max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    return Qwen2ForCausalLM(config).eval().requires_grad_(False)
