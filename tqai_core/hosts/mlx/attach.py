@@ -17,7 +17,7 @@ from ...errors import TqaiError
 from ...kv.layers import layer_plans
 from ...kv.segments import Plan
 from ...report import Report
-from ..language import CacheHandle, Usage, cache_report, kv_config
+from ..language import CacheHandle, LayerFigures, Usage, cache_report, kv_config
 from .cache import PackedKVCache, hook
 
 
@@ -44,7 +44,8 @@ class PromptCache(list[Any]):
         others = [layer for layer in self if not isinstance(layer, PackedKVCache)]
         self.usage.peak = sum(max(layer.peak, layer.nbytes) for _, layer in self.packed_layers) + sum(layer.nbytes for layer in others)
         numbers = sum(x.size for _, x in tree_flatten([layer.state for layer in others]) if isinstance(x, mx.array))
-        report = cache_report(self.config, self.plans, self.usage, [layer.figures(i) for i, layer in self.packed_layers], numbers)
+        figures = [LayerFigures(i, x.plan, x.offset, x.packed, x.nbytes, x.tail or ()) for i, x in self.packed_layers]
+        report = cache_report(self.config, self.plans, self.usage, figures, numbers)
         for i, layer in self.packed_layers:
             if not (layer.keys.all_finite and layer.values.all_finite):
                 report.warnings.append(f"attn.{i}: keys or values hold NaN or inf, as the exact cache's would")

@@ -16,7 +16,7 @@ from ...errors import TqaiError
 from ...kv.cache import FLUSH
 from ...kv.segments import Plan
 from ...kv.statistics import KeyStatistics, sample
-from ..language import LayerFigures, Usage
+from ..language import Usage
 from .rows import Rows, group_of
 
 SCORES = 1 << 24  # numbers of a score matrix made at once
@@ -219,9 +219,6 @@ class PackedKVCache(caches._BaseCache):
         """Bytes of every array that is kept, room to grow and statistics included."""
         return sum(x.nbytes for _, x in tree_flatten([self.arrays(), self.keys.parts, self.values.parts]) if isinstance(x, mx.array))
 
-    def figures(self, index: int) -> LayerFigures:
-        return LayerFigures(index, self.plan, self.offset, self.packed, self.nbytes, self.tail or ())
-
     def arrays(self) -> list[mx.array | None]:
         """Everything but packed rows: exact rows and statistics."""
         known = self.statistics
@@ -251,23 +248,20 @@ class PackedKVCache(caches._BaseCache):
 
 
 class Hook:
-    """Stands in for mlx-lm's attention on quantised caches while a packed cache or a handle lives; others go through unchanged."""
+    """Stands in for mlx-lm's attention on quantised caches while a packed cache or a handle lives; other caches pass unchanged."""
 
     def __init__(self) -> None:
         before = base.quantized_scaled_dot_product_attention
 
-        def attention(
-            queries: mx.array, q_keys: Any, q_values: Any, scale: float, mask: Any, group_size: int = 64, bits: int = 8
-        ) -> mx.array:
-            if not isinstance(q_keys, View):
-                return before(queries, q_keys, q_values, scale=scale, mask=mask, group_size=group_size, bits=bits)
-            cache = q_keys.cache
-            cache.observe(queries)
-            if q_keys.fresh is not None and q_values.fresh is not None:
-                out = mx.fast.scaled_dot_product_attention(queries, q_keys.fresh, q_values.fresh, scale=scale, mask=mask)
+        def attention(q: mx.array, keys: Any, values: Any, scale: float, mask: Any, **options: Any) -> mx.array:
+            if not isinstance(keys, View):
+                return before(q, keys, values, scale=scale, mask=mask, **options)
+            keys.cache.observe(q)
+            if keys.fresh is not None and values.fresh is not None:
+                out = mx.fast.scaled_dot_product_attention(q, keys.fresh, values.fresh, scale=scale, mask=mask)
             else:
-                out = cache.attend(queries, scale, mask)
-            cache.settle()
+                out = keys.cache.attend(q, scale, mask)
+            keys.cache.settle()
             return out
 
         def undo() -> None:
@@ -281,14 +275,9 @@ class Hook:
         return self  # mlx-lm's server copies prompt caches
 
 
-_hook: weakref.ref[Hook] | None = None
+_HOOKS: weakref.WeakValueDictionary[str, Hook] = weakref.WeakValueDictionary()
 
 
 def hook() -> Hook:
     """The one hook; it goes when nothing holds it any more."""
-    global _hook
-    found = _hook() if _hook is not None else None
-    if found is None:
-        found = Hook()
-        _hook = weakref.ref(found)
-    return found
+    return _HOOKS.get("hook") or _HOOKS.setdefault("hook", Hook())

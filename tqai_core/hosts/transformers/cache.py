@@ -73,10 +73,6 @@ class PackedLayer(DynamicLayer):
             "`handle = tqai.apply(model, config)` sets the one that can"
         )
 
-    def figures(self, index: int) -> LayerFigures:
-        kv = self.kv
-        return LayerFigures(index, kv.plan, kv.length, kv.packed, kv.nbytes, kv.exact if kv.length else (), kv.decoded)
-
     def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         """What :func:`tqai_core.kv.file.state` gave."""
         file.restore(self.kv, tensors, header)
@@ -193,17 +189,18 @@ class KVCache(Cache):
     def report(self) -> Report:
         """Since the last reset. ``per_site`` has the bits, tokens and bytes of each layer, and how often dense values were made."""
         self.usage.peak = max(self.usage.peak, self.nbytes)
-        packed = [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)]
+        packed = [(i, layer.kv) for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)]
         others = sum(x.numel() for layer in self.layers if not isinstance(layer, PackedLayer) for x in tensors_in(vars(layer)))
-        report = cache_report(self.config, self.plans, self.usage, [layer.figures(i) for i, layer in packed], others)
-        for i, layer in packed:
-            where, kv = f"attn.{i}", layer.kv
+        figures = [LayerFigures(i, x.plan, x.length, x.packed, x.nbytes, x.exact if x.length else (), x.decoded) for i, x in packed]
+        report = cache_report(self.config, self.plans, self.usage, figures, others)
+        for i, kv in packed:
+            where = f"attn.{i}"
             report.per_site[where] |= kv.policy.report(kv.tiers() if kv.length else ())
             report.decisions += kv.policy.decisions
             report.fallbacks += [{"where": where, "why": why} for why in kv.policy.fallbacks()]
             if kv.exact_why:
                 report.fallbacks.append({"where": where, "why": f"{kv.exact_why}: held exact from there"})
-        if any(layer.kv.packed for _, layer in packed) and (why := native.status()):
+        if any(kv.packed for _, kv in packed) and (why := native.status()):
             report.warnings.append(why)
         return report
 
