@@ -315,6 +315,22 @@ def test_values_without_weight_are_not_looked_up(monkeypatch):
     assert torch.allclose(out, reference(q, kv.dense("k"), kv.dense("v")), atol=1e-4)
 
 
+def test_values_of_little_weight_are_looked_up_where_they_count(monkeypatch):
+    """A share of 1e-4 of the weight is far above what is skipped: of values that are 10,000 times as large it is half of the result."""
+    g = torch.Generator().manual_seed(0)
+    kv = PackedKV(Plan(recent=32, calibrate=0))
+    direction = F.normalize(torch.randn(64, generator=g), dim=0)
+    k, v = torch.randn(1, 1, 3000, 64, generator=g) * 0.1, torch.randn(1, 1, 3000, 64, generator=g)
+    k[:, :, -20:] += 10.5 * direction
+    v[:, :, :-20] = 1e4 * (1 + v[:, :, :-20])
+    kv.append(k, v)
+    kv.settle()
+    monkeypatch.setattr(eager, "GROUP", 1024)
+    q = (10 * direction).view(1, 1, 1, 64)
+    out, want = attend(q, kv, scaling=0.125, native=False), reference(q, kv.dense("k"), kv.dense("v"), scaling=0.125)
+    assert float((out - want).norm() / want.norm()) < 1e-3
+
+
 def test_many_queries_go_in_blocks_and_agree():
     kv, _, _ = filled(Plan(recent=32), n=1500, b=1)
     q = torch.randn(1, 4, 700, 64)

@@ -42,10 +42,8 @@ class Mask:
         if self.given is None and self.causal is None:
             return None
         front, gap = tier.sinks, tier.packed
-        parts = [self.at(a, min(b, front))] if a < front else []
-        if b > front:
-            parts.append(self.at(max(a, front) + gap, b + gap))
-        known = [part for part in parts if part is not None]
+        spans = ((a, min(b, front)), (max(a, front) + gap, b + gap))
+        known = [part for start, end in spans if start < end and (part := self.at(start, end)) is not None]
         return known[0] if len(known) == 1 else torch.cat(known, dim=-1)
 
     def of_tier(self, tier: BitTier, sinks: int, packed: int) -> Mask:

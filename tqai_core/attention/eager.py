@@ -109,7 +109,7 @@ def _joined(gains: list[Tensor]) -> Tensor:
 
 
 def _groups(segments: Sequence[Segment], tokens: int) -> Iterator[list[Segment]]:
-    """Neighbouring segments of about so many tokens, at least one."""
+    """Neighbouring segments of at most ``tokens`` rows together, but at least one."""
     group: list[Segment] = []
     for segment in segments:
         if group and rows_in(group) + len(segment) > tokens:

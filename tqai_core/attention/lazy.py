@@ -16,18 +16,8 @@ from ..kv.cache import PackedKV
 
 # asked of a tensor without computing on it
 PASSIVE = {
-    "__get__",
-    "size",
-    "dim",
-    "stride",
-    "numel",
-    "is_floating_point",
-    "is_complex",
-    "element_size",
-    "__len__",
-    "__repr__",
-    "get_device",
-}
+    "__get__", "size", "dim", "stride", "numel", "is_floating_point", "is_complex", "element_size", "__len__", "__repr__", "get_device",
+}  # fmt: skip
 
 
 class Layer(Protocol):
@@ -37,8 +27,8 @@ class Layer(Protocol):
 
 
 class LazyKV(Tensor):
-    """Keys (``which="k"``) or values (``"v"``) ``[B, H, tokens, D]`` of a layer. ``fresh``: the same tokens as they came, where the
-    model computed all of them just now."""
+    """Keys (``which="k"``) or values (``"v"``) ``[B, H, tokens, D]`` of a layer. ``fresh``: the same tokens exactly, where the
+    model computed all of them in this call."""
 
     layer: Layer
     which: str

@@ -1,4 +1,4 @@
-"""Attention that reads a packed cache where it lies: no key and no value is ever made dense.
+"""Attention that reads a packed cache in place: no key and no value is ever made dense.
 
 Each tier of rows takes a softmax of its own, by the first backend that can (:mod:`backends.packed_backends`), and the states are
 merged. What the cache's methods change comes from its policy as data.

@@ -80,7 +80,7 @@ class PackedKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is kept, statistics included."""
+        """Bytes of everything that is held, statistics included."""
         segments = [vars(segment) for segment in (*self.segments, *self.fine)]
         return nbytes([segments, self.keys, self.values, self.basis, self.statistics, self.policy.tensors, self.policy.states])
 
@@ -99,8 +99,9 @@ class PackedKV:
 
     def start(self, k: Tensor, v: Tensor) -> None:
         """Fix batch, heads, dimensions, dtype and device by ``k, v [B, H, n, D]``. Raises TqaiError for sizes it cannot pack."""
+        rows(k.shape[-1], self.plan.bits_k, self.plan.seed, k.device)
+        rows(v.shape[-1], self.plan.bits_v, self.plan.seed + 1, v.device)
         self.keys, self.values = k.new_empty(*k.shape[:2], 0, k.shape[3]), v.new_empty(*v.shape[:2], 0, v.shape[3])
-        self.coders()
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """New tokens ``k [B, H, n, D], v [B, H, n, Dv]`` at the end, exact for now."""
@@ -113,8 +114,9 @@ class PackedKV:
                     "another model or batch; call cache.reset() or make a new one"
                 )
         self.settle()
-        grown = (torch.cat([had, new.detach()], 2) if had.shape[2] else new.detach() for had, new in zip(self.exact, (k, v), strict=True))
-        self.keys, self.values = grown
+        grown = lambda had, new: torch.cat([had, new.detach()], dim=2) if had.shape[2] else new.detach()  # noqa: E731
+        self.keys = grown(self.keys, k)  # one after the other: the peak is one tensor above what is held
+        self.values = grown(self.values, v)
         self.length += k.shape[2]
 
     @property
@@ -184,14 +186,10 @@ class PackedKV:
         return True
 
     def _batch(self, at: int, size: int) -> PackBatch:
-        keys, values = self.exact
-        stored = self.statistics.stored
-
-        def exact_rows() -> tuple[Tensor, Tensor, int]:
-            return stored(keys.float()), values.float(), at
-
-        q = self.policy.queries(keys.shape[1], self.statistics.scale)
+        (keys, values), stored = self.exact, self.statistics.stored
         k, v = stored(keys[:, :, at : at + size].float()), values[:, :, at : at + size].float()
+        q = self.policy.queries(keys.shape[1], self.statistics.scale)
+        exact_rows = lambda: (stored(keys.float()), values.float(), at)  # noqa: E731
         return PackBatch(k, v, q, self.plan.sink + self.packed, exact_rows, self.coders())
 
     def crop(self, count: int) -> None:
@@ -201,13 +199,13 @@ class PackedKV:
         self.settle()
         if count == 0 or self.keys is None:
             return
+        recent = self.keys.shape[2] - (self.plan.sink if self.packed else 0)
+        gone = min(max(count - recent, 0), self.packed)  # packed tokens; the others are exact ones, behind and before them
         self.length -= count
-        own = min(count, self.keys.shape[2] - (self.plan.sink if self.packed else 0))
-        gone = min(count - own, self.packed)
-        self._trim(own)
+        if own := count - gone:  # a view would keep the rest alive
+            self.keys, self.values = (x[:, :, : x.shape[2] - own].clone() for x in self.exact)
         if gone:
             self._crop_packed(self.packed - gone)
-        self._trim(count - own - gone)
         if self.length == 0:
             k, v = self.exact
             self.clear()
@@ -223,10 +221,6 @@ class PackedKV:
         cut(self.fine, fine)
         if between:
             self.keys, self.values = (torch.cat(pair, 2) for pair in zip(self.exact, between, strict=True))
-
-    def _trim(self, count: int) -> None:
-        if count:  # a view would keep the rest alive
-            self.keys, self.values = (x[:, :, : x.shape[2] - count].clone() for x in self.exact)
 
     def move(self, device: torch.device | str) -> None:
         """Everything to another device, without waiting for it."""

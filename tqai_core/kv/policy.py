@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -39,10 +39,8 @@ CHOICE = 64  # queries that together choose blocks; calls of more read all of th
 
 def policy(config: Config, plan: Plan, layer: int, layers: int) -> tuple[Policy, Plan]:
     """The methods of ``config`` for one of ``layers``; and the plan, which a scorer of layers changes."""
-    scorer, strategy, monitor, _ = config.build()
-    if scorer is None and strategy is None and monitor is None:
-        return Policy(plan), plan
-    strategy = strategy or Strategy()
+    scorer, found, monitor, _ = config.build()
+    strategy = found or Strategy()
     raised = scorer.finer(layer, layers, strategy.tiers(plan.bits_k)[0]) if isinstance(scorer, LayerScorer) else None
     if raised is not None:
         bits = [strategy.tiers(b)[1] if up else b for b, up in zip((plan.bits_k, plan.bits_v), raised, strict=True)]
@@ -56,21 +54,21 @@ class Policy:
 
     plan: Plan
     scorer: Scorer | None = None
-    strategy: Strategy | None = None
+    strategy: Strategy = field(default_factory=Strategy)
     monitor: Monitor | None = None
     layer: int = 0
 
     def __post_init__(self) -> None:
-        methods = (self.scorer, self.strategy, self.monitor)
-        self.plain = methods == (None, None, None)
-        strategy = self.strategy = self.strategy or Strategy()
+        strategy = self.strategy
+        self.plain = self.scorer is None and self.monitor is None and type(strategy) is Strategy
         self.terms = strategy.terms if isinstance(strategy, BlockPredictor) else 0
         self.reads = isinstance(strategy, BlockReader)
         self.reads_by_query = self.reads and isinstance(self.scorer, BlockScorer)  # else by the tokens' scores, or the newest
         self.share, fine_k = strategy.tiers(self.plan.bits_k)
         self.fine = (max(fine_k, self.plan.bits_k), max(strategy.tiers(self.plan.bits_v)[1], self.plan.bits_v))
-        self.two = not self.plain and self.fine != (self.plan.bits_k, self.plan.bits_v)  # whether there is a finer size at all
-        self.recent_queries = max((m.recent_queries for m in methods if isinstance(m, (TokenScorer, PackMonitor))), default=0)
+        self.has_fine = not self.plain and self.fine != (self.plan.bits_k, self.plan.bits_v)  # whether there is a finer size at all
+        asked = [m.recent_queries for m in (self.scorer, self.monitor) if isinstance(m, (TokenScorer, PackMonitor))]
+        self.recent_queries = max(asked, default=0)
         self.clear()
 
     def clear(self) -> None:
@@ -87,7 +85,6 @@ class Policy:
     @property
     def span(self) -> int:
         """Tokens of a block; 1 where blocks mean nothing."""
-        assert self.strategy is not None
         return 1 if self.terms and self.predicts is False else self.strategy.span
 
     @property
@@ -108,7 +105,7 @@ class Policy:
         return min(left, SEGMENT if self.plain else first + (FLUSH - first) // self.span * self.span)
 
     def observe(self, q: Tensor) -> None:
-        """Queries ``[B, heads, n, D]`` as they come; the last few stay."""
+        """Queries ``[B, heads, n, D]`` with new keys; the last few are held."""
         count, before = self.recent_queries, self.tensors.get("queries")
         if not count:
             return
@@ -138,12 +135,12 @@ class Policy:
     def _sort(self, batch: PackBatch) -> None:
         """Set the scores of the tokens, and which of them are fine."""
         b, _, n, _ = batch.k.shape
-        if isinstance(self.scorer, TokenScorer) and not self.reads_by_query and (self.two or self.reads):
+        if isinstance(self.scorer, TokenScorer) and not self.reads_by_query and (self.has_fine or self.reads):
             batch.state = self.states["scorer"]
             batch.scores = self.scorer.weigh(batch)
         if batch.scores is None and isinstance(self.strategy, TokenSorter):  # the tokens whose error is largest
             batch.scores = batch.rest.square().sum((1, 3))
-        if not self.two:
+        if not self.has_fine:
             return
         if isinstance(self.monitor, PackMonitor):
             batch.state = self.states["monitor"]
@@ -167,11 +164,9 @@ class Policy:
         if batch.scores is not None and self.reads:
             self._grow("scores", batch.scores.unflatten(1, (-1, self.span)).mean(-1).bfloat16(), 1)
         if batch.fine is not None or "tier" in self.tensors:
-            b, _, n, _ = batch.k.shape
-            if "tier" not in self.tensors:
-                self.tensors["tier"] = torch.zeros(b, packed, dtype=torch.uint8, device=batch.k.device)
-            old = self.tensors["tier"]
-            self._grow("tier", old.new_zeros(b, n) if batch.fine is None else batch.fine.to(torch.uint8), 1)
+            zeros = lambda n: torch.zeros(len(batch.k), n, dtype=torch.uint8, device=batch.k.device)  # noqa: E731
+            self.tensors.setdefault("tier", zeros(packed))
+            self._grow("tier", zeros(batch.k.shape[2]) if batch.fine is None else batch.fine.to(torch.uint8), 1)
 
     def _grow(self, name: str, new: Tensor, dim: int) -> None:
         before = self.tensors.get(name)
@@ -182,18 +177,17 @@ class Policy:
     def _predict(self, batch: PackBatch) -> None:
         """Set what the coefficients of the blocks predict of the keys; centroids where queries choose blocks by them."""
         k, span = batch.k, self.span
-        coder = self._coefficient_coder(k)
         if self.reads_by_query:
-            batch.coefficients = coder.encode(k.unflatten(2, (-1, span)).mean(3, keepdim=True))
+            batch.coefficients = self._coefficient_coder(k).encode(k.unflatten(2, (-1, span)).mean(3, keepdim=True))
             return
         if self.predicts is False:
             return
-        missing = -k.shape[2] % span
+        coder, missing = self._coefficient_coder(k), -k.shape[2] % span
         if missing:
             k = torch.cat([k[:, :, : span - missing].mean(2, keepdim=True).expand(-1, -1, missing, -1), k], 2)
         coefficients = coder.encode(cast(BlockPredictor, self.strategy).fit(k))
         predicted = self._expand(coder.decode(*coefficients))[:, :, missing:]
-        if self.predicts is None:  # once a layer: does it spare more bits than the coefficients take?
+        if self.predicts is None:  # once a layer: does prediction save more bits than its coefficients take?
             before, after = torch.stack([batch.k.square().sum(), (batch.k - predicted).square().sum()]).tolist()
             self.residual_energy = after / max(before, 1e-30)
             cost = self.terms * (COEFFICIENT + 16 / k.shape[3]) / span
@@ -206,7 +200,7 @@ class Policy:
 
     def _expand(self, coefficients: Tensor) -> Tensor:
         """Coefficients ``[B, H, blocks, terms, D]`` at each token of their blocks."""
-        return torch.einsum("bhntd,ts->bhnsd", coefficients, course(self.terms, self.span, coefficients.device)).flatten(2, 3)
+        return torch.einsum("bhntd,ts->bhnsd", coefficients, term_weights(self.terms, self.span, coefficients.device)).flatten(2, 3)
 
     def predicted(self, like: Tensor) -> Tensor | None:
         """The predicted part of the packed keys ``fp32 [B, H, packed, D]`` in the order of the tokens; ``like`` is of their width."""
@@ -284,7 +278,7 @@ class Policy:
         """What the predicted part of the keys adds to the scores of rotated queries ``q [B, H, r, D]``: ``[B, H, r, rows]``."""
         if not self.predicts or (scores := self._coefficient_scores(q)) is None:
             return None
-        weights = course(self.terms, self.span, q.device)
+        weights = term_weights(self.terms, self.span, q.device)
         if tier.order is None:
             return torch.einsum("bhrnt,ts->bhrns", scores, weights).flatten(3)[..., self.missing :]
         places = tier.order + self.missing
@@ -384,20 +378,20 @@ class Policy:
     def fallbacks(self) -> list[str]:
         """Why a method had nothing to do here."""
         out = []
-        if not self.two and (self.scorer or self.monitor or isinstance(self.strategy, TokenSorter)) and not self.reads:
+        if not self.has_fine and (self.scorer or self.monitor or isinstance(self.strategy, TokenSorter)) and not self.reads:
             out.append(f"no finer size than {max(self.fine)} bits: scorer and monitor decide nothing in this layer")
         if self.terms and self.predicts is False and self.residual_energy is not None:
-            name, left = cast(Strategy, self.strategy).name, self.residual_energy
-            out.append(f"{name} is off: it leaves {left:.2f} of the keys' energy, its lines would cost more")
+            left = f"{self.residual_energy:.2f} of the keys' energy"
+            out.append(f"{self.strategy.name} is off: it leaves {left}, its coefficients would cost more")
         return out
 
 
 def order(first: Tensor) -> Tensor:
-    """Numbers of the tokens of ``bool [B, n]``, the marked ones first, each kind in its own order."""
+    """Numbers of the tokens ``first``, bool ``[B, n]``, the marked ones first, each kind in its own order."""
     return (~first).to(torch.uint8).argsort(dim=1, stable=True)
 
 
-def course(terms: int, span: int, device: torch.device) -> Tensor:
+def term_weights(terms: int, span: int, device: torch.device) -> Tensor:
     """What the coefficients of a block weigh at its tokens: 1 for the mean, -1 to 1 for the slope; ``fp32 [terms, span]``."""
     ones = torch.ones(1, span, device=device)
     return ones if terms == 1 else torch.cat([ones, torch.linspace(-1, 1, span, device=device)[None]])

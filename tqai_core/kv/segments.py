@@ -16,7 +16,7 @@ SEGMENT = 1024  # tokens of a full segment
 
 @dataclass(frozen=True)
 class Plan:
-    """How one layer is kept. ``calibrate``: tokens to wait for before statistics are taken; 0 stores keys as they are."""
+    """How one layer is held. ``calibrate``: tokens to wait for before statistics are taken; 0 stores keys as they are."""
 
     bits_k: int = 4
     bits_v: int = 4

@@ -31,20 +31,20 @@ def takes(call: Call, tier: BitTier, change: Adjustment) -> str:
         return "it is for plain rows that are all read"
     if not {tier.coder_k.bits, tier.coder_v.bits} <= {2, 3, 4, 8} or call.q.shape[2] > ROWS:
         return f"it is for 2, 3, 4 and 8 bits and at most {ROWS} queries of a kv head"
-    return "" if triton_sparse.wanted(call.q) else "asked for by TQAI_TRITON=1, where Triton is installed"
+    return "" if triton_sparse.wanted(call.q) else "TQAI_TRITON=1 is not set, or Triton has no such device"
 
 
 def run(call: Call, tier: BitTier, change: Adjustment) -> OnlineSoftmax:
     """The softmax over the rows of ``tier``; the exact ones by torch."""
     state = eager.exact_rows(call, tier)
     state.sum = tier.coder_v.rotate(state.sum)
-    state.merge(*partial(call, tier))
+    state.merge(*block_states(call, tier))
     state.sum = tier.coder_v.unrotate(state.sum)
     return state
 
 
-def partial(call: Call, tier: BitTier) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, weight and weighted sum of each block of packed rows: ``[parts, B, H, rows, 1]`` twice, ``[parts, B, H, rows, Dv]``."""
+def block_states(call: Call, tier: BitTier) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax state of each block of packed rows: maximum and weight ``[parts, B, H, rows, 1]``, sum ``[parts, B, H, rows, Dv]``."""
     import triton
 
     q, shift = eager.rotated(call.q, tier)
