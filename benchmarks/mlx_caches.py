@@ -22,9 +22,10 @@ from bench.harness import machine
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as caches
 from mlx_lm.models import qwen2
+from safetensors import safe_open
 
 from tqai_core import minis
-from tqai_core.hosts.mlx import make_prompt_cache, mini
+from tqai_core.hosts.mlx import make_prompt_cache
 
 OWN = "mlx-lm's own, from the first token"
 METHODS: list[tuple[str, int, Callable[[Any], list[Any]]]] = [
@@ -34,6 +35,16 @@ METHODS: list[tuple[str, int, Callable[[Any], list[Any]]]] = [
     (OWN, 4, lambda model: [caches.QuantizedKVCache(64, 4) for _ in model.layers]),
     (OWN, 2, lambda model: [caches.QuantizedKVCache(64, 2) for _ in model.layers]),
 ]
+
+
+def mini(variant: str = "plain") -> Any:
+    """The trained mini language model (:func:`tqai_core.minis.lm`) as mlx-lm's Qwen2, fp32. Needs transformers too."""
+    source = minis.lm(variant)
+    with safe_open(str(Path(minis.__file__).with_name("lm.safetensors")), framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+    model = qwen2.Model(qwen2.ModelArgs.from_dict(config | {"model_type": "qwen2", "rms_norm_eps": source.config.rms_norm_eps}))
+    model.load_weights([(name, mx.array(w.numpy())) for name, w in source.state_dict().items()])
+    return model
 
 
 def logits(model: Any, x: mx.array, cache: list[Any]) -> mx.array:

@@ -182,6 +182,27 @@ def test_apply_and_remove_leave_the_model_as_it_was(qwen):
     handle.remove()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_last_of_two_handles_restores_the_attention(first, qwen):
+    was = qwen.config._attn_implementation
+    handles = [tqai.apply(qwen, KV), tqai.apply(qwen, KV)]
+    handles.pop(first).remove()
+    assert qwen.config._attn_implementation == "tqai", "the other one still lives"
+    handles.pop().remove()
+    assert qwen.config._attn_implementation == was
+
+
+def test_a_deep_copy_of_a_cache_counts_for_itself(qwen):
+    with tqai.apply(qwen, KV) as handle:
+        cache = handle.cache()
+        qwen(prompt(), past_key_values=cache)
+        other = copy.deepcopy(cache)
+        qwen(prompt(length=1), past_key_values=other)
+    assert (cache.report().evaluations, other.report().evaluations) == (1, 2)
+    assert (cache.report().calls, other.report().calls) == (3, 6)
+    assert other.report().per_site["attn.0"]["tokens"] == 71
+
+
 def test_the_handle_counts_and_reports(qwen):
     handle = tqai.apply(qwen, KV)
     cache = handle.cache()

@@ -68,7 +68,7 @@ def methods() -> dict[str, list[str]]:
 
 def __getattr__(name: str) -> Any:
     if name == "KVCache":  # transformers is imported when it is asked for
-        from .hosts.transformers.door import KVCache
+        from .hosts.transformers.cache import KVCache
 
         return KVCache
     if name == "CalibratedScheduler":  # diffusers, too

@@ -134,7 +134,7 @@ def _peak(run: Callable[[], Any]) -> float:
 
 def _decoders(kv: PackedKV, k_all: Tensor, v_all: Tensor) -> dict[str, Callable[[], Any]]:
     """Ways to read one new token of 16 query heads after the tokens of ``kv``, which ``k_all`` and ``v_all`` hold densely."""
-    from tqai_core.hosts.transformers.door import sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from . import lm_caches as lm_peers
 
@@ -214,12 +214,18 @@ def held() -> list[Row]:
 @torch.no_grad()
 def model_decode(tokens: int = 4096, count: int = 24) -> list[Row]:
     """A random Qwen2 of 4 layers, 8 query and 2 key heads of 64, fp32: CPU ms a token at so many tokens."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     import tqai_core
-    from tqai_core.hosts.transformers import minis as lm
 
     from . import lm_caches as lm_peers
 
-    model = lm.random_qwen2()
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=256, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+        max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval().requires_grad_(False)
     ids = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {"packed, torch": [], "packed, native": [], "DynamicCache": []}
     if not kernel.ready():

@@ -68,13 +68,3 @@ def _bias(lm: Any) -> None:
             for pair in (d // 2 - 1, d // 2 - 2):
                 bias[head * d + pair] += BIAS
                 bias[head * d + pair + d // 2] -= BIAS
-
-
-def random_qwen2() -> Any:
-    """For timing: 4 layers, 8 query and 2 key heads of 64, fp32."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=256, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-        max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    return Qwen2ForCausalLM(config).eval().requires_grad_(False)

@@ -48,7 +48,7 @@ class Loaded:
 
 
 class Stream(TextStreamer):
-    """Prints to ``file`` (None: nowhere) and notes when each token came."""
+    """Prints to ``file`` (None: nowhere) and keeps the time of each token."""
 
     def __init__(self, tokenizer: Any, file: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -64,7 +64,7 @@ class Stream(TextStreamer):
 
 
 def load(args: argparse.Namespace, device: torch.device) -> Loaded:
-    """Model and tokenizer; ValueError in one line for what is no causal LM or not to be had."""
+    """Model and tokenizer. TqaiError in one line for what is no causal LM, or cannot be loaded."""
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.demo:
         return Loaded(mini.model().to(device, None if dtype == "auto" else dtype), Bytes(), "demo")
@@ -129,10 +129,10 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> dict[
     if model.generation_config.pad_token_id is None:
         ends = model.generation_config.eos_token_id
         options["pad_token_id"] = ends[0] if isinstance(ends, list) else ends if ends is not None else 0
-    told: list[str] = []
+    notes: list[str] = []
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest and ids.shape[1] + count > longest:
-        told.append(f"{ids.shape[1]} + {count} tokens are more than the {longest} positions this model was made for")
+        notes.append(f"{ids.shape[1]} + {count} tokens are more than the {longest} positions this model was made for")
 
     def generate(cache: Any, file: Any = None, **over: Any) -> tuple[dict[str, Any], Tensor]:
         stream = Stream(loaded.tokenizer, file)
@@ -170,7 +170,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> dict[
                 "bytes_held": cache.nbytes, "bytes_peak": report.bytes_held_peak, "bytes_16bit": report.bytes_exact,
                 "tokens": cache.get_seq_length(), "tokens_packed": min((s["tokens_packed"] for s in sites), default=0),
             },
-            "report": report.to_dict(), "warnings": told + report.warnings,
+            "report": report.to_dict(), "warnings": notes + report.warnings,
         }  # fmt: skip
         if args.compare:
             result["compare"] = _compare(model, config, ids, mine, generate)
@@ -188,13 +188,10 @@ def _compare(model: Any, config: Config, ids: Tensor, mine: dict[str, Any], gene
         differs = min(len(mine["tokens"]), len(other["tokens"]))
     with tqai_core.apply(model, config) as handle:
         kl = divergence(model, whole, ids.shape[1], handle.cache())
-    sound = bool(kl.isfinite().all())
-    held = nbytes([vars(layer) for layer in exact.layers])
-    numbers = sum(x.numel() for x in tensors_in([vars(layer) for layer in exact.layers]))
-    return {
-        **other, "cache": {"bytes_held": held, "bytes_16bit": 2 * numbers}, "first_difference": differs,
-        "kl_mean": float(kl.mean()) if sound else None, "kl_max": float(kl.max()) if sound else None, "kl_tokens": len(kl),
-    }  # fmt: skip
+    mean, most = (float(kl.mean()), float(kl.max())) if kl.isfinite().all() else (None, None)
+    layers = [vars(layer) for layer in exact.layers]
+    cache = {"bytes_held": nbytes(layers), "bytes_16bit": 2 * sum(x.numel() for x in tensors_in(layers))}
+    return {**other, "cache": cache, "first_difference": differs, "kl_mean": mean, "kl_max": most, "kl_tokens": len(kl)}
 
 
 def divergence(model: Any, whole: Tensor, prompt: int, cache: Any) -> Tensor:
@@ -203,12 +200,10 @@ def divergence(model: Any, whole: Tensor, prompt: int, cache: Any) -> Tensor:
     Both read the same tokens: the prompt at once, then 64 at a time, which are exact among themselves. Called under one
     ``tqai.apply``, so that a packed cache is read in place; its attention is transformers' own for the exact cache.
     """
-    exact, out = DynamicCache(config=model.config), list[Tensor]()
-    brief = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    spans = [(0, prompt), *((at, min(at + BLOCK, whole.shape[1] - 1)) for at in range(prompt, whole.shape[1] - 1, BLOCK))]
-    for start, end in spans:
-        options = brief if start == 0 else {}
-        keep = 1 if start == 0 else end - start
+    exact, out, last = DynamicCache(config=model.config), list[Tensor](), whole.shape[1] - 1
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    for start, end in [(0, prompt), *((at, min(at + BLOCK, last)) for at in range(prompt, last, BLOCK))]:
+        options, keep = (last_only, 1) if start == 0 else ({}, end - start)
         p, q = (model(whole[:, start:end], past_key_values=c, **options).logits[0, -keep:].float().log_softmax(-1) for c in (exact, cache))
         # a token ruled out (-inf) by both adds nothing; KL of equal distributions may round below 0
         terms = F.kl_div(q, p, reduction="none", log_target=True)

@@ -1,0 +1,126 @@
+"""What the hosts of language models share: what a cache counts and reports, and the handle that makes caches."""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..config import Config
+from ..errors import TqaiError
+from ..handle import Handle
+from ..kv.cache import FLUSH
+from ..kv.segments import Plan
+from ..report import Report
+
+
+def kv_config(config: Config | None, who: str) -> Config:
+    """``config``, or the default of level kv. TqaiError, which begins with ``who``, for every other kind of configuration."""
+    config = Config(level="kv") if config is None else config
+    if not isinstance(config, Config) or config.level != "kv":
+        raise TqaiError(f"{who} a tqai.Config(level='kv', ...), got {getattr(config, 'level', type(config).__name__)!r}")
+    return config
+
+
+@dataclass
+class Usage:
+    """What a cache counts. The cache and its packed layers hold one object together, so that a deep copy counts for itself."""
+
+    calls: int = 0  # of packed layers
+    evaluations: int = 0  # of the model
+    peak: int = 0  # bytes
+    seconds: float = 0.0  # CPU, from the first evaluation to the last
+    warnings: list[str] = field(default_factory=list)
+    first: int | None = None  # the layer that the model calls first
+    began: float = 0.0
+
+    def count(self, layer: int) -> bool:
+        """One call of a layer. True where it begins an evaluation of the model."""
+        self.calls += 1
+        if self.first is None:
+            self.first, self.began = layer, time.process_time()
+        if layer != self.first:
+            return False
+        self.seconds, self.evaluations = time.process_time() - self.began, self.evaluations + 1
+        return True
+
+    def warn(self, text: str) -> None:
+        """Warn once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            warnings.warn(f"tqai: {text}", UserWarning, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What the report says of a packed layer."""
+
+    index: int
+    plan: Plan
+    tokens: int
+    packed: int  # of the tokens
+    nbytes: int
+    exact: Sequence[Any]  # some keys and some values [B, H, n, D], for their shapes; empty where there were none yet
+    decoded: int = 0  # times that dense keys or values were made
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the keys and values of all tokens are."""
+        return self.tokens * sum(x.shape[0] * x.shape[1] * x.shape[3] for x in self.exact)
+
+    def row(self) -> dict[str, Any]:
+        bits = round(8 * self.nbytes / self.numbers, 4) if self.numbers else 0.0
+        return {
+            "bits_k": self.plan.bits_k, "bits_v": self.plan.bits_v, "tokens": self.tokens, "tokens_packed": self.packed,
+            "bytes_held": self.nbytes, "bits_held": bits, "materialised": self.decoded,
+        }  # fmt: skip
+
+
+def cache_report(config: Config, plans: Sequence[Plan | str], usage: Usage, layers: Sequence[LayerFigures], others: int) -> Report:
+    """The report of a cache. ``others``: how many numbers its layers hold that are not packed."""
+    report = Report(calls=usage.calls, evaluations=usage.evaluations, seconds_cpu=usage.seconds, bytes_held_peak=usage.peak)
+    report.bytes_exact = 2 * (others + sum(layer.numbers for layer in layers))
+    report.per_site = {f"attn.{layer.index}": layer.row() for layer in layers}
+    report.warnings = list(usage.warnings)
+    report.fallbacks = [{"where": f"attn.{i}", "why": plan} for i, plan in enumerate(plans) if isinstance(plan, str)]
+    if usage.evaluations and layers and not any(layer.packed for layer in layers):
+        start = max(config.calibrate, config.sink + config.recent + FLUSH)
+        report.warnings.append(f"nothing is packed yet: {layers[0].tokens} tokens are held, packing starts at {start}")
+    return report
+
+
+C = TypeVar("C")
+
+
+class CacheHandle(Handle):
+    """A language model under tqai. ``cache()`` makes caches for the argument of the library that takes them."""
+
+    argument: str
+
+    def __init__(self, model: Any, config: Config) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self._caches: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._last: Any = None
+        self._report = Report(warnings=[f"nothing has run yet: handle.cache() makes a cache for {self.argument}="])
+
+    def keep(self, cache: C) -> C:
+        """Count ``cache`` as the handle's own, its newest."""
+        self._caches[id(cache)] = self._last = cache
+        return cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all living caches of this handle."""
+        return sum(cache.nbytes for cache in self._caches.values())
+
+    def report(self) -> Report:
+        """Of the newest cache, which the handle holds until it is removed."""
+        return self._last.report() if self._last is not None else self._report
+
+    def remove(self) -> None:
+        self._report, self._last = self.report(), None
+        super().remove()
