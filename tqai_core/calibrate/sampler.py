@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TqaiError
+from ..families import FAMILIES
 from ..metrics import nmse
 from .multistep import TERMS, Fit, Multistep, Teacher, Together, equidistributed, grid
 
@@ -32,7 +33,7 @@ MARGIN = 0.75  # of the best stock solver's error: what is closer is a tie on a 
 NEAR = 1.25  # a guidance so near to the calibrated one needs no proof of its own
 STOCK = ("ab2", "unipc", "dpm++")
 MOST = 1_000_000  # bytes a file may have; one takes a few thousand
-ENTRIES = ("x_embedder.weight", "img_in.weight", "pos_embed.proj.weight", "x_embedder.proj.weight", "patch_embedding.weight")
+ENTRIES = tuple(dict.fromkeys(name for f in FAMILIES.values() for name in (f.diffusers.entry, f.comfyui.entry)))
 Make = Callable[[int, Together], Multistep]
 Tell = Callable[[str, float], None]  # what is being done, part done in [0, 1]
 
