@@ -1,32 +1,31 @@
-"""The only files that import diffusers, transformers or mlx, and only when a model of theirs is at hand."""
+"""The libraries whose models tqai works in; the only files that import diffusers, transformers or mlx are here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import Config
 from ..errors import TqaiError
+from ..handle import Handle
+from .protocol import Host
 
-if TYPE_CHECKING:
-    from ..handle import Handle
+# A class with bases of two libraries belongs to the host listed first.
+HOSTS = (
+    Host(
+        "diffusers",
+        ".diffusers.door",
+        "model",
+        "a diffusers pipeline (StableDiffusion3Pipeline, FluxPipeline, WanPipeline) or its transformer",
+    ),
+    Host("transformers", ".transformers.door", "kv", "a language model of transformers"),
+    Host("mlx_lm", ".mlx", "kv", "a language model of mlx-lm"),
+)
 
 
 def apply(target: Any, config: Config | None, steps: int | None = None) -> Handle:
-    """Hand ``target`` to the adapter of the library its class comes from."""
-    libraries = {cls.__module__.split(".")[0] for cls in type(target).__mro__}
-    if "diffusers" in libraries:
-        from .diffusers.door import attach
-
-        return attach(target, config or Config(), steps)
-    if "transformers" in libraries:
-        from .transformers import door as transformers
-
-        return transformers.attach(target, config, steps)
-    if "mlx_lm" in libraries:
-        from . import mlx
-
-        return mlx.attach(target, config)
-    raise TqaiError(
-        f"cannot apply tqai to a {type(target).__name__}: give a diffusers pipeline (StableDiffusion3Pipeline, FluxPipeline, "
-        "WanPipeline), its transformer, or a language model of transformers or mlx-lm"
-    )
+    """Attach ``target`` by the host that its class comes from."""
+    for host in HOSTS:
+        if host.takes(target):
+            return host.attach(target, config, steps)
+    known = ", ".join(host.targets for host in HOSTS)
+    raise TqaiError(f"cannot apply tqai to a {type(target).__name__}: give one of {known}")

@@ -598,8 +598,7 @@ class MLXHandle(Handle):
         super().remove()
 
 
-def attach(model: Any, config: Config | None) -> MLXHandle:
-    config = Config(level="kv") if config is None else config
+def attach(model: Any, config: Config, steps: int | None = None) -> MLXHandle:
     if config.level != "kv":
         raise TqaiError(f"{type(model).__name__} is a language model: give tqai.Config(level='kv', ...), got level={config.level!r}")
     return MLXHandle(model, config)

@@ -410,9 +410,8 @@ class LMHandle(Handle):
         super().remove()
 
 
-def attach(model: Any, config: Config | None, steps: int | None = None) -> LMHandle:
+def attach(model: Any, config: Config, steps: int | None = None) -> LMHandle:
     """Set the packed attention; the handle's ``remove`` restores each configuration as it was."""
-    config = Config(level="kv") if config is None else config
     if config.level != "kv":
         raise TqaiError(f"{type(model).__name__} is a language model: give tqai.Config(level='kv', ...), got level={config.level!r}")
     if not isinstance(model, PreTrainedModel):
