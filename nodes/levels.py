@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from tqai_core.attention import dense
 from tqai_core.flow import Flow
 from tqai_core.hosts.diffusers.processors import entropy
 from tqai_core.roles import AttentionForecaster, EntropyMonitor
-from tqai_core.strategies.window import Window
 from tqai_core.types import Where
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class Forward:
 
     def _sparse(self, site: str, heads: _Heads, compute: Callable[[], Tensor]) -> Tensor:
         """Attention on part of the keys, and the residual from the last full one. Each branch has a support of its own."""
-        flow, strategy, n = self.flow, cast(Window, self.flow.strategy), len(self.branches)
+        flow, n = self.flow, len(self.branches)
         with self.lock:
             forecast = all(self._skips(site, "residual", i) for i in range(n))
             if not forecast:
@@ -107,7 +106,7 @@ class Forward:
         near = []
         with self.lock:
             for i, (q, k, v) in enumerate(zip(heads.q.chunk(n), heads.k.chunk(n), heads.v.chunk(n), strict=True)):
-                near.append(strategy.near(flow, self._where(site, "residual", i), q, k, v, True, truths[i]))
+                near.append(flow.local_attention(self._where(site, "residual", i), q, k, v, True, truths[i]))
             flat = heads.flat(torch.cat(near))
             if out is None:
                 return flat + heads.shaped(self._recall(site, "residual")).to(flat.dtype)

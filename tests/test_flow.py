@@ -178,14 +178,6 @@ def test_an_euler_sampler_takes_back_what_forecasts_of_a_parabola_lack(widths, i
     assert not all(own for _, own, _ in on)
 
 
-def test_the_exponent_is_the_growth_of_the_error_a_step():
-    monitor, state = build("monitor", "lyapunov"), {}
-    for i in range(8):
-        monitor.decide(Step(i, 1 - i / 24, 24), None, 1, state)
-        monitor.observe(Step(i, 1 - i / 24, 24), 0.001 * math.exp(0.3 * i), 1, state)
-    assert state["exponent"] == pytest.approx(0.3, rel=0.05)
-
-
 def test_branches_never_mix():
     shift = {"cond": 0.0, "uncond": 100.0}
     where = [Where("model", b) for b in shift]

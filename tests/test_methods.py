@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -195,16 +193,6 @@ def test_stability_entropy_collapse_forces_a_refresh():
     assert all("collapsed" not in d.why for d in monitored(monitor, [(0.8, 0.5)] * 24))
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.4, 1.0])
-def test_lyapunov_finds_the_exponent_of_an_exponential_divergence(rate):
-    monitor, state = build("monitor", "lyapunov:tau=0"), {}
-    for i in range(12):
-        step = Step(i, 1 - i / 24, 24)
-        monitor.decide(step, None, 1, state)
-        monitor.observe(step, 1e-6 * math.exp(rate * i), 1, state)
-    assert state["exponent"] == pytest.approx(rate, rel=0.05)
-
-
 @pytest.mark.parametrize("name", [n for n in names("scorer") if n not in ("fisher", "snr")])
 def test_a_scorer_changes_the_bits_that_tokens_get(name):
     """Beside ``snr`` and ``fisher``, which speak of steps: see their own tests."""
@@ -238,6 +226,32 @@ def test_a_scorer_changes_what_the_monitor_tolerates(name):
     assert decisions(None, 0.05)[0] is None
     assert 0 <= decisions(name, 0.05)[0] <= 1
     assert any(decisions(None, tau)[1] != decisions(name, tau)[1] for tau in (0.02, 0.03, 0.05, 0.08, 0.12))
+
+
+@pytest.mark.parametrize(
+    "config, silent",
+    [
+        ({"scorer": "palm", "monitor": "fixed"}, True),
+        ({"scorer": "snr", "monitor": "schedule:total=24"}, True),
+        ({"scorer": "palm", "monitor": "fixed", "level": "block"}, True),
+        ({"scorer": "snr", "monitor": "fixed", "strategy": "tiered"}, True),  # it scores steps, tiered asks for tokens
+        ({"scorer": "palm", "monitor": "fixed", "strategy": "window", "level": "attention"}, True),
+        ({"scorer": "palm", "monitor": "fixed", "strategy": "tiered"}, False),
+        ({"scorer": "bsa", "monitor": "fixed", "strategy": "window", "level": "attention"}, False),
+        ({"scorer": "snr", "monitor": "lyapunov"}, False),
+        ({"scorer": "palm", "monitor": "stability"}, False),
+        ({"monitor": "fixed"}, False),
+    ],
+)
+def test_a_scorer_that_changes_nothing_says_so(config, silent):
+    recorder = Recorder(lambda: 0)
+    flow = Flow(tqai.Config(**config), recorder)
+    for _ in range(2):
+        recorder.begin()
+        flow.begin()
+        for i in range(3):
+            flow.enter(Step(i, 1 - i / 24, 24))
+        assert [f"scorer '{flow.scorer.name}' changes nothing" in text for text in recorder.report.warnings] == [True] * silent
 
 
 def test_window_names_its_level():

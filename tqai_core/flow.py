@@ -21,6 +21,7 @@ asking lie apart (compiled blocks), ``skips``, ``recall``, ``lack`` and ``observ
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ from .guidance import Difference
 from .memory import Memory, Stream
 from .metrics import relative, squares
 from .report import Recorder
-from .roles import Forecaster, StepMonitor, StepScorer
+from .roles import AttentionForecaster, AttentionSite, BlockScorer, Forecaster, ScoredForecaster, StepMonitor, StepScorer, TolerantMonitor
 from .tokens import tokens
 from .types import Decision, Part, Step, Where, nbytes, signature
 
@@ -109,6 +110,8 @@ class Flow:
         else:
             score = self.scorer.score(None, step, self.gate_state) if self.scorer else None
             importance = self.importance if score is None else float(score)
+            if self.opening and self.scorer:
+                self._check_scorer(of_tokens=score is None)
             self.decision = self.monitor.decide(step, importance, self.strategy.order, self.gate_state.state)
             if (
                 self.allow_new_streams
@@ -205,8 +208,20 @@ class Flow:
         if sibling is not None:
             self.guidance.observe(where, sibling, x, self.strategy, self.step)
 
+    def local_attention(self, where: Where, q: Tensor, k: Tensor, v: Tensor, text_first: bool, full: Tensor | None = None) -> Tensor:
+        """What an :class:`AttentionForecaster` computes of ``q, k, v [b, h, n, d]`` in place of the ``full`` attention, which is given
+        at computed steps. The stream ``where`` holds the residual full - local."""
+        strategy, name = cast(AttentionForecaster, self.strategy), f"far/{where}"
+        errors = self.gate_state.state.get(name)
+        if full is not None and errors is not None:
+            self.recorder.far(self.model, where, (errors[0] / max(errors[1], 1e-30)) ** 0.5)
+        scorer = self.scorer if isinstance(self.scorer, BlockScorer) else None
+        tiled = self.memory.token_order is not None
+        site = AttentionSite(self.memory[where], tiled, text_first, scorer, errors, partial(self.signal, name))
+        return strategy.local_attention(site, q, k, v, full)
+
     def signal(self, name: str, values: Tensor) -> None:
-        """Numbers on the device that the monitor wants sibling the errors, as ``state[name]``; read once a step."""
+        """Numbers on the device that the monitor wants beside the errors, as ``state[name]``; read once a step."""
         self._signals.setdefault(name, []).append(values.detach().flatten().float())
 
     def end(self) -> None:
@@ -214,6 +229,16 @@ class Flow:
         if self.step is not None:
             self._settle()
         self.begin(self.bypass_reason)
+
+    def _check_scorer(self, of_tokens: bool) -> None:
+        """The report warns of a scorer that neither the monitor nor the strategy asks."""
+        chooses = isinstance(self.strategy, AttentionForecaster) and isinstance(self.scorer, BlockScorer)
+        if isinstance(self.monitor, TolerantMonitor) or chooses or (of_tokens and isinstance(self.strategy, ScoredForecaster)):
+            return
+        self.recorder.note(
+            f"scorer {cast(StepScorer, self.scorer).name!r} changes nothing: monitor {self.monitor.name!r} decides without importance and "
+            f"strategy {self.strategy.name!r} asks for no such scores; take monitor 'lyapunov', or leave the scorer out"
+        )
 
     def _may_hold(self, where: Where, x: Tensor) -> bool:
         if where in self.exact:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention.token_order import TileOrder
 from .registry import build
 from .roles import Codec
 from .types import Packed, Part, Step, Where, nbytes, signature
@@ -77,7 +78,7 @@ class Memory:
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self.grid: tuple[int, ...] = ()
-        self.token_order: Any = None  # the TileOrder in which the tokens of the call under way lie, if not as a raster
+        self.token_order: TileOrder | None = None  # in which the tokens lie during the current model call; None: as the model has them
         self.offload_device: torch.device | None
         self.clear()
 

@@ -125,9 +125,15 @@ class Recorder:
         if entry not in self.report.fallbacks:
             self.report.fallbacks.append(entry)
 
+    def note(self, text: str) -> bool:
+        """A line of the report's warnings; False if it is there already."""
+        new = text not in self.report.warnings
+        self.report.warnings += [text] * new
+        return new
+
     def warn(self, text: str) -> None:
-        if text not in self.report.warnings:
-            self.report.warnings.append(text)
+        """The same, and a Python warning."""
+        if self.note(text):
             warnings.warn(f"tqai: {text}", UserWarning, stacklevel=4)
 
     def end(self) -> None:

@@ -14,12 +14,13 @@ A method's class may derive from one role of each side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from .attention.token_order import TileOrder
 from .errors import TqaiError
 from .registry import Method, param
 from .types import Decision, Packed, Part, Step
@@ -152,8 +153,37 @@ class Forecaster(Strategy, levels=STEPS):
         raise NotImplementedError
 
 
+class ScoredForecaster(Forecaster):
+    """Its :meth:`plan` depends on the scores of the tokens."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One self-attention of one guidance branch at one step, as an :class:`AttentionForecaster` sees it."""
+
+    stream: History  # of the residual
+    tiled: bool  # the tokens lie in tile order already
+    text_first: bool  # tokens outside of the grid stand before it, else after it
+    scorer: BlockScorer | None  # chooses the key blocks; None: the nearest ones
+    far_errors: Sequence[float] | None  # what ``signal`` was given at the last computed step
+    signal: Callable[[Tensor], None]  # squared errors of this step with and without far field, on the device
+
+
 class AttentionForecaster(Forecaster, levels=("attention",)):
-    """Acts inside attention, on queries, keys and values; what is forecast is the residual full - cheap."""
+    """Acts inside attention: a local attention is computed at every step, and the residual full - local is forecast."""
+
+    def local_attention(self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, full: Tensor | None = None) -> Tensor:
+        """The cheap attention of ``q, k, v [b, h, n, d]``: ``[b, h, n, dv]``. ``full`` is the exact one, given at computed steps."""
+        raise NotImplementedError
+
+    def tile_order(self, n: int, grid: tuple[int, ...], text_first: bool = False) -> TileOrder:
+        """The order in which ``n`` tokens are cut into blocks."""
+        raise NotImplementedError
+
+    @property
+    def tiles_once(self) -> bool:
+        """Whether tokens are put into tile order once a model call, in place of once an attention."""
+        return False
 
 
 class BlockPredictor(Strategy, levels=("kv",)):
@@ -203,6 +233,10 @@ class StepMonitor(Monitor, levels=STEPS):
         """``error`` is |forecast - exact| / |exact| over all streams of a computed step, None without a forecast. What the
         host signalled is in ``state`` by its name, as ``state["entropy"]``: a list of floats."""
         raise NotImplementedError
+
+
+class TolerantMonitor(StepMonitor):
+    """Scales its tolerance by the importance of the step: a scorer changes its decisions."""
 
 
 class EntropyMonitor(StepMonitor):

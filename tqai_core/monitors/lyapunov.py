@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..registry import param
-from ..roles import Batch, PackMonitor, StepMonitor
+from ..roles import Batch, PackMonitor, TolerantMonitor
 from ..types import Decision, Step
 from . import forced
 
 
 @dataclass(frozen=True)
 class Lyapunov(
-    StepMonitor,
+    TolerantMonitor,
     PackMonitor,
     name="lyapunov",
     aliases=("error_control",),
@@ -67,9 +67,6 @@ class Lyapunov(
         nodes = state.setdefault("nodes", [])
         remainder = _remainder(step.sigma, nodes, order)
         if error is not None and remainder > 0:
-            before = state.get("error")
-            if before and error > 0:  # growth of the divergence a step: the finite-time exponent
-                state["exponent"] = math.log(error / before) / max(state.get("gap", 1), 1)
             state["error"], state["remainder"] = error, remainder
         nodes.append(step.sigma)
         del nodes[: -order - 1]

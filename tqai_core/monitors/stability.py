@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from ..registry import param
-from ..roles import Batch, EntropyMonitor, PackMonitor
+from ..roles import Batch, EntropyMonitor, PackMonitor, TolerantMonitor
 from ..types import Decision, Step
 from . import forced
 
 
 @dataclass(frozen=True)
-class Stability(EntropyMonitor, PackMonitor, name="stability", paper="attention entropy as a sign of stability, Zhai et al. 2303.06296"):
+class Stability(
+    EntropyMonitor, TolerantMonitor, PackMonitor, name="stability", paper="attention entropy as a sign of stability, Zhai et al. 2303.06296"
+):
     """Watches the entropy of attention, head by head, on a few queries of a few layers (1 = looks everywhere, 0 = at one
     token). A step is forecast while the entropy, going on at its measured pace, would move less than ``tau``; a head that
     collapses by ``collapse`` below its running mean forces the next two evaluations. A signal on video, none on the image

@@ -11,13 +11,13 @@ from ..codecs import packing
 from ..codecs.rows import BITS
 from ..errors import TqaiError
 from ..registry import param
-from ..roles import Forecaster, History, TokenSorter
+from ..roles import History, ScoredForecaster, TokenSorter
 from ..tokens import tokens, untokens
 from ..types import Part, Step
 
 
 @dataclass(frozen=True)
-class Tiered(Forecaster, TokenSorter, name="tiered"):
+class Tiered(ScoredForecaster, TokenSorter, name="tiered"):
     """The best scored tokens are held with more bits, the others with fewer; forecast as ``delta2`` does. Without a scorer
     the tokens that changed most are the best. On the minis no score is sharp enough: at equal bytes 7/5 bits have .97 to 1.4
     times the error of uniform 6, so prefer ``delta2``. It pays where few tokens are restless (planted ones: .22 of the error).

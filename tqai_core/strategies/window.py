@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,12 +15,9 @@ from ..attention.token_order import TileOrder, local_index
 from ..errors import TqaiError
 from ..metrics import squares
 from ..registry import param
-from ..roles import AttentionForecaster, BlockReader, BlockScorer, History
+from ..roles import AttentionForecaster, AttentionSite, BlockReader, History
+from ..types import Part, Step
 from .delta2 import LinearForecast
-
-if TYPE_CHECKING:
-    from ..flow import Flow
-    from ..types import Part, Step, Where
 
 LONG = 4096  # tokens from which blocks are as large as the kernels like them
 
@@ -87,97 +84,89 @@ class Window(
             )
 
     def num_blocks(self, blocks: int) -> int:
-        """Level kv: how many of the packed blocks a step reads."""
+        """How many of ``blocks`` key blocks a block of queries sees; level kv: of the packed blocks a step reads."""
         return min(max(round(self.density * blocks), 1), blocks)
 
     def forecast(self, stream: History, step: Step) -> Tensor | None:
-        value, slope, came = stream.value("value"), stream.value("slope"), stream.state.get("trend_gain")
-        if value is None or came is None or stream.step is None:
+        value, slope, gain = stream.value("value"), stream.value("slope"), stream.state.get("trend_gain")
+        if value is None or gain is None or stream.step is None:
             return super().forecast(stream, step)
         ahead = step.sigma - stream.step.sigma
         if slope is None:
-            return value * came.float().mul_(ahead).add_(1).clamp_min_(0)
-        return torch.addcmul(value, slope, came.float(), value=ahead)
+            return value * gain.float().mul_(ahead).add_(1).clamp_min_(0)
+        return torch.addcmul(value, slope, gain.float(), value=ahead)
 
     def plan(self, x: Tensor, score: Tensor | float | None, stream: History, step: Step) -> dict[str, Part]:
-        value, slope = stream.value("value"), stream.value("slope")
         stream.state.pop("trend_gain", None)
-        line = slope if self.residual else value if self.fade else None
-        if value is not None and line is not None and stream.step is not None and step.sigma != stream.step.sigma:
-            # how each token's residual has gone along its slope, or along itself, since the last full attention: least squares
-            gone = (x.float() - value) / (step.sigma - stream.step.sigma)
-            came = ((gone * line).sum(-1, keepdim=True) / line.square().sum(-1, keepdim=True).clamp_min(1e-30)).nan_to_num_(0.0)
-            stream.state["trend_gain"] = (
-                came.clamp_(0.0, 1.0) if self.residual else self._fading(came, step.sigma - stream.step.sigma)
-            ).half()
+        value = stream.value("value")
+        trend = stream.value("slope") if self.residual else value if self.fade else None
+        if value is not None and trend is not None and stream.step is not None and step.sigma != stream.step.sigma:
+            # least squares: how far each token's residual has followed its trend since the last full attention
+            span = step.sigma - stream.step.sigma
+            change = (x.float() - value) / span
+            gain = ((change * trend).sum(-1, keepdim=True) / trend.square().sum(-1, keepdim=True).clamp_min(1e-30)).nan_to_num_(0.0)
+            # order 0: what it lost it goes on to lose, in part; none grows
+            gain = gain.clamp_(0.0, 1.0) if self.residual else (gain * span).clamp_(-1.0, 0.0).mul_(self.fade / span)
+            stream.state["trend_gain"] = gain.half()
         return super().plan(x, score, stream, step)
-
-    def _fading(self, rate: Tensor, span: float) -> Tensor:
-        """By sigma: what a residual lost since the last full attention it goes on to lose, in part; none grows."""
-        return (rate * span).clamp_(-1.0, 0.0).mul_(self.fade / span)
 
     def blocks(self, n: int) -> tuple[int, int]:
         """Queries and keys a block for ``n`` tokens."""
         return (self.block, self.block) if self.block else (256, 64) if n >= LONG else (16, 16)
 
-    def layout_of(self, n: int, grid: tuple[int, ...], text_first: bool = False) -> TileOrder:
-        """The order in which ``n`` tokens are cut into blocks."""
+    def tile_order(self, n: int, grid: tuple[int, ...], text_first: bool = False) -> TileOrder:
         size = math.prod(grid) if grid else n
         return TileOrder.of(n, self.queries or self.blocks(size)[1], grid, text_first)
 
-    def near(self, flow: Flow, where: Where, q: Tensor, k: Tensor, v: Tensor, text_first: bool, out: Tensor | None = None) -> Tensor:
-        """The cheap attention of ``q, k, v [b, h, n, d]``, to which the residual of the stream ``where`` belongs. ``out`` is the exact one
-        at a computed step: there the far field is compared with its absence, and from the next step on the better one is used."""
-        stream, n = flow.memory[where], q.shape[-2]
-        layout = self.layout_of(n, stream.grid, text_first)
-        apply, undo = (
-            (lambda x: x, lambda x: x)
-            if flow.memory.token_order is not None
-            else (lambda x: layout.apply(x, 2), lambda x: layout.undo(x, 2))
-        )
-        if self.queries:
-            return undo(self.means(apply(q), k, v, layout))
-        bq, bk = self.blocks(math.prod(layout.grid))
-        q, k, v = (apply(x) for x in (q, k, v))
-        if out is not None and self.residual == 0:
-            stream.state.pop("support", None)
-        index = self._support(q, k, bq, bk, flow, stream, layout)
-        far = self._far(flow, where, stream, out is not None)
-        near = undo(block_attention(q, k, v, index, bq, bk, far))
-        if out is not None and self.far != "none":
-            other = undo(block_attention(q, k, v, index, bq, bk, None if far else self.far))
-            pair = (near, other) if far else (other, near)
-            flow.signal(f"far/{where}", torch.stack([squares(x, out)[0] for x in pair]))
-        return near
+    @property
+    def tiles_once(self) -> bool:
+        return self.lay == "call"
 
-    def _far(self, flow: Flow, where: Where, stream: History, computed: bool) -> str | None:
+    def local_attention(self, site: AttentionSite, q: Tensor, k: Tensor, v: Tensor, full: Tensor | None = None) -> Tensor:
+        """Attention to the local window, the other keys through the far field. At a computed step the far field is compared with
+        its absence; the better of the two is used from the next computed step on."""
+        order = self.tile_order(q.shape[-2], site.stream.grid, site.text_first)
+        apply = (lambda x: x) if site.tiled else partial(order.apply, dim=2)
+        undo = (lambda x: x) if site.tiled else partial(order.undo, dim=2)
+        if self.queries:
+            return undo(self.means(apply(q), k, v, order))
+        block_q, block_k = self.blocks(math.prod(order.grid))
+        q, k, v = (apply(x) for x in (q, k, v))
+        if full is not None and self.residual == 0:
+            site.stream.state.pop("support", None)
+        index = self._support(site, q, k, block_q, block_k, order)
+        far = self._far_field(site, full is not None)
+        out = undo(block_attention(q, k, v, index, block_q, block_k, far))
+        if full is not None and self.far != "none":
+            other = undo(block_attention(q, k, v, index, block_q, block_k, None if far else self.far))
+            site.signal(torch.stack([squares(x, full)[0] for x in ((out, other) if far else (other, out))]))
+        return out
+
+    def _far_field(self, site: AttentionSite, computed: bool) -> str | None:
         """The far field that this stream uses: it changes only where a full attention starts the residual anew."""
         if self.far == "none":
             return None
+        state, errors = site.stream.state, site.far_errors
         if computed:
-            words = flow.gate_state.state.get(f"far/{where}")  # squared errors of the last full attention, with and without
-            use = words is None or words[0] <= words[1]
-            if words is not None:
-                flow.recorder.far(flow.model, where, (words[0] / max(words[1], 1e-30)) ** 0.5)
-            if use != stream.state.get("far", True):
-                stream.state.pop("trend_gain", None)
-                stream.parts.clear()  # a residual over another approximation is no history of this one
-            stream.state["far"] = use
-        return self.far if stream.state.get("far", True) else None
+            use = errors is None or errors[0] <= errors[1]
+            if use != state.get("far", True):
+                state.pop("trend_gain", None)
+                site.stream.parts.clear()  # a residual over another approximation is no history of this one
+            state["far"] = use
+        return self.far if state.get("far", True) else None
 
-    def _support(self, q: Tensor, k: Tensor, bq: int, bk: int, flow: Flow, stream: History, layout: TileOrder) -> Tensor:
-        """Key blocks of every query block, ``int64 [b or 1, h or 1, nq, kept]``."""
-        held = stream.state.get("support")
+    def _support(self, site: AttentionSite, q: Tensor, k: Tensor, block_q: int, block_k: int, order: TileOrder) -> Tensor:
+        """Key blocks of every query block, ``int64 [b or 1, h or 1, nq, num_blocks]``."""
+        held = site.stream.state.get("support")
         if held is not None and self.frozen:
             return held.long()
-        blocks = -(-k.shape[-2] // bk)
-        keep = max(round(self.density * blocks), 1)
-        if isinstance(flow.scorer, BlockScorer):
-            index = flow.scorer.mass(q, k, bq, bk).topk(keep, dim=-1).indices.sort(-1).values
+        blocks = -(-k.shape[-2] // block_k)
+        if site.scorer is not None:
+            index = site.scorer.mass(q, k, block_q, block_k).topk(self.num_blocks(blocks), dim=-1).indices.sort(-1).values
         else:
-            index = local_index(layout, bq, bk, keep, q.device)
+            index = local_index(order, block_q, block_k, self.num_blocks(blocks), q.device)
         if self.frozen:
-            stream.state["support"] = index.short() if blocks < 2**15 else index.int()
+            site.stream.state["support"] = index.short() if blocks < 2**15 else index.int()
         return index
 
     def means(self, q: Tensor, k: Tensor, v: Tensor, layout: TileOrder) -> Tensor:

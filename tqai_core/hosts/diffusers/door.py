@@ -18,7 +18,6 @@ from ...families.base import Family
 from ...flow import Flow
 from ...handle import Handle
 from ...roles import AttentionForecaster, EntropyMonitor
-from ...strategies.window import Window
 from ...types import Step, Where
 from .processors import OBSERVE, Site, stand_in, swap_block
 from .token_order import Laid
@@ -173,7 +172,7 @@ def _hook(name: str, model: Any, family: Family, config: Config, handle: Handle,
     handle.flows.append(flow)
     sites = _sites(model, family, config, flow, protected)
     laid = None
-    if flow.disabled_reason is None and isinstance(flow.strategy, Window) and flow.strategy.lay == "call":
+    if flow.disabled_reason is None and isinstance(flow.strategy, AttentionForecaster) and flow.strategy.tiles_once:
         laid = Laid(model, family, flow, flow.strategy)
         handle.on_remove(laid.remove)
     depth = len(family.layers(model))

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ...attention import dense
 from ...flow import Flow
 from ...roles import AttentionForecaster
-from ...strategies.window import Window
 from ...types import Where
 
 EXACT, FORECAST, OBSERVE = 0, 1, 2  # the module's own; from the flow; its own, shown to the flow
@@ -94,19 +93,19 @@ class Site:
             self.flow.signal("entropy", entropy(q, k))
         if not (self.caches and self._kernel):
             return full()
-        flow, strategy, where = self.flow, cast(Window, self.flow.strategy), self.where("residual")
+        flow, where = self.flow, self.where("residual")
         if masked or q.shape[-2] != k.shape[-2]:
             flow.recorder.fallback(f"{flow.model}/{where}", "a mask or cross-attention: windows are for full self-attention")
             return full()
         forecast = self.module._tqai_mode == FORECAST
         if forecast:
-            near = strategy.near(flow, where, q, k, v, self.text_first)
+            near = flow.local_attention(where, q, k, v, self.text_first)
             rest = flow.forecast(where)
             return near + rest.unflatten(-1, (near.shape[1], -1)).transpose(1, 2)
         out = fast()
         if "residual" not in self.kinds:
             self.kinds.append("residual")
-        near = strategy.near(flow, where, q, k, v, self.text_first, out)
+        near = flow.local_attention(where, q, k, v, self.text_first, out)
         flow.observe(where, (out - near).transpose(1, 2).flatten(2), against=out)
         return out
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...attention.token_order import TileOrder
 from ...families.base import Family
 from ...flow import Flow
-from ...strategies.window import Window
+from ...roles import AttentionForecaster
 
 RASTER = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states", "control_hidden_states")
 
@@ -23,7 +23,7 @@ RASTER = ("controlnet_block_samples", "controlnet_single_block_samples", "block_
 class Laid:
     """The hooks of one model. ``layout`` is the one of the call under way, None where tokens lie as they came."""
 
-    def __init__(self, model: nn.Module, family: Family, flow: Flow, strategy: Window) -> None:
+    def __init__(self, model: nn.Module, family: Family, flow: Flow, strategy: AttentionForecaster) -> None:
         self.model, self.flow, self.strategy = model, flow, strategy
         self.layout: TileOrder | None = None
         self.last: TileOrder | None = None  # in which the streams are held
@@ -58,7 +58,7 @@ class Laid:
             return None
         if (isinstance(t, Tensor) and t.ndim > 1) or not isinstance(x, Tensor) or (x.ndim == 3 and x.shape[1] != math.prod(grid)):
             return None
-        layout = self.strategy.layout_of(math.prod(grid), grid)
+        layout = self.strategy.tile_order(math.prod(grid), grid)
         return None if layout.raster else layout
 
     def _tokens(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
