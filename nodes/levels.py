@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tqai_core.attention import dense
 from tqai_core.flow import Flow
-from tqai_core.hosts.diffusers.processors import entropy
+from tqai_core.site import entropy
 from tqai_core.roles import AttentionForecaster, EntropyMonitor
 from tqai_core.types import Where
 

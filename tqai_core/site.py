@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .flow import Flow
 from .roles import AttentionForecaster
-from .strategies.window import Window
 from .types import Where
 
 PROBES = 4  # attentions whose entropy is measured
@@ -101,8 +100,8 @@ class Site:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, full: Callable[[], Tensor]) -> Tensor:
         """Self-attention of ``q, k, v [b, h, n, d]`` with a strategy that acts in attention: at a forecast step on a part of the
-        keys, plus the forecast residual; else ``full()`` ``[b, h, n, d]``, whose difference to the cheap attention is observed."""
-        flow, strategy, n = self.flow, cast(Window, self.flow.strategy), len(self.branches)
+        keys, plus the forecast residual; else ``full()`` ``[b, h, n, d]``, whose difference to the local attention is observed."""
+        flow, n = self.flow, len(self.branches)
         with self.lock:
             forecast = self.should_skip("residual")
             if not forecast:
@@ -113,8 +112,8 @@ class Site:
         outputs: Sequence[Tensor | None] = [None] * n if out is None else out.chunk(n)
         with self.lock:
             parts = zip(self.branches, q.chunk(n), k.chunk(n), v.chunk(n), outputs, strict=True)
-            cheap = [strategy.near(flow, self.where("residual", b), q, k, v, self.text_first, full) for b, q, k, v, full in parts]
-            near = torch.cat(cheap) if n > 1 else cheap[0]
+            local = [flow.local_attention(self.where("residual", b), q, k, v, self.text_first, full) for b, q, k, v, full in parts]
+            near = torch.cat(local) if n > 1 else local[0]
             if out is None:
                 return near + rearrange(self.forecast("residual"), "b n (h d) -> b h n d", h=near.shape[1]).to(near.dtype)
             self.observe("residual", rearrange(out - near, "b h n d -> b n (h d)"), against=out)

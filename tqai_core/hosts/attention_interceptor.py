@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import TqaiError
+from ..families import family_of
 
 Change = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, q, k, v [b, heads, n, d] -> k, v
 
@@ -34,8 +35,6 @@ def blocks_of(model: Any) -> list[nn.Module]:
     """The layers in the order they run, as ``tapped`` numbers them."""
     if any(cls.__module__.startswith("transformers") for cls in type(model).__mro__):
         return list(_decoder(model).layers)
-    from .diffusers.door import family_of
-
     return [block for _, block in family_of(model).layers(model)]
 
 
@@ -69,8 +68,6 @@ class _Seen(TorchFunctionMode):
 
 @contextmanager
 def _diffusion(model: Any, change: Change) -> Iterator[None]:
-    from .diffusers.door import family_of
-
     with ExitStack() as undo:
         for site, _, module in family_of(model).attentions(model):
             kind, number = site.split(".")
