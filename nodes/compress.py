@@ -7,8 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from tqai_core.config import LEVELS, PRESETS, preset
+from tqai_core.families.base import Family
 
-from .patch import Settings, family_of, patch
+from .patch import Settings, kind_of, patch
 from .pipeline import Pipeline
 from .widgets import CATEGORY, dropdown, pipeline_input
 
@@ -84,14 +85,12 @@ class TQAICompress(io.ComfyNode):
     ) -> io.NodeOutput:
         if not enabled:
             return io.NodeOutput(model)
-        stages = pipeline or _preset(preset, family_of(model)[0])
+        stages = pipeline or _preset(preset, kind_of(model).family)
         if codec is None or codec["codec"] != KEEP:
             stages = stages.with_stage("codec", codec)
         settings = Settings(stages.config(level), cls.hidden.unique_id, memory_budget * 2**20)
         return io.NodeOutput(patch(model, settings))
 
 
-def _preset(name: str, family: str) -> Pipeline:
-    from tqai_core.config import FAMILIES
-
-    return Pipeline.of(preset(name, family if family in FAMILIES else None))
+def _preset(name: str, family: Family | None) -> Pipeline:
+    return Pipeline.of(preset(name, family.name if family else None))

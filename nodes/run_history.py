@@ -1,4 +1,4 @@
-"""Reports of finished and running samplings, figures only. Knows no host."""
+"""Reports of the last samplings, figures only. Knows no host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-MOST = 64  # samplers remembered
+MAX_SAMPLERS = 64
 
 
 @dataclass
@@ -22,8 +22,8 @@ class Entry:
     order: int = field(default=0)
 
 
-class Ledger:
-    """The last sampling of each sampler node. A second prompt that leaves the sampler out still finds its report."""
+class RunHistory:
+    """The last sampling of each sampler node. A second prompt that does not run the sampler again still finds its report."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -37,7 +37,7 @@ class Ledger:
             self._count += 1
             entry.order = self._count
             self._entries[key] = entry
-            while len(self._entries) > MOST:
+            while len(self._entries) > MAX_SAMPLERS:
                 self._entries.popitem(last=False)
 
     def of(self, upstream: set[str]) -> list[Entry]:
@@ -50,7 +50,7 @@ class Ledger:
             return list(self._entries.values())[-1:]
 
 
-LEDGER = Ledger()
+HISTORY = RunHistory()
 
 
 def upstream(prompt: Any, node: str | None) -> set[str]:
