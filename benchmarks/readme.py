@@ -310,6 +310,17 @@ def summary(dit: dict[str, Any]) -> str:
     return table(["you have", "you take", "measured", "more"], rows)
 
 
+def families() -> str:
+    """The models that are known below level model, by their classes."""
+    from tqai_core.families import FAMILIES
+
+    rows = [
+        [f.name, *(", ".join(f"`{c.partition(':')[2]}`" for c in host.classes) for host in (f.diffusers, f.comfyui))]
+        for f in FAMILIES.values()
+    ]
+    return table(["family", "diffusers", "ComfyUI"], rows)
+
+
 def main() -> int:
     from bench import attention, calibrate, levels, llm_methods, methods
 
@@ -319,7 +330,7 @@ def main() -> int:
         "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
         "streams": streams(trajectories),
     }  # fmt: skip
-    parts["comfyui"] = comfyui(load("comfyui"))
+    parts["comfyui"], parts["families"] = comfyui(load("comfyui")), families()
     lower = load("levels")
     parts |= {"levels": levels_of(lower), "guidance": guidance_of(lower), "sampler": sampler(load("sampler"))}
     made = load("calibrate")

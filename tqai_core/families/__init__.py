@@ -14,9 +14,9 @@ FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _
 
 
 def find(model: Any, host: str) -> Family | None:
-    """The family of a transformer of ``host`` (``diffusers`` or ``comfyui``): by its class or one of the classes it derives from."""
-    classes = {f"{cls.__module__}:{cls.__qualname__}" for cls in type(model).__mro__}
-    return next((family for family in FAMILIES.values() if classes & set(getattr(family, host).classes)), None)
+    """The family of a transformer of ``host`` (``diffusers`` or ``comfyui``): by its class or the nearest class it derives from."""
+    known = {path: family for family in FAMILIES.values() for path in getattr(family, host).classes}
+    return next((known[path] for cls in type(model).__mro__ if (path := f"{cls.__module__}:{cls.__qualname__}") in known), None)
 
 
 def family_of(transformer: Any) -> Family:
