@@ -48,6 +48,7 @@ class Forward:
     def site(self, name: str) -> Site:
         return Site(self.flow, name, self.branches, lock=self.lock)
 
+    @torch.compiler.disable
     def block(self, number: int, args: dict[str, Any], compute: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
         """A block: what it adds to image and text is forecast."""
         if self.level != "block" or number in self.exact:
@@ -81,7 +82,7 @@ class Forward:
                 self._fallback("", "attention outside the blocks that tqai marked: computed exactly")
             return compute()
         site = self.site(f"{self._kind(nth)}.{number}")
-        if nth == 0 and self._measures(number):
+        if nth == 0 and self._measures and number in probed(self.depth):
             heads = split()
             if heads is None:
                 self._fallback("", "a masked attention: its entropy is not measured")
@@ -109,8 +110,9 @@ class Forward:
             return "attn"
         return self.second_attention if nth == 1 else f"{self.second_attention}.{nth}"
 
-    def _measures(self, number: int) -> bool:
-        return isinstance(self.flow.monitor, EntropyMonitor) and self.flow.decision.compute and number in probed(self.depth)
+    @property
+    def _measures(self) -> bool:
+        return isinstance(self.flow.monitor, EntropyMonitor) and self.flow.decision.compute
 
     def _fallback(self, where: str, why: str) -> None:
         self.flow.recorder.fallback(f"{self.flow.model}{where}", why)
@@ -149,16 +151,11 @@ def marker(number: int, before: Any) -> Callable[[dict[str, Any], dict[str, Any]
         outer = options.get(BLOCK)
         options[BLOCK] = number
         try:
-            return _in_block(forward, number, args, compute) if forward.level == "block" else compute(args)
+            return forward.block(number, args, compute) if forward.level == "block" else compute(args)
         finally:
             options[BLOCK] = outer
 
     return around
-
-
-@torch.compiler.disable
-def _in_block(forward: Forward, number: int, args: dict[str, Any], compute: Any) -> dict[str, Any]:
-    return forward.block(number, args, compute)
 
 
 def override(before: Any) -> Callable[..., Tensor]:

@@ -73,11 +73,10 @@ class Run:
         exact: frozenset[int] = frozenset(),
     ) -> None:
         self.schedule = schedule if isinstance(schedule, Schedule) else None
-        self.bypass = bypass or (schedule if isinstance(schedule, str) else None)
         self.level, self.kind, self.budget, self.send, self.room, self.exact = config.level, kind, budget, send, room, exact
         self.recorder = Recorder(lambda: self.flow.counted)
         self.flow = Flow(config, self.recorder, kind.name, allow_new_streams=True)
-        self.flow.begin(self.bypass)
+        self.flow.begin(bypass or (schedule if isinstance(schedule, str) else None))
         self.recorder.begin()
         self.evaluations = 0
         self.inside = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 MAX_SAMPLERS = 64
@@ -19,7 +19,6 @@ class Entry:
     family: str
     report: dict[str, Any]
     done: bool = False
-    order: int = field(default=0)
 
 
 class RunHistory:
@@ -28,14 +27,11 @@ class RunHistory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple[str | None, str | None], Entry] = OrderedDict()
-        self._count = 0
 
     def put(self, entry: Entry) -> None:
         with self._lock:
             key = (entry.sampler, entry.patch)
             self._entries.pop(key, None)
-            self._count += 1
-            entry.order = self._count
             self._entries[key] = entry
             while len(self._entries) > MAX_SAMPLERS:
                 self._entries.popitem(last=False)
