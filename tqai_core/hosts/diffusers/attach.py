@@ -38,18 +38,16 @@ def attach(target: Any, config: Config, steps: int | None = None) -> Handle:
     pipe = target if hasattr(target, "scheduler") and not isinstance(target, nn.Module) else None
     if pipe is None and not isinstance(target, nn.Module):
         raise TqaiError(f"{type(target).__name__} is neither a diffusers pipeline nor a transformer: give one of these")
-    found = {name: getattr(pipe, name, None) for name in EXPERTS} if pipe is not None else {"transformer": target}
-    models = {name: model for name, model in found.items() if model is not None}
-    if not models:
+    experts = {name: getattr(pipe, name, None) for name in EXPERTS} if pipe is not None else {"transformer": target}
+    if all(model is None for model in experts.values()):
         raise TqaiError(f"{type(target).__name__} has no transformer: tqai works on SD3, Flux and WAN pipelines")
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise TqaiError(f"steps={steps!r}: give the number of denoiser evaluations of your loop, 1 or more")
-    families = {name: family_of(model) for name, model in models.items()}
-    protected = {name: _check(name, model, families[name], config) for name, model in models.items()}
+    checked = [(name, model, *_check(name, model, config)) for name, model in experts.items() if model is not None]
     handle = Handle()
     clock: Clock = SchedulerClock(pipe) if pipe is not None else CallClock(steps)
-    for name, model in models.items():
-        for site in _hook(name, model, families[name], config, handle, clock, protected[name]):
+    for name, model, family, protected in checked:
+        for site in _hook(name, model, family, config, handle, clock, protected):
             if hasattr(site.module, "set_processor"):
                 _set_processor(site.module, _stand_in(site, {}), handle)
             else:
@@ -69,8 +67,7 @@ def attn_processors(transformer: Any, config: Config, steps: int | None = None) 
         raise TqaiError(f"attention processors work at level 'attention', the config says {config.level!r}: give level='attention'")
     if not hasattr(transformer, "attn_processors"):
         raise TqaiError(f"{type(transformer).__name__} has no attention processors: give a diffusers transformer")
-    family = family_of(transformer)
-    protected = _check("transformer", transformer, family, config)
+    family, protected = _check("transformer", transformer, config)
     before = dict(transformer.attn_processors)
     result, shared = Processors(before), dict[Any, Any]()
     result.handle = handle = Handle()
@@ -109,8 +106,9 @@ def _set_processor(attn: Any, processor: Any, handle: Handle) -> None:
     handle.on_remove(undo)
 
 
-def _check(name: str, model: Any, family: Family, config: Config) -> set[str]:
-    """Names of the modules that must stay exact; TqaiError for what the model does not have."""
+def _check(name: str, model: Any, config: Config) -> tuple[Family, set[str]]:
+    """The model's family and the names of its modules that must stay exact; TqaiError for what the model does not have."""
+    family = family_of(model)
     if is_attached(model):
         raise TqaiError(f"tqai is already applied to this {name}: call handle.remove() first")
     for method in config.build():
@@ -119,7 +117,7 @@ def _check(name: str, model: Any, family: Family, config: Config) -> set[str]:
     blocks = [block for block, _ in family.layers(model)]
     modules = [module for _, module, _ in family.attentions(model)]
     numbers, names = exact_layers(config.skip_layers, blocks, type(model).__name__, modules=modules)
-    return names | {blocks[number] for number in numbers}
+    return family, names | {blocks[number] for number in numbers}
 
 
 def _sites(model: Any, family: Family, config: Config, flow: Flow, protected: set[str]) -> list[ModuleSite]:

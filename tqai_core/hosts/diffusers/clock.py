@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,14 +24,6 @@ class Tick:
     step: Step
     fresh: bool  # first evaluation of a new generation
     bypass: str | None = None  # why the generation is computed exactly
-
-
-class Clock(Protocol):
-    def tick(self, timestep: Any, family: Family, context: Any) -> Tick:
-        """``timestep`` is the transformer's argument, ``context`` the cache context of diffusers or None."""
-
-    def reset(self) -> None:
-        """The generation is over."""
 
 
 class SchedulerClock:
@@ -107,6 +99,9 @@ class CallClock:
         at = self.index if position is None else position
         bypass = None if total else "the last step is unknown: give apply(transformer, config, steps=N)"
         return Tick(at, Step(at, sigma, total, total is not None and at == total - 1), fresh, bypass)
+
+
+Clock = SchedulerClock | CallClock  # ``tick`` at each call of the transformer, ``reset`` when a generation is over
 
 
 def pipelines_on_the_stack() -> Iterator[tuple[Any, Mapping[str, Any]]]:

@@ -74,7 +74,7 @@ class ModuleSite(Site):
             memory[where].state["kv"] = text
             self.flow.recorder.held(self.flow.model, where, memory.count(where, 0), memory.exact)
 
-    def observe_output(self, nth: int, x: Tensor) -> None:
+    def observe_forecast(self, nth: int, x: Tensor) -> None:
         """The module computed its ``nth`` tensor."""
         if self.caches and not self.in_attention:
             self.observe(KINDS[nth], x)
@@ -97,15 +97,15 @@ class ModuleSite(Site):
 
 @torch.library.custom_op("tqai::observe", mutates_args=("slot",))
 def _observe(x: Tensor, slot: Tensor, nth: int) -> None:
-    SITES[int(slot)].observe_output(nth, x)
+    SITES[int(slot)].observe_forecast(nth, x)
 
 
-@torch.library.custom_op("tqai::recall", mutates_args=())
-def _output(like: Tensor, slot: Tensor, nth: int) -> Tensor:
+@torch.library.custom_op("tqai::forecast", mutates_args=())
+def _forecast(like: Tensor, slot: Tensor, nth: int) -> Tensor:
     return SITES[int(slot)].output(nth)
 
 
-@_output.register_fake
+@_forecast.register_fake
 def _(like: Tensor, slot: Tensor, nth: int) -> Tensor:
     return torch.empty_like(like)
 
@@ -115,11 +115,11 @@ def show(module: Any, nth: int, x: Tensor) -> None:
     if torch.compiler.is_compiling():
         _observe(x, module._tqai_slot, nth)
     else:
-        SITES[int(module._tqai_slot)].observe_output(nth, x)
+        SITES[int(module._tqai_slot)].observe_forecast(nth, x)
 
 
 def ask(module: Any, nth: int, like: Tensor) -> Tensor:
     """The ``nth`` tensor of ``module`` from the flow, in the shape of ``like``; also in compiled code."""
     if torch.compiler.is_compiling():
-        return _output(like, module._tqai_slot, nth)
+        return _forecast(like, module._tqai_slot, nth)
     return SITES[int(module._tqai_slot)].output(nth)
