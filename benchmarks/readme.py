@@ -315,13 +315,24 @@ def summary(dit: dict[str, Any]) -> str:
     return table(["you have", "you take", "measured", "more"], rows)
 
 
+def families() -> str:
+    """The models that are known below level model, by their classes."""
+    from tqai_core.families import FAMILIES
+
+    rows = [
+        [f.name, *(", ".join(f"`{c.partition(':')[2]}`" for c in host.classes) for host in (f.diffusers, f.comfyui))]
+        for f in FAMILIES.values()
+    ]
+    return table(["family", "diffusers", "ComfyUI"], rows)
+
+
 def parts() -> dict[str, str]:
     from bench import attention, calibrate, levels, llm_methods, methods, stream_report
 
     dit, vectors, lower, kernels = (load(name) for name in ("dit", "codec", "levels", "attention"))
     lm, caches, made = (load(name) for name in ("llm", "llm_methods", "calibrate"))
     return {
-        **promised.parts(), "minis": minis(),
+        **promised.parts(), "minis": minis(), "families": families(),
         "headline": headline(dit), "euler": euler(dit), "multistep": multistep(dit), "solvers": solvers(dit), "place": place(dit),
         "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
         "streams": streams(load("stream")), "comfyui": comfyui(load("comfyui")), "levels": levels_of(lower), "guidance": guidance_of(lower),

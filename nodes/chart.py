@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .ledger import Entry
+from .run_history import Entry
 
 WIDTH, HEIGHT = 800, 300
 LEFT, RIGHT, TOP, SPLIT, FLOOR = 64, 16, 36, 190, 264

@@ -6,13 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from tqai_core.config import LEVELS, PRESETS, preset
+from tqai_core.config import LEVELS, PRESETS
+from tqai_core.config import preset as ready
 
-from .patch import Settings, family_of, patch
+from .patch import Settings, kind_of, patch
 from .pipeline import Pipeline
 from .widgets import CATEGORY, dropdown, pipeline_input
 
 KEEP = "from pipeline"
+ALIASES = ["tqai", "speed up", "step skip", "cache", "teacache", "easycache", "magcache", "wavespeed", "flux", "sd3", "wan"]
 MODEL_LEVELS = [level for level in LEVELS if level != "kv"]  # kv is for language models
 
 
@@ -24,21 +26,9 @@ class TQAICompress(io.ComfyNode):
             display_name="TQAI Compress",
             category=CATEGORY,
             description="Makes sampling cheaper: steps that can be forecast within a measured error are not computed. Works on Flux, "
-            "SD3, SD3.5 and WAN. Put it last before the sampler; WAN 2.2 A14B takes one per expert. Unknown situations are computed "
-            "exactly, and TQAI Report says why.",
-            search_aliases=[
-                "tqai",
-                "speed up",
-                "step skip",
-                "cache",
-                "teacache",
-                "easycache",
-                "magcache",
-                "wavespeed",
-                "flux",
-                "sd3",
-                "wan",
-            ],
+            "SD3, SD3.5 and WAN. Put it last before the sampler; WAN 2.2 A14B takes one per expert. What cannot be forecast is "
+            "computed exactly, and TQAI Report says why.",
+            search_aliases=ALIASES,
             inputs=[
                 io.Model.Input("model", tooltip="A Flux, SD3, SD3.5 or WAN model, after LoRAs and shift nodes."),
                 io.Combo.Input(
@@ -54,14 +44,14 @@ class TQAICompress(io.ComfyNode):
                     tooltip="Where tqai acts. model: a step is computed or forecast as a whole, which saves most. block: what each block "
                     "adds is forecast. attention: each attention's output; needed by strategy window.",
                 ),
-                dropdown("codec", KEEP, "How what is kept between steps is stored, and with how many bits.", ()),
+                dropdown("codec", KEEP, "How tensors are stored between steps, and with how many bits.", ()),
                 io.Int.Input(
                     "memory_budget",
                     default=512,
                     min=0,
                     max=1_048_576,
-                    tooltip="MB that may be kept between steps. Above it things move to CPU memory; where that is not possible, the "
-                    "rest is computed exactly.",
+                    tooltip="MB that may be kept between steps. Above it, tensors move to CPU memory; where that is not possible, the "
+                    "remaining steps are computed exactly.",
                     advanced=True,
                 ),
                 io.Boolean.Input("enabled", default=True, tooltip="Off: the model passes through untouched."),
@@ -73,25 +63,14 @@ class TQAICompress(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model: Any,
-        preset: str,
-        level: str,
-        memory_budget: int,
-        enabled: bool,
-        codec: dict[str, Any] | None = None,
+        cls, model: Any, preset: str, level: str, memory_budget: int, enabled: bool, codec: dict[str, Any] | None = None,
         pipeline: Pipeline | None = None,
-    ) -> io.NodeOutput:
+    ) -> io.NodeOutput:  # fmt: skip
         if not enabled:
             return io.NodeOutput(model)
-        stages = pipeline or _preset(preset, family_of(model)[0])
+        family = kind_of(model).family
+        stages = pipeline or Pipeline.of(ready(preset, family.name if family else None))
         if codec is None or codec["codec"] != KEEP:
             stages = stages.with_stage("codec", codec)
         settings = Settings(stages.config(level), cls.hidden.unique_id, memory_budget * 2**20)
         return io.NodeOutput(patch(model, settings))
-
-
-def _preset(name: str, family: str) -> Pipeline:
-    from tqai_core.config import FAMILIES
-
-    return Pipeline.of(preset(name, family if family in FAMILIES else None))

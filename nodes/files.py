@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import folder_paths
@@ -36,14 +37,28 @@ def write(name: str, text: str) -> Path:
     return path
 
 
+def choices(folders: Mapping[str, str], accepts: Callable[[Path], bool] = lambda path: True) -> list[str]:
+    """The JSON files in labelled folders, as ``name [label]``."""
+    found = []
+    for label, root in folders.items():
+        base = Path(root)
+        paths = sorted(base.rglob("*.json")) if base.is_dir() else []
+        found += [f"{path.relative_to(base).as_posix()} [{label}]" for path in paths if accepts(path)]
+    return found
+
+
+def chosen(choice: str, folders: Mapping[str, str], what: str, known: Sequence[str], cure: str) -> Path:
+    """The file of one of :func:`choices`, inside its folder; without a label in the first one."""
+    match = re.fullmatch(rf"(.+?)(?: \[({'|'.join(folders)})\])?", choice, re.DOTALL)
+    path = inside(folders[match.group(2) or next(iter(folders))], match.group(1)) if match else None
+    if path is None or path.suffix != ".json" or not path.is_file():
+        raise TqaiError(f"no {what} file {choice!r}; there are: {', '.join(known) or f'none yet; {cure}'}")
+    return path
+
+
 def listing() -> list[str]:
     """Names of pipeline files: those saved by us, and those put into the input folder."""
-    found = []
-    for label, root in _roots():
-        base = Path(root)
-        if base.is_dir():
-            found += [f"{p.relative_to(base).as_posix()} [{label}]" for p in sorted(base.rglob("*.json"))]
-    return found
+    return choices(_folders())
 
 
 def read(choice: str) -> str:
@@ -55,14 +70,7 @@ def read(choice: str) -> str:
 
 
 def locate(choice: str) -> Path:
-    match = re.fullmatch(r"(.*?)(?: \[(input|output)\])?", choice, re.DOTALL)
-    assert match is not None
-    name, label = match.group(1), match.group(2) or "output"
-    path = inside(dict(_roots())[label], name)
-    if path.suffix != ".json" or not path.is_file():
-        known = ", ".join(listing()) or "none yet; TQAI Save Pipeline writes one"
-        raise TqaiError(f"no pipeline file {choice!r}; there are: {known}")
-    return path
+    return chosen(choice, _folders(), "pipeline", listing(), "TQAI Save Pipeline writes one")
 
 
 def tables() -> list[str]:
@@ -80,5 +88,5 @@ def table(name: str) -> str:
     return str(path)
 
 
-def _roots() -> list[tuple[str, str]]:
-    return [("output", os.path.join(folder_paths.get_output_directory(), FOLDER)), ("input", folder_paths.get_input_directory())]
+def _folders() -> dict[str, str]:
+    return {"output": os.path.join(folder_paths.get_output_directory(), FOLDER), "input": folder_paths.get_input_directory()}

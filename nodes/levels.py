@@ -7,165 +7,119 @@ is in; what belongs to one forward lies in a :class:`Forward` inside these optio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tqai_core.attention import dense
 from tqai_core.flow import Flow
-from tqai_core.hosts.diffusers.processors import entropy
-from tqai_core.roles import AttentionForecaster, EntropyMonitor
-from tqai_core.types import Where
-
-if TYPE_CHECKING:
-    from threading import Lock
+from tqai_core.roles import EntropyMonitor
+from tqai_core.site import NO_WINDOW, Site, probed
 
 FORWARD, BLOCK = "tqai_forward", "tqai_block"
-PROBES = 4  # attentions whose entropy is watched
+KINDS = {"img": "out", "txt": "out1"}  # tensors of a block -> streams
 
 
 @dataclass
 class Forward:
-    """One forward of a batch of ``branches``. ``exact`` are numbers of blocks that stay the model's own."""
+    """One forward of a batch of ``branches``.
+
+    Attributes:
+        lock: held while the flow is used.
+        second_attention: kind of a block's second attention, as in ``Family``.
+        depth: number of the model's blocks; ``exact`` are the numbers of those that stay exact.
+        attentions: attention calls so far in each block (-1: outside of the marked blocks).
+    """
 
     flow: Flow
-    lock: Lock
+    lock: AbstractContextManager[Any]
     level: str
-    family: str
+    second_attention: str
     depth: int
     branches: Sequence[str]
     exact: frozenset[int]
-    attentions: Counter[int] = field(default_factory=Counter)  # calls so far, by block; -1: outside any marked block
+    attentions: Counter[int] = field(default_factory=Counter)
 
+    def site(self, name: str) -> Site:
+        return Site(self.flow, name, self.branches, lock=self.lock)
+
+    @torch.compiler.disable
     def block(self, number: int, args: dict[str, Any], compute: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-        """A block: what it adds to image and text is forecast. Streams ``out`` (image) and ``out1`` (text)."""
+        """A block: what it adds to image and text is forecast."""
         if self.level != "block" or number in self.exact:
             return compute(args)
-        names = [name for name in ("img", "txt") if isinstance(args.get(name), Tensor)]
-        site = f"block.{number}"
+        site, inputs = self.site(f"block.{number}"), {KINDS[name]: args[name] for name in KINDS if isinstance(args.get(name), Tensor)}
         with self.lock:
-            known = [name for name in names if self._stream(site, _kind(name), 0) is not None]
-            if "img" in known and all(self._ready(site, _kind(name), args[name]) for name in known):
-                ahead = {n: args[n] + self._recall(site, _kind(n)).to(args[n].dtype) for n in known}
-                return {"txt": None, **ahead}  # SD3's last block throws its text away
-            self._revise(site)
-        before = {name: args[name].clone() for name in names}  # newer blocks add in place
+            known = site.known(inputs)
+            if "out" in known and all(site.should_skip(kind, inputs[kind]) for kind in known):
+                forecast = {kind: inputs[kind] + site.forecast(kind).to(inputs[kind].dtype) for kind in known}
+                return {name: forecast.get(kind) for name, kind in KINDS.items()}  # SD3's last block throws its text away
+            site.compute_instead()
+        before = {kind: x.clone() for kind, x in inputs.items()}  # newer blocks add in place
         out = compute(args)
         with self.lock:
-            for name in names:
-                if isinstance(out.get(name), Tensor) and not _same(out[name], before[name]):
-                    self._observe(site, _kind(name), out[name] - before[name])
+            for name, kind in KINDS.items():
+                if kind in before and isinstance(out.get(name), Tensor):
+                    site.observe(kind, out[name] - before[kind])
         return out
 
     def attend(
-        self, number: int | None, compute: Callable[[], Tensor], split: Callable[[], _Heads | None], fast: Callable[[], Tensor]
+        self, number: int | None, compute: Callable[[], Tensor], split: Callable[[], Heads | None], fast: Callable[[], Tensor]
     ) -> Tensor:
-        """One attention call inside block ``number``. ``split`` gives ``q, k, v [b, h, n, d]`` where they are wanted; ``compute`` is the
-        host's own attention, ``fast`` within the rounding of it."""
+        """One attention call inside block ``number``. ``split`` gives ``q, k, v`` where they are wanted; ``compute`` is the host's own
+        attention, ``fast`` within the rounding of it."""
+        place = -1 if number is None else number
         with self.lock:
-            nth = self.attentions[-1 if number is None else number]
-            self.attentions[-1 if number is None else number] += 1
+            nth = self.attentions[place]
+            self.attentions[place] += 1
         if number is None:
             if self.level == "attention":
-                self.flow.recorder.fallback(self.family, "attention outside the blocks that tqai marked: computed exactly")
+                self._fallback("", "attention outside the blocks that tqai marked: computed exactly")
             return compute()
-        site = f"{self._name(nth)}.{number}"
-        if nth == 0 and self._probes(number):
-            self._measure(split())
+        site = self.site(f"{self._kind(nth)}.{number}")
+        if nth == 0 and self._measures and number in probed(self.depth):
+            heads = split()
+            if heads is None:
+                self._fallback("", "a masked attention: its entropy is not measured")
+            else:
+                site.measure(heads.q, heads.k)
         if self.level != "attention" or number in self.exact:
             return compute()
-        if isinstance(self.flow.strategy, AttentionForecaster):
+        if site.in_attention:
             heads = split()
             if heads is None or heads.q.shape[-2] != heads.k.shape[-2]:
-                self.flow.recorder.fallback(f"{self.family}/{site}", "a mask or cross-attention: windows are for full self-attention")
+                self._fallback(f"/{site.name}", NO_WINDOW)
                 return compute()
-            return self._sparse(site, heads, fast)
+            return heads.flat(site.attend(heads.q, heads.k, heads.v, lambda: heads.split(fast())))
         with self.lock:
-            if all(self._skips(site, "out", i) for i in range(len(self.branches))):
-                return self._recall(site, "out")
-            self._revise(site)
+            if site.should_skip("out"):
+                return site.forecast("out")
+            site.compute_instead()
         out = fast()
         with self.lock:
-            self._observe(site, "out", out)
+            site.observe("out", out)
         return out
 
-    def _sparse(self, site: str, heads: _Heads, compute: Callable[[], Tensor]) -> Tensor:
-        """Attention on part of the keys, and the residual from the last full one. Each branch has a support of its own."""
-        flow, n = self.flow, len(self.branches)
-        with self.lock:
-            forecast = all(self._skips(site, "residual", i) for i in range(n))
-            if not forecast:
-                self._revise(site)
-        out = None if forecast else compute()
-        if out is not None and not flow.decision.compute:  # a site that stays exact, at a forecast step
-            return out
-        truths: Sequence[Tensor | None] = [None] * n if out is None else heads.split(out).chunk(n)
-        near = []
-        with self.lock:
-            for i, (q, k, v) in enumerate(zip(heads.q.chunk(n), heads.k.chunk(n), heads.v.chunk(n), strict=True)):
-                near.append(flow.local_attention(self._where(site, "residual", i), q, k, v, True, truths[i]))
-            flat = heads.flat(torch.cat(near))
-            if out is None:
-                return flat + heads.shaped(self._recall(site, "residual")).to(flat.dtype)
-            self._observe(site, "residual", heads.tokens(out - flat), against=heads.tokens(out))
-        return out
-
-    def _name(self, nth: int) -> str:
+    def _kind(self, nth: int) -> str:
         if nth == 0:
             return "attn"
-        kind = "cross" if self.family == "wan" else "attn2"
-        return kind if nth == 1 else f"{kind}.{nth}"
+        return self.second_attention if nth == 1 else f"{self.second_attention}.{nth}"
 
-    def _probes(self, number: int) -> bool:
-        if not isinstance(self.flow.monitor, EntropyMonitor) or not self.flow.decision.compute:
-            return False
-        return number in {round(i * (self.depth - 1) / (PROBES - 1)) for i in range(PROBES)}
+    @property
+    def _measures(self) -> bool:
+        return isinstance(self.flow.monitor, EntropyMonitor) and self.flow.decision.compute
 
-    def _measure(self, heads: _Heads | None) -> None:
-        if heads is None:
-            self.flow.recorder.fallback(self.family, "a masked attention: its entropy is not measured")
-            return
-        with self.lock:
-            self.flow.signal("entropy", entropy(heads.q, heads.k))
-
-    def _where(self, site: str, kind: str, branch: int) -> Where:
-        return Where(site, self.branches[branch], kind)
-
-    def _stream(self, site: str, kind: str, branch: int) -> Any:
-        return self.flow.memory.streams.get(self._where(site, kind, branch))
-
-    def _skips(self, site: str, kind: str, branch: int) -> bool:
-        return self.flow.should_skip(self._where(site, kind, branch))
-
-    def _ready(self, site: str, kind: str, x: Tensor) -> bool:
-        n = len(self.branches)
-        shape = torch.Size((x.shape[0] // n, *x.shape[1:]))
-        return all(self._skips(site, kind, i) and self._stream(site, kind, i).kind[0] == shape for i in range(n))
-
-    def _revise(self, site: str) -> None:
-        """A site that has no forecast at a forecast step: the rest of the step is computed, unless it never has one."""
-        wheres = [w for w in self.flow.exact if w.site == site]
-        if not self.flow.decision.compute and not wheres:
-            self.flow.revise("a branch has no history at this step")
-
-    def _recall(self, site: str, kind: str) -> Tensor:
-        parts = [self.flow.forecast(self._where(site, kind, i), called=_called(kind)) for i in range(len(self.branches))]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _observe(self, site: str, kind: str, x: Tensor, against: Tensor | None = None) -> None:
-        if not self.flow.decision.compute:  # a site that stays exact, at a forecast step
-            return
-        n = len(self.branches)
-        truths: Iterable[Tensor | None] = [None] * n if against is None else against.chunk(n)
-        for i, (part, truth) in enumerate(zip(x.chunk(n), truths, strict=True)):
-            self.flow.observe(self._where(site, kind, i), part, called=_called(kind), against=truth)
+    def _fallback(self, where: str, why: str) -> None:
+        self.flow.recorder.fallback(f"{self.flow.model}{where}", why)
 
 
 @dataclass
-class _Heads:
+class Heads:
     """``q, k, v [b, h, n, d]`` of a call, and the way back to the layout in which the host wants its output."""
 
     q: Tensor
@@ -174,18 +128,12 @@ class _Heads:
     headed: bool  # the output is wanted as [b, h, n, d], else [b, n, h d]
 
     def flat(self, x: Tensor) -> Tensor:
-        return x if self.headed else x.transpose(1, 2).flatten(2)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """The host's layout -> ``[b, n, h d]``, which is what is held."""
-        return x.transpose(1, 2).flatten(2) if self.headed else x
+        """``[b, h, n, d]`` -> the host's layout."""
+        return x if self.headed else rearrange(x, "b h n d -> b n (h d)")
 
     def split(self, x: Tensor) -> Tensor:
         """The host's layout -> ``[b, h, n, d]``."""
-        return x if self.headed else x.unflatten(-1, (self.q.shape[1], -1)).transpose(1, 2)
-
-    def shaped(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.q.shape[1], -1)).transpose(1, 2) if self.headed else x
+        return x if self.headed else rearrange(x, "b n (h d) -> b h n d", h=self.q.shape[1])
 
 
 def marker(number: int, before: Any) -> Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]:
@@ -203,16 +151,11 @@ def marker(number: int, before: Any) -> Callable[[dict[str, Any], dict[str, Any]
         outer = options.get(BLOCK)
         options[BLOCK] = number
         try:
-            return _in_block(forward, number, args, compute) if forward.level == "block" else compute(args)
+            return forward.block(number, args, compute) if forward.level == "block" else compute(args)
         finally:
             options[BLOCK] = outer
 
     return around
-
-
-@torch.compiler.disable
-def _in_block(forward: Forward, number: int, args: dict[str, Any], compute: Any) -> dict[str, Any]:
-    return forward.block(number, args, compute)
 
 
 def override(before: Any) -> Callable[..., Tensor]:
@@ -241,7 +184,7 @@ def override(before: Any) -> Callable[..., Tensor]:
     return tqai_attention
 
 
-def _heads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Heads | None:
+def _heads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Heads | None:
     """None where a mask or shared key heads make it another attention."""
     q, k, v = args[:3]
     heads = args[3] if len(args) > 3 else kwargs["heads"]
@@ -249,18 +192,5 @@ def _heads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Heads | None:
     if mask is not None or kwargs.get("enable_gqa", False):
         return None
     if not kwargs.get("skip_reshape", False):
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return _Heads(q, k, v, bool(kwargs.get("skip_output_reshape", False)))
-
-
-def _kind(name: str) -> str:
-    return "out" if name == "img" else "out1"
-
-
-def _called(kind: str) -> bool:
-    return kind != "out1"  # image and text of one call count once
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Text that a block hands through (WAN's prompt) is no output of it."""
-    return a.shape == b.shape and a.data_ptr() == b.data_ptr()
+        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+    return Heads(q, k, v, bool(kwargs.get("skip_output_reshape", False)))

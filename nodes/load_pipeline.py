@@ -6,9 +6,7 @@ from comfy_api.latest import io
 
 from . import files
 from .pipeline import Pipeline
-from .widgets import CATEGORY, PIPELINE
-
-EMPTY = "no file yet"
+from .widgets import CATEGORY, EMPTY, PIPELINE, verdict
 
 
 class TQAILoadPipeline(io.ComfyNode):
@@ -28,11 +26,7 @@ class TQAILoadPipeline(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
         """Instead of the built-in check, which knows only the files that were there when the page was loaded."""
-        try:
-            Pipeline.from_json(files.read(file))
-        except (ValueError, OSError) as error:
-            return str(error)
-        return True
+        return verdict(lambda: Pipeline.from_json(files.read(file)))
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:

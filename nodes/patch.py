@@ -16,23 +16,18 @@ from comfy.patcher_extension import WrappersMP
 
 from tqai_core.config import Config
 from tqai_core.errors import TqaiError
+from tqai_core.families import FAMILIES, find
+from tqai_core.layers import exact_layers
 from tqai_core.roles import EntropyMonitor
 from tqai_core.scorers.fisher import Fisher, load, origin
 
-from .ledger import LEDGER, Entry
 from .levels import FORWARD, Forward, marker, override
-from .run import Chunk, Run
+from .run import Chunk, Kind, Run
+from .run_history import HISTORY, Entry
 from .schedule import Schedule
 
 KEY, RUN = "tqai", "tqai_run"
 EVENT = "tqai.step"
-# ComfyUI's class of a diffusion model -> family, and the attributes that hold its blocks in the order they run
-FAMILIES = {
-    "Flux": ("flux", ("double_blocks", "single_blocks")),
-    "OpenAISignatureMMDITWrapper": ("sd3", ("joint_blocks",)),
-    "MMDiT": ("sd3", ("joint_blocks",)),
-    "WanModel": ("wan", ("blocks",)),
-}
 
 
 @dataclass(frozen=True)
@@ -44,41 +39,29 @@ class Settings:
     budget: int | None = None
 
 
-def family_of(model: Any) -> tuple[str, list[str]]:
-    """Family and names of the blocks of a ModelPatcher's model; the class name and no blocks for one that tqai does not know."""
+def kind_of(model: Any) -> Kind:
+    """What is known of a ModelPatcher's model."""
     inner = model.model.diffusion_model
-    for cls in type(inner).__mro__:
-        if cls.__name__ in FAMILIES:
-            family, names = FAMILIES[cls.__name__]
-            return family, [f"{name}.{i}" for name in names for i in range(len(getattr(inner, name)))]
-    return type(inner).__name__, []
+    family = find(inner, "comfyui")
+    if family is None:
+        return Kind(type(inner).__name__, [], None)
+    return Kind(family.name, [f"{name}.{i}" for name in family.comfyui.blocks for i in range(len(getattr(inner, name)))], family)
 
 
-def exact_blocks(config: Config, family: str, blocks: list[str]) -> frozenset[int]:
-    """Numbers of the blocks that ``skip_layers`` names. ValueError for one that the model does not have."""
-    found, depth = set(), len(blocks)
-    for layer in config.skip_layers if blocks else ():
-        if isinstance(layer, int) and -depth <= layer < depth:
-            found.add(layer % depth)
-        elif layer in blocks:
-            found.add(blocks.index(str(layer)))
-        else:
-            raise TqaiError(
-                f"skip layer {layer!r} asked, but this {family} model has {depth} blocks: use 0 to {depth - 1}, -{depth} to -1, or a name "
-                f"such as {blocks[0]!r}"
-            )
-    return frozenset(found)
+def _exact(config: Config, kind: Kind) -> frozenset[int]:
+    """Numbers of the blocks that ``skip_layers`` names. TqaiError for one that the model does not have."""
+    return frozenset(exact_layers(config.skip_layers if kind.blocks else (), kind.blocks, f"this {kind.name} model")[0])
 
 
-def _check_files(config: Config, family: str, depth: int) -> None:
-    """ValueError for a calibration of another family or depth. ComfyUI lays weights out otherwise than diffusers, so that the
+def _check_files(config: Config, kind: Kind) -> None:
+    """TqaiError for a calibration of another family or depth. ComfyUI stores weights in another form than diffusers, so that the
     model's hash cannot be compared here."""
-    scorer = config.build()[0]
+    scorer, depth = config.build()[0], len(kind.blocks)
     if isinstance(scorer, Fisher) and (made := origin(scorer.file, "family")) is not None:
         layers = len(load(scorer.file)[0])
-        if (made, layers) != (family, depth):
+        if (made, layers) != (kind.name, depth):
             raise TqaiError(
-                f"fisher table {scorer.file!r} is of a {made or 'language'} model with {layers} layers, this is a {family} with {depth}: "
+                f"fisher table {scorer.file!r} is of a {made or 'language'} model with {layers} layers, this {kind.name} has {depth}: "
                 "run tqai calibrate on this model"
             )
 
@@ -98,15 +81,15 @@ def patch(model: Any, settings: Settings) -> Any:
     """A clone of a ModelPatcher that samples with tqai. Raises ValueError, with ``model`` as it was."""
     if KEY in model.model_options.get("transformer_options", {}):
         raise TqaiError("this model already went through TQAI Compress: remove one of the two nodes, or set both pipelines in one")
-    family, blocks = family_of(model)
-    exact_blocks(settings.config, family, blocks)
-    _check_files(settings.config, family, len(blocks))
-    config, clone = settings.config, model.clone()
+    config, kind = settings.config, kind_of(model)
+    _exact(config, kind)
+    _check_files(config, kind)
+    clone = model.clone()
     strategy, monitor = config.build()[1:3]
-    if blocks and strategy is not None and monitor is not None and (config.level != "model" or isinstance(monitor, EntropyMonitor)):
-        _mark(clone, blocks)
-    elif config.level != "model" and not blocks:
-        raise TqaiError(f"level {config.level!r} knows Flux, SD3 and WAN models, this is a {family}: take level 'model'")
+    if kind.blocks and strategy is not None and monitor is not None and (config.level != "model" or isinstance(monitor, EntropyMonitor)):
+        _mark(clone, kind.blocks)
+    elif config.level != "model" and not kind.blocks:
+        raise TqaiError(f"level {config.level!r} knows {', '.join(FAMILIES)} models, this is a {kind.name}: take level 'model'")
     clone.model_options.setdefault("transformer_options", {})[KEY] = settings
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare_sampling)
@@ -136,7 +119,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider.model_options["transformer_options"].pop(RUN, None)
         guider.model_options = original
         report = run.close(failed)
-        _remember(settings, run.family, report, failed)
+        _remember(settings, run.kind.name, report, failed)
 
 
 def _is_euler(sampler: Any) -> bool:
@@ -147,20 +130,18 @@ def _is_euler(sampler: Any) -> bool:
 
 def _start(patcher: Any, settings: Settings, options: dict[str, Any], sampler: Any, sigmas: Any) -> Run:
     sampling = patcher.get_model_object("model_sampling")
-    family, blocks = family_of(patcher)
-    exact = exact_blocks(settings.config, family, blocks)
+    kind = kind_of(patcher)
+    exact = _exact(settings.config, kind)
     bypass = None
     if not isinstance(sampling, comfy.model_sampling.CONST):
         bypass = f"{type(patcher.model).__name__} is no flow-matching model: tqai forecasts those only"
     elif "easycache" in options.get("transformer_options", {}):
         bypass = "EasyCache or LazyCache is on this model too: two step skippers cannot see each other's error; remove one"
-    elif blocks and len(exact) == len(blocks):
-        bypass = f"all {len(blocks)} blocks are in skip layers"
+    elif kind.blocks and len(exact) == len(kind.blocks):
+        bypass = f"all {len(kind.blocks)} blocks are in skip layers"
     schedule = Schedule.of(sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)), _is_euler(sampler))
-    return Run(
-        settings.config, family, schedule, bypass, settings.budget, _teller(settings.node),
-        lambda: int(comfy.model_management.get_free_memory(torch.device("cpu"))), len(blocks), exact,
-    )  # fmt: skip
+    free_memory = lambda: int(comfy.model_management.get_free_memory(torch.device("cpu")))  # noqa: E731
+    return Run(settings.config, kind, schedule, bypass, settings.budget, _sender(settings.node), free_memory, exact)
 
 
 def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
@@ -214,20 +195,20 @@ def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> An
     return run.forward(
         x,
         chunks,
-        lambda forward: executor(x, t, *args, **kwargs) if forward is None else _told(executor, x, t, args, kwargs, forward),
+        lambda forward: executor(x, t, *args, **kwargs) if forward is None else _with_forward(executor, x, t, args, kwargs, forward),
         velocity,
         lambda velocity: sampling.calculate_denoised(t, velocity.to(x.dtype), x),
     )
 
 
-def _told(executor: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> Any:
+def _with_forward(executor: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Forward) -> Any:
     """The forward, with what its blocks must know in options of its own."""
     if kwargs.get("transformer_options"):
         return executor(x, t, *args, **{**kwargs, "transformer_options": {**kwargs["transformer_options"], FORWARD: forward}})
     return executor(x, t, *args[:3], {**args[3], FORWARD: forward}, *args[4:], **kwargs)
 
 
-def _teller(node: str | None) -> Any:
+def _sender(node: str | None) -> Any:
     """Sends a run's state to the page, once a step; nothing where no server runs or the node has no id."""
     server = getattr(sys.modules.get("server"), "PromptServer", None)
     instance = getattr(server, "instance", None)
@@ -237,10 +218,10 @@ def _teller(node: str | None) -> Any:
 
 
 def _remember(settings: Settings, family: str, report: dict[str, Any], failed: bool) -> None:
-    LEDGER.put(Entry(settings.node, _executing(), family, report, not failed))
+    HISTORY.put(Entry(settings.node, _executing(), family, report, not failed))
     skipped = sum(d["action"] == "forecast" for d in report["decisions"])
-    told = "; ".join(dict.fromkeys([f["why"] for f in report["fallbacks"]] + report["warnings"]))
-    logging.info("[tqai] %s: %d of %d evaluations forecast%s", family, skipped, report["evaluations"], f" ({told})" if told else "")
+    reasons = "; ".join(dict.fromkeys([f["why"] for f in report["fallbacks"]] + report["warnings"]))
+    logging.info("[tqai] %s: %d of %d evaluations forecast%s", family, skipped, report["evaluations"], f" ({reasons})" if reasons else "")
 
 
 def _executing() -> str | None:

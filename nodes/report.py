@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from tqai_core.report import Report
 
 from .chart import draw
-from .ledger import LEDGER, Entry, upstream
+from .run_history import HISTORY, Entry, upstream
 from .widgets import CATEGORY
 
 
@@ -45,7 +45,7 @@ class TQAIReport(io.ComfyNode):
     def execute(cls, samples: dict[str, Any]) -> io.NodeOutput:
         before = upstream(cls.hidden.prompt, cls.hidden.unique_id)
         # another workflow of this session may have used the same ids for other nodes
-        entries = [e for e in LEDGER.of(before) if e.patch in upstream(cls.hidden.prompt, e.sampler)] if before else LEDGER.last()
+        entries = [e for e in HISTORY.of(before) if e.patch in upstream(cls.hidden.prompt, e.sampler)] if before else HISTORY.last()
         text, chart = _text(entries), draw(entries)
         data = json.dumps([{"node": e.patch, "sampler": e.sampler, "model": e.family, "done": e.done, **e.report} for e in entries])
         shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(chart, cls=cls).as_dict()}

@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tqai_core.config import Config
+from tqai_core.families.base import Family
 from tqai_core.flow import Flow
 from tqai_core.report import Recorder
 from tqai_core.roles import EntropyMonitor
@@ -28,6 +30,14 @@ from .levels import Forward
 from .schedule import Schedule
 
 BRANCHES = ("cond", "uncond")
+
+
+class Kind(NamedTuple):
+    """What is known of a model: its family's name and the names of its blocks, or its class's name and no blocks."""
+
+    name: str
+    blocks: list[str]
+    family: Family | None
 
 
 @dataclass(frozen=True)
@@ -40,30 +50,34 @@ class Chunk:
 
 
 class Run:
-    """State of one sampling. ``tell`` gets a small dict once a step; ``room`` tells the free bytes of host memory; ``depth``
-    is the number of the model's blocks and ``exact`` those that stay its own."""
+    """State of one sampling.
+
+    Args:
+        schedule: the sampler's sigmas, or the reason why they are of no use.
+        bypass: the reason why everything is computed exactly, if there is one.
+        budget: bytes that may be held.
+        send: gets :meth:`state` once a step.
+        room: gives the free bytes of host memory.
+        exact: numbers of the blocks that stay exact.
+    """
 
     def __init__(
         self,
         config: Config,
-        family: str,
+        kind: Kind,
         schedule: Schedule | str,
         bypass: str | None = None,
         budget: int | None = None,
-        tell: Callable[[dict[str, Any]], None] | None = None,
+        send: Callable[[dict[str, Any]], None] | None = None,
         room: Callable[[], int] | None = None,
-        depth: int = 0,
         exact: frozenset[int] = frozenset(),
     ) -> None:
         self.schedule = schedule if isinstance(schedule, Schedule) else None
-        self.bypass = bypass or (schedule if isinstance(schedule, str) else None)
-        self.budget, self.tell, self.room = budget, tell, room
-        self.level, self.depth, self.exact = config.level, depth, exact
+        self.level, self.kind, self.budget, self.send, self.room, self.exact = config.level, kind, budget, send, room, exact
         self.recorder = Recorder(lambda: self.flow.counted)
-        self.flow = Flow(config, self.recorder, family, allow_new_streams=True)
-        self.flow.begin(self.bypass)
+        self.flow = Flow(config, self.recorder, kind.name, allow_new_streams=True)
+        self.flow.begin(bypass or (schedule if isinstance(schedule, str) else None))
         self.recorder.begin()
-        self.family = family
         self.evaluations = 0
         self.inside = False
         self._lock = threading.Lock()
@@ -71,7 +85,7 @@ class Run:
         self._seen: Counter[str] = Counter()
         self._device: torch.device | None = None
         self._reached = 0  # attention calls that came through us
-        self._look()
+        self._warn()
 
     @contextmanager
     def evaluation(self, sigma: float) -> Iterator[None]:
@@ -95,7 +109,7 @@ class Run:
                 held = self.flow.nbytes
                 self._shrink(held)
         self.recorder.report.decisions[-1]["bytes_held"] = held
-        self._say()
+        self._send()
 
     def forward(
         self,
@@ -110,47 +124,44 @@ class Run:
         ``compute`` runs the model with what its blocks need to know, ``velocity`` turns its output into what is forecast,
         ``restore`` turns a forecast back.
         """
-        if why := self._odd(x, chunks):
-            self.recorder.fallback(self.family, why)
+        if why := self._unusable(x, chunks):
+            self._fallback(why)
             return compute(None)
-        if self.flow.bypass_reason is not None:
-            with self._lock:
-                for chunk in chunks:
-                    self.recorder.call(self.family, self._where(chunk), skipped=False)
-            return compute(None)
-        if self.level != "model":
-            return self._inside(x, chunks, compute)
-        n = len(chunks)
-        kind = (torch.Size((x.shape[0] // n, *x.shape[1:])), x.dtype, x.device)
         with self._lock:
             wheres = [self._where(chunk) for chunk in chunks]
             self._device = x.device
+            if self.flow.bypass_reason is not None:
+                for where in wheres:
+                    self.recorder.call(self.kind.name, where, skipped=False)
+        if self.flow.bypass_reason is not None:
+            return compute(None)
+        if self.level != "model":
+            return self._run_blocks(x, wheres, compute)
+        n = len(wheres)
+        signature = (torch.Size((x.shape[0] // n, *x.shape[1:])), x.dtype, x.device)
+        with self._lock:
             if not self.flow.decision.compute:
-                if all(self.flow.should_skip(where) and self.flow.memory[where].kind == kind for where in wheres):
-                    parts = [self.flow.forecast(where) for where in wheres]
-                    return restore(torch.cat(parts) if n > 1 else parts[0])
+                if all(self.flow.should_skip(where) and self.flow.memory[where].kind == signature for where in wheres):
+                    return restore(torch.cat([self.flow.forecast(where) for where in wheres]))
                 self.flow.revise("a branch has no history at this step")
         forward = self._forward(wheres) if isinstance(self.flow.monitor, EntropyMonitor) else None
         out = compute(forward)  # outside the lock: the other device's forward runs meanwhile
+        if out.shape != x.shape:
+            self._fallback("the model's output has another shape than its input")
+            return out
         with self._lock:
-            if out.shape != x.shape:
-                self.recorder.fallback(self.family, "the model's output has another shape than its input")
-            else:
-                parts = list(velocity(out).chunk(n))
-                lacks = [self.flow.correction(where, part) for where, part in zip(wheres, parts, strict=True)]
-                for where, part in zip(wheres, parts, strict=True):
-                    self.flow.observe(where, part)
-                if any(lack is not None for lack in lacks):
-                    out = restore(torch.cat([part if lack is None else part + lack for part, lack in zip(parts, lacks, strict=True)]))
-        return out
+            parts = velocity(out).chunk(n)
+            corrections = [self.flow.correction(where, part) for where, part in zip(wheres, parts, strict=True)]
+            for where, part in zip(wheres, parts, strict=True):
+                self.flow.observe(where, part)
+        if all(correction is None for correction in corrections):
+            return out
+        return restore(torch.cat([part if add is None else part + add for part, add in zip(parts, corrections, strict=True)]))
 
-    def _inside(self, x: Tensor, chunks: Sequence[Chunk], compute: Callable[[Forward | None], Tensor]) -> Tensor:
+    def _run_blocks(self, x: Tensor, wheres: Sequence[Where], compute: Callable[[Forward | None], Tensor]) -> Tensor:
         """Levels block and attention: the model runs, its blocks ask."""
-        with self._lock:
-            wheres = [self._where(chunk) for chunk in chunks]
-            self._device = x.device
-            if x.ndim in (4, 5):  # all three families cut latents into 2 x 2 patches
-                self.flow.memory.grid = (*x.shape[2:-2], -(-x.shape[-2] // 2), -(-x.shape[-1] // 2))
+        if x.ndim in (4, 5):  # all families cut latents into 2 x 2 patches
+            self.flow.memory.grid = (*x.shape[2:-2], -(-x.shape[-2] // 2), -(-x.shape[-1] // 2))
         forward = self._forward(wheres)
         out = compute(forward)
         self._reached += forward.attentions.total()
@@ -160,29 +171,32 @@ class Run:
         return out
 
     def _forward(self, wheres: Sequence[Where]) -> Forward:
-        return Forward(self.flow, self._lock, self.level, self.family, self.depth, [w.branch for w in wheres], self.exact)
+        second = self.kind.family.second_attention if self.kind.family else ""
+        return Forward(self.flow, self._lock, self.level, second, len(self.kind.blocks), [w.branch for w in wheres], self.exact)
 
     def close(self, failed: bool = False) -> dict[str, Any]:
         """The report; nothing stays held. Interrupted and failed runs end here too."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are in the report, and the door logs them
+            warnings.simplefilter("ignore")  # they are in the report, and the patch logs them
             self.flow.end()
             if not failed:
                 self.recorder.end()
         self._names.clear()
-        self._say()
+        self._send()
         return self.recorder.report.to_dict()
 
-    def _look(self) -> None:
+    def _warn(self) -> None:
         """What the user would otherwise not notice."""
         if self.flow.disabled_reason is None and self.flow.guidance.on:
-            why = "cfg=difference: ComfyUI runs cond and uncond in one batch, so both are computed"
-            self.recorder.fallback(self.family, why)
-        if self.exact and self.level == "model" and len(self.exact) < self.depth:
-            self.recorder.report.warnings.append(
+            self._fallback("cfg=difference: ComfyUI runs cond and uncond in one batch, so both are computed")
+        if self.exact and self.level == "model" and len(self.exact) < len(self.kind.blocks):
+            self.recorder.note(
                 f"skip layers {sorted(self.exact)} change nothing at level model, where a step is skipped whole: protect steps by a "
                 "smaller tau, take level block or attention, or give all blocks to switch off"
             )
+
+    def _fallback(self, why: str) -> None:
+        self.recorder.fallback(self.kind.name, why)
 
     @property
     def held(self) -> int:
@@ -192,24 +206,23 @@ class Run:
         """What the live panel shows."""
         report = self.recorder.report
         errors = [d["error"] for d in report.decisions if d["error"] is not None]
-        taken = [d["error_estimate"] for d in report.decisions if d["action"] == "forecast" and d["error_estimate"] is not None]
-        why = self.flow.bypass_reason or (report.decisions[-1]["why"] if report.decisions else "")
+        estimates = [d["error_estimate"] for d in report.decisions if d["action"] == "forecast" and d["error_estimate"] is not None]
         return {
             "state": "bypassed" if self.flow.bypass_reason else "active",
-            "why": why,
+            "why": self.flow.bypass_reason or (report.decisions[-1]["why"] if report.decisions else ""),
             "step": report.evaluations,
             "total": len(self.schedule.sigmas) - 1 if self.schedule else None,
             "skipped": sum(d["action"] == "forecast" for d in report.decisions),
             "error": errors[-1] if errors else None,  # of a computed step, had it been forecast
-            "estimate": max(taken, default=None),  # of the steps that were
+            "estimate": max(estimates, default=None),  # of the steps that were
             "bytes": self.flow.nbytes,
         }
 
-    def _say(self) -> None:
-        if self.tell is not None:
-            self.tell(self.state())
+    def _send(self) -> None:
+        if self.send is not None:
+            self.send(self.state())
 
-    def _odd(self, x: Tensor, chunks: Sequence[Chunk]) -> str | None:
+    def _unusable(self, x: Tensor, chunks: Sequence[Chunk]) -> str | None:
         if not self.inside:
             return "the model was called outside the sampler's evaluations, so the step is unknown"
         if not chunks or x.shape[0] % len(chunks):
@@ -224,7 +237,7 @@ class Run:
             base = BRANCHES[chunk.index] if chunk.index < len(BRANCHES) else f"cond{chunk.index}"
             self._names[key] = base if nth == 1 else f"{base}.{nth}"
         name = self._names[key]
-        if chunk.window:  # windows may wrap around, so first and last frame do not say it all
+        if chunk.window:  # windows may wrap around, so first and last frame are not enough
             name += "@" + "+".join(f"{a}-{b}" for a, b in _ranges(chunk.window))
         self._seen[name] += 1
         # skip-layer guidance and its like run a condition again at the same step: a stream of its own, so that the
@@ -237,23 +250,18 @@ class Run:
         memory = self.flow.memory
         if self.budget is None or held <= self.budget or self._device is None:
             return
-        told = f"{held / 2**20:.1f} MB held, over the budget of {self.budget / 2**20:g} MB"
-        spare = self.room() if self.room is not None else 0
-        if self._device.type != "cpu" and held <= spare / 2:
+        what = f"{held / 2**20:.1f} MB held, over the budget of {self.budget / 2**20:g} MB"
+        free = self.room() if self.room is not None else 0
+        if self._device.type != "cpu" and held <= free / 2:
             if memory.offload_device is None:
                 memory.offload(torch.device("cpu"))
-                self.recorder.fallback(self.family, f"{told}: kept in CPU memory")
+                self._fallback(f"{what}: kept in CPU memory")
             return
-        self.recorder.fallback(self.family, f"{told}: computed exactly from here on")
+        self._fallback(f"{what}: computed exactly from here on")
         self.flow.begin(f"over the memory budget of {self.budget / 2**20:g} MB")
 
 
 def _ranges(frames: Sequence[int]) -> list[tuple[int, int]]:
     """[0, 1, 2, 7] -> [(0, 2), (7, 7)]"""
-    found: list[tuple[int, int]] = []
-    for frame in frames:
-        if found and frame == found[-1][1] + 1:
-            found[-1] = (found[-1][0], frame)
-        else:
-            found.append((frame, frame))
-    return found
+    runs = [[frame for _, frame in run] for _, run in groupby(enumerate(frames), lambda pair: pair[1] - pair[0])]
+    return [(run[0], run[-1]) for run in runs]

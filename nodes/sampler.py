@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from tqai_core.calibrate.sampler import FORMAT, CalibratedSampler
 from tqai_core.errors import TqaiError
 
 from . import files
-from .widgets import CATEGORY
+from .widgets import CATEGORY, EMPTY, verdict
 
-EMPTY = "no file yet"
-HEAD = 200  # bytes that tell a sampler file from other JSON
+HEAD = 200  # bytes of a JSON file that are searched for the format's name
 
 
 class TQAISampler(io.ComfyNode):
@@ -50,11 +48,7 @@ class TQAISampler(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
         """Instead of the built-in check, which knows only the files that were there when the page was loaded."""
-        try:
-            CalibratedSampler.load(locate(file))
-        except (ValueError, OSError) as error:
-            return str(error)
-        return True
+        return verdict(lambda: CalibratedSampler.load(locate(file)))
 
     @classmethod
     def fingerprint_inputs(cls, file: str, model: Any = None) -> str:
@@ -117,26 +111,20 @@ def about(sampler: CalibratedSampler, compared: bool) -> str:
     )
 
 
-def _roots() -> dict[str, Path]:
-    return {"models": Path(folder_paths.models_dir) / files.FOLDER, "input": Path(folder_paths.get_input_directory())}
+def _folders() -> dict[str, str]:
+    return {"models": os.path.join(folder_paths.models_dir, files.FOLDER), "input": folder_paths.get_input_directory()}
+
+
+def _is_sampler(path: Path) -> bool:
+    """Whether a JSON file begins as a sampler's does."""
+    with path.open("rb") as f:
+        return FORMAT.encode() in f.read(HEAD)
 
 
 def listing() -> list[str]:
-    """Sampler files, told from other JSON by how they begin."""
-    found = []
-    for label, base in _roots().items():
-        for path in sorted(base.rglob("*.json")) if base.is_dir() else ():
-            with path.open("rb") as f:
-                if FORMAT.encode() in f.read(HEAD):
-                    found.append(f"{path.relative_to(base).as_posix()} [{label}]")
-    return found
+    return files.choices(_folders(), _is_sampler)
 
 
 def locate(choice: str) -> Path:
-    """A file of :func:`listing`, inside its folder."""
-    match = re.fullmatch(r"(.+?) \[(models|input)\]", choice, re.DOTALL)
-    path = files.inside(os.fspath(_roots()[match.group(2)]), match.group(1)) if match else None
-    if path is None or path.suffix != ".json" or not path.is_file():
-        known = ", ".join(listing()) or "none yet; tqai calibrate --sampler makes one, put it into models/tqai"
-        raise TqaiError(f"no sampler file {choice!r}; there are: {known}")
-    return path
+    """A file of :func:`listing`."""
+    return files.chosen(choice, _folders(), "sampler", listing(), "tqai calibrate --sampler makes one, put it into models/tqai")

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
-
 from .files import table
-from .pipeline import DEFAULT, Pipeline
-from .widgets import CATEGORY, NONE, PIPELINE, dropdown, pipeline_input
+from .pipeline import NONE
+from .stage import StageNode
 
 
-class TQAIScorer(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TQAIScorer",
-            display_name="TQAI Scorer",
-            category=CATEGORY,
-            description="Sets the scorer of a tqai pipeline: it says how much a step matters, and the monitor allows less error there.",
-            search_aliases=["tqai", "importance", "snr", "cache"],
-            inputs=[
-                dropdown("scorer", "none", "What says how much a step, token or head matters.", (NONE,)),
-                pipeline_input(),
-            ],
-            outputs=[PIPELINE.Output(display_name="pipeline", tooltip="The pipeline with this scorer.")],
-        )
+class TQAIScorer(StageNode):
+    role, choices = "scorer", (NONE,)
+    description = "Sets the scorer of a tqai pipeline: it says how much a step matters, and the monitor allows less error there."
+    tooltip = "What says how much a step, token or head matters."
+    aliases = ("tqai", "importance", "snr", "cache")
 
     @classmethod
-    def execute(cls, scorer: dict[str, Any] | None = None, pipeline: Pipeline | None = None) -> io.NodeOutput:
-        if scorer and scorer.get("file"):
-            scorer = {**scorer, "file": table(scorer["file"])}
-        return io.NodeOutput((pipeline or DEFAULT).with_stage("scorer", scorer))
+    def chosen(cls, choice: dict[str, Any] | None) -> dict[str, Any] | None:
+        return {**choice, "file": table(choice["file"])} if choice and choice.get("file") else choice

@@ -6,8 +6,9 @@ import dataclasses
 
 from comfy_api.latest import io
 
-from .pipeline import DEFAULT, Pipeline, layers
-from .widgets import CATEGORY, PIPELINE, pipeline_input
+from .pipeline import DEFAULT, Pipeline
+from .pipeline import layers as parse
+from .widgets import CATEGORY, PIPELINE, pipeline_input, verdict
 
 
 class TQAISkipLayers(io.ComfyNode):
@@ -34,20 +35,8 @@ class TQAISkipLayers(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, layers: str) -> bool | str:
-        return _complaint(layers) or True
+        return verdict(lambda: parse(layers or ""))  # a linked input is None until it runs
 
     @classmethod
     def execute(cls, layers: str, pipeline: Pipeline | None = None) -> io.NodeOutput:
-        return io.NodeOutput(dataclasses.replace(pipeline or DEFAULT, skip_layers=_parse(layers)))
-
-
-_parse = layers
-
-
-def _complaint(text: str | None) -> str | None:
-    """What is wrong with the text, or None; a linked input is None until it runs."""
-    try:
-        _parse(text or "")
-    except ValueError as error:
-        return str(error)
-    return None
+        return io.NodeOutput(dataclasses.replace(pipeline or DEFAULT, skip_layers=parse(layers)))

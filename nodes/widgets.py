@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from comfy_api.latest import io
@@ -9,10 +10,19 @@ from comfy_api.latest import io
 from tqai_core.registry import REGISTRY, names
 
 from .files import tables
-from .pipeline import NONE
 
 PIPELINE = io.Custom("TQAI_PIPELINE")
 CATEGORY = "tqai"
+EMPTY = "no file yet"  # the one choice where there is no file
+
+
+def verdict(check: Callable[[], Any]) -> bool | str:
+    """What ``validate_inputs`` returns: True, or what ``check`` complains of."""
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return True
 
 
 def dropdown(role: str, default: str, tooltip: str, extra: tuple[str, ...] = ()) -> Any:
@@ -60,6 +70,3 @@ def _magnitude(default: float) -> int:
     """A step of the size of the default's last digit: .06 moves by .01, 2.0 by .1."""
     digits = f"{default:g}".partition(".")[2]
     return -max(len(digits), 1)
-
-
-__all__ = ["CATEGORY", "NONE", "PIPELINE", "dropdown", "pipeline_input"]

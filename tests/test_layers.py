@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,25 @@ def test_one_new_file_shows_up_everywhere(tmp_path):
     assert "zeta:schedule=cosine" in run.stdout
     run = subprocess.run([sys.executable, "-m", "tqai_core.cli", "methods"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "zeta" in run.stdout
+
+
+TOYS = {"family": "families/toy.py", "token_scorer": "scorers/toytokens.py", "forecaster": "strategies/toyhalf.py"}
+
+
+def test_a_family_a_token_scorer_and_a_forecaster_are_one_file_each(tmp_path):
+    """Found by diffusers, the ComfyUI host, caches, presets, the command and the docs, and they act there."""
+    import shutil
+
+    shutil.copytree(ROOT / "tqai_core", tmp_path / "tqai_core", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    for toy, place in TOYS.items():
+        shutil.copy(ROOT / f"tests/toys/{toy}.py", tmp_path / "tqai_core" / place)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    check = [sys.executable, str(ROOT / "tests/toys/check.py"), str(ROOT / "tests")]
+    run = subprocess.run(check, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "all found", run.stderr
+    listed = subprocess.run([sys.executable, "-m", "tqai_core.cli", "methods"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "toytokens" in listed.stdout
+    assert "toyhalf" in listed.stdout
 
 
 def test_the_registry_finds_its_fields_and_the_manager_nothing_to_install():

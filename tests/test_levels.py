@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tqai_core as tqai
-from tqai_core import minis
+from tqai_core import minis, site
 from tqai_core.attention.token_order import TileOrder
-from tqai_core.hosts.diffusers import processors as sites
+from tqai_core.hosts.diffusers import sites
 from tqai_core.metrics import nmse
 from tqai_core.registry import REGISTRY, names
 
@@ -315,9 +315,9 @@ def test_stability_sees_the_attention_at_every_level(kind, level, tiny):
 def test_entropy_of_uniform_attention_is_one_and_of_one_token_zero():
     q = torch.zeros(1, 2, 32, 8)
     k = torch.randn(1, 2, 32, 8)
-    assert torch.allclose(sites.entropy(q, k), torch.ones(2), atol=1e-4)
+    assert torch.allclose(site.entropy(q, k), torch.ones(2), atol=1e-4)
     k[:, :, 5] = 100.0
-    assert sites.entropy(q + 1, k).abs().max() < 1e-4
+    assert site.entropy(q + 1, k).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", minis.KINDS)
@@ -356,12 +356,12 @@ def test_state_is_kept_per_branch(tiny):
     assert {site.split("/")[2] for site in handle.report().per_site} == {"call0", "call1"}
     error = nmse(torch.stack(ours), torch.stack(exact))
 
-    class Mixed(sites.Site):
-        def where(self, kind, branch=None):
+    class Mixed(sites.ModuleSite):
+        def where(self, kind, branch):
             return super().where(kind, "one for all")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tqai_core.hosts.diffusers.door.Site", Mixed)
+        patch.setattr("tqai_core.hosts.diffusers.attach.ModuleSite", Mixed)
         with tqai.apply(model, config, steps=STEPS):
             mixed = nmse(torch.stack(loop(call, 2)), torch.stack(exact))
     assert mixed > 10 * error

@@ -575,7 +575,7 @@ def test_the_scorer_offers_calibrations_of_the_models_folder(host, tmp_path, mon
         save_file(tensors, str(tmp_path / "tqai" / f"{family}.safetensors"), {"tqai-calibration": header})
     assert offered() == ["flux.safetensors", "wan.safetensors"]
     flux = host.load("flux")
-    blocks = len(host.part("nodes.patch").family_of(flux)[1])
+    blocks = len(host.part("nodes.patch").kind_of(flux).blocks)
     save_file({**tensors, "fisher": torch.rand(blocks, 2, 2, 3)}, str(tmp_path / "tqai" / "mine.safetensors"), {
         "tqai-calibration": json.dumps({"format": 1, "complete": True, "family": "flux"})
     })  # fmt: skip

@@ -195,6 +195,19 @@ def test_levels_need_a_model_whose_blocks_are_known(host):
     assert "no flow-matching model" in host.report()["fallbacks"][0]["why"]
 
 
+def test_another_class_of_the_same_name_is_another_model(host):
+    """AuraFlow's class is called MMDiT too, as SD3's."""
+    if host.real:
+        pytest.skip("the tiny checkpoints hold no AuraFlow")
+    m = host.load("aura")
+    assert type(m.model.diffusion_model).__name__ == "MMDiT"
+    assert host.part("nodes.patch").kind_of(m).family is None
+    with pytest.raises(ValueError, match="this is a MMDiT: take level 'model'"):
+        host.compress(m, host.pipeline(), level="block")
+    host.sample(host.compress(m, host.pipeline()), "aura")
+    assert forecasts(host.report()) >= 7
+
+
 def test_difference_guidance_says_that_it_does_nothing_here(host):
     on = host.compress(host.load("sd3"), strategy(host, "delta2", cfg="difference"))
     host.sample(on, "sd3")

@@ -51,7 +51,7 @@ def attn_processors(transformer: Any, config: Config, *, steps: int | None = Non
     A dict of processors, with the report and the undo as its ``handle``. ``config.level`` must be ``attention``. The
     schedule is read from the pipeline that calls; in a loop of your own give ``steps``.
     """
-    from .hosts.diffusers.door import attn_processors
+    from .hosts.diffusers.attach import attn_processors
 
     return attn_processors(transformer, config, steps)
 

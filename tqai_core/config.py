@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from . import families
 from .errors import TqaiError
 from .registry import Method, build, parse
 from .roles import Codec, Monitor, Scorer, Strategy
@@ -144,15 +145,9 @@ def _layers(given: Any) -> tuple[int | str, ...]:
 
 
 PRESETS = ("quality", "balanced", "fast")
-FAMILIES = ("flux", "sd3", "wan")
-# tolerance a preset and family, tuned on seeds 100 to 103 of the minis; the bench and its figures use seeds 0 to 2
-TAUS = {
-    "quality": {"flux": 0.04, "sd3": 0.04, "wan": 0.04},
-    "balanced": {"flux": 0.06, "sd3": 0.065, "wan": 0.065},
-    "fast": {"flux": 0.09, "sd3": 0.08, "wan": 0.085},
-}
-
-
+FAMILIES = tuple(families.FAMILIES)
+# tolerance of each preset and family, tuned on seeds 100 to 103 of the minis; the bench and its figures use seeds 0 to 2
+TAUS = {name: {family.name: family.tolerances[name] for family in families.FAMILIES.values()} for name in PRESETS}
 KV_PRESETS = ("k8v4", "k4v4", "k4v3", "k4v2", "k2v2")  # bits of keys and values
 
 
@@ -161,7 +156,7 @@ def preset(name: str = "balanced", family: str | None = None) -> Config:
     (50 to 58 %).
 
     ``k8v4``, ``k4v4``, ``k4v3``, ``k4v2``, ``k2v2``: KV caches with so many bits for keys and values.
-    ``family`` is ``flux``, ``sd3`` or ``wan``; without one the strictest tolerance of the three is taken.
+    ``family`` is a name of ``FAMILIES``; without one the strictest tolerance of all families is taken.
     """
     if name in KV_PRESETS and family is None:
         return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])})

@@ -9,13 +9,13 @@
      |                                                                             |
    Scorer.score(x) -> Strategy.plan -> parts, bits -> Codec.encode -> Packed -> memory
      |                                                                             |
-   Monitor.observe(forecast against x)   (free: the truth is here)                 v
+   Monitor.observe(forecast against x)   (free: x is known here)                   v
      +--------------------------------- x goes on exact*                    x^ goes on
 
-* at level model, where the sampler is Euler: plus what the forecasts before it lacked (``Strategy.correction``)
+* at level model, where the sampler is Euler: plus the error of the forecasts before it (``Forecaster.correction``)
 
-A door calls ``begin`` for a generation, ``enter`` for a step, then for each site ``through``; or, where computing and
-asking lie apart (compiled blocks), ``skips``, ``recall``, ``lack`` and ``observe``; and ``end``.
+A host calls ``begin`` for a generation, ``enter`` for a step, then ``apply`` for each site; or, where a site is asked in one place
+and computed in another (:class:`site.Site`), ``should_skip``, ``forecast``, ``correction`` and ``observe``; and ``end``.
 """
 
 from __future__ import annotations
@@ -40,9 +40,13 @@ from .types import Decision, Part, Step, Where, nbytes, signature
 class Flow:
     """One model's pipeline and the state of its current generation.
 
-    ``agree`` makes the ranks of a distributed run see one error: it sums a small tensor over them. ``late`` is for hosts
-    whose branches come and go during a run (ComfyUI's timed prompts and moving windows): a new stream is taken in, all
-    is computed until it has a history, and one that a computed step left out is dropped.
+    Args:
+        config: the methods.
+        recorder: writes the report.
+        model: the model's name in the report.
+        agree: sums a small tensor over the ranks of a distributed run, so that all of them see one error.
+        allow_new_streams: for hosts whose branches come and go during a run (ComfyUI's timed prompts and moving windows). Steps
+            are computed until a new stream has a history; a stream that a computed step did not have is dropped.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class Flow:
         self.memory.clear()
         self.guidance.begin()
         self.bypass_reason = self.disabled_reason or bypass
-        self.gate_state = Stream(self.codec)  # the state of the monitor, and of the scorer's word on steps
+        self.gate_state = Stream(self.codec)  # state of the monitor, and of the scorer where it scores steps
         self.decision = Decision(True, "start")
         self.step: Step | None = None
         self.exact: set[Where] = set()
@@ -136,19 +140,19 @@ class Flow:
         if sibling is not None and self.should_predict_from_sibling(where, sibling):
             return self.predict_from_sibling(where, sibling)
         x = compute()
-        lack = self.correction(where, x)
+        correction = self.correction(where, x)
         self.observe(where, x, sibling)
-        return x if lack is None else x + lack
+        return x if correction is None else x + correction
 
     def correction(self, where: Where, x: Tensor) -> Tensor | None:
-        """What to add to ``x`` so that the sampler's step from here takes back the error of the forecasts before it."""
+        """What to add to ``x``, so that the sampler's step from here cancels the error of the forecasts before it."""
         step, stream = cast(Step, self.step), self.memory.streams.get(where)
         if not self.skipped_steps or step.next is None or step.next == step.sigma or self.bypass_reason is not None or self.guidance.on:
             return None
         if stream is None or stream.kind != signature(x) or where in self.exact or x.requires_grad:
             return None
-        lack = self.strategy.correction(x, stream, step, self.skipped_steps)
-        return None if lack is None else lack.div_(step.next - step.sigma).to(x.dtype)
+        error = self.strategy.correction(x, stream, step, self.skipped_steps)
+        return None if error is None else error.div_(step.next - step.sigma).to(x.dtype)
 
     def should_skip(self, where: Where) -> bool:
         """Whether this site is forecast at this step."""
@@ -160,7 +164,7 @@ class Flow:
         return stream is not None and stream.kind is not None
 
     def forecast(self, where: Where, called: bool = True) -> Tensor:
-        """The forecast of a site that ``skips``. ``called=False`` for the second tensor of one call."""
+        """The forecast of a site that ``should_skip``. ``called=False`` for the second tensor of one call."""
         stream = self.memory[where]
         guess = self.strategy.forecast(stream, cast(Step, self.step))
         stream.decoded.clear()
@@ -173,7 +177,7 @@ class Flow:
         return self.bypass_reason is None and where not in self.exact and self.guidance.due(where, sibling, cast(Step, self.step))
 
     def predict_from_sibling(self, where: Where, sibling: Where, called: bool = True) -> Tensor:
-        """The tensor of a branch that is spared: held from now on as if computed, but judged by nobody."""
+        """The tensor of a branch that is not computed. It is held as if it were, and no error is measured."""
         x = self.guidance.other(where, sibling, self.strategy, cast(Step, self.step))
         if called:
             self.recorder.call(self.model, where, skipped=True)
@@ -181,10 +185,10 @@ class Flow:
         return x
 
     def observe(self, where: Where, x: Tensor, sibling: Where | None = None, called: bool = True, against: Tensor | None = None) -> None:
-        """A site computed ``x``: judge the forecast it would have had, and hold what the strategy wants of it. Its error
-        counts relative to ``x``, or to ``against`` where ``x`` is only a part of the output."""
+        """A site computed ``x``: compare its forecast with ``x``, and hold the parts that the strategy plans. The error counts relative
+        to ``x``, or to ``against`` where ``x`` is only a part of the output."""
         if self.step is None or self._first is None:
-            raise RuntimeError("enter(step) comes before through()")
+            raise RuntimeError("enter(step) comes before observe()")
         if self.opening:
             self._first.add(where)
         if called:
@@ -269,16 +273,16 @@ class Flow:
         if not self._pending or self.step is None:
             return
         sums, signals = self._read()
-        gap = truth = 0.0
+        gap = size = 0.0
         judged = False
-        for (where, guessed, _), (g, t) in zip(self._pending, sums, strict=True):
-            if not (g < float("inf") and t < float("inf")):  # NaN fails both
+        for (where, guessed, _), (g, s) in zip(self._pending, sums, strict=True):
+            if not (g < float("inf") and s < float("inf")):  # NaN fails both
                 self._give_up(where, "NaN or inf in its output")
                 continue
             if guessed:
-                judged, gap, truth = True, gap + g, truth + t
-                self.recorder.error(self.model, where, relative(g, t))
-        error = relative(gap, truth) if judged else None
+                judged, gap, size = True, gap + g, size + s
+                self.recorder.error(self.model, where, relative(g, s))
+        error = relative(gap, size) if judged else None
         self._entry["error"] = error
         scores = [v for v in signals.pop("importance", []) if v == v]
         self.importance = min(max(sum(scores) / len(scores), 0.0), 1.0) if scores else None

@@ -105,7 +105,7 @@ class Host:
             return model.model.process_latent_in(out) if self.real else out
 
     def report(self) -> dict[str, Any]:
-        return self.part("nodes.ledger").LEDGER.last()[0].report
+        return self.part("nodes.run_history").HISTORY.last()[0].report
 
     @contextlib.contextmanager
     def forwards(self, model: Any) -> Iterator[list[int]]:

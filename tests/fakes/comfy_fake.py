@@ -141,13 +141,21 @@ class Transformer(nn.Module):
         return h.transpose(1, 2).reshape(x.shape)
 
 
-Flux = type("Flux", (Transformer,), {"lists": ("double_blocks", "single_blocks")})
-MMDiT = type("OpenAISignatureMMDITWrapper", (Transformer,), {"lists": ("joint_blocks",)})
-WanModel = type("WanModel", (Transformer,), {"lists": ("blocks",)})
-UNet = type("UNetModel", (Transformer,), {"lists": ("input_blocks",)})
+def transformer(path: str, *lists: str) -> type[Transformer]:
+    """A class with the module and name of ComfyUI's own, by which tqai knows it."""
+    module, _, name = path.partition(":")
+    return type(name, (Transformer,), {"lists": lists, "__module__": module})
+
+
+Flux = transformer("comfy.ldm.flux.model:Flux", "double_blocks", "single_blocks")
+MMDiT = transformer("comfy.ldm.modules.diffusionmodules.mmdit:OpenAISignatureMMDITWrapper", "joint_blocks")
+WanModel = transformer("comfy.ldm.wan.model:WanModel", "blocks")
+UNet = transformer("comfy.ldm.modules.diffusionmodules.openaimodel:UNetModel", "input_blocks")
+AuraFlow = transformer("comfy.ldm.aura.mmdit:MMDiT", "double_layers")
 MODELS: dict[str, tuple[type[Transformer], int, float]] = {
     "flux": (Flux, 16, 1.15), "sd3": (MMDiT, 16, 3.0), "sd35m": (MMDiT, 16, 3.0), "wan22_5b": (WanModel, 48, 8.0),
-    "wan_14b_high": (WanModel, 16, 8.0), "wan_14b_low": (WanModel, 16, 8.0), "wan_14b_i2v": (WanModel, 16, 8.0), "sdxl": (UNet, 4, 1.0),
+    "wan_14b_high": (WanModel, 16, 8.0), "wan_14b_low": (WanModel, 16, 8.0), "wan_14b_i2v": (WanModel, 16, 8.0),
+    "sdxl": (UNet, 4, 1.0), "aura": (AuraFlow, 16, 1.73),
 }  # fmt: skip
 
 

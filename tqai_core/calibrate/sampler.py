@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TqaiError
+from ..families import FAMILIES
 from ..files import write_text
 from ..metrics import nmse
 from ..modelhash import model_hash, signs
@@ -34,7 +35,7 @@ MARGIN = 0.75  # of the best stock solver's error: a smaller gain may be chance 
 NEAR = 1.25  # a guidance within this factor of the calibrated one needs no proof of its own
 STOCK = ("ab2", "unipc", "dpm++")
 MOST = 1_000_000  # bytes a file may have; one takes a few thousand
-ENTRIES = ("x_embedder.weight", "img_in.weight", "pos_embed.proj.weight", "x_embedder.proj.weight", "patch_embedding.weight")
+ENTRIES = tuple(dict.fromkeys(name for f in FAMILIES.values() for name in (f.diffusers.entry, f.comfyui.entry)))
 Make = Callable[[int, BatchBarrier], Multistep]
 
 

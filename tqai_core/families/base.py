@@ -1,4 +1,4 @@
-"""Base of the model families: what the diffusers adapter must know of a transformer class. One family a file."""
+"""What the hosts must know of a family of diffusion transformers."""
 
 from __future__ import annotations
 
@@ -8,27 +8,53 @@ from typing import Any
 
 from torch import Tensor, nn
 
-SELF = ("attn", "attn1")  # names of a block's self-attention
+SELF = ("attn", "attn1")  # names of a block's self-attention in diffusers
+
+
+@dataclass(frozen=True)
+class InHost:
+    """A family in one host.
+
+    Attributes:
+        classes: the transformer's classes as ``"module:Class"``. Two libraries, or two models of one library, may have classes
+            of one name: ComfyUI has an ``MMDiT`` for SD3 and another one for AuraFlow.
+        blocks: attributes that hold the transformer's blocks, in the order in which they run.
+        entry: weights of the first layer. Their values are the same in all hosts.
+    """
+
+    classes: tuple[str, ...]
+    blocks: tuple[str, ...]
+    entry: str
 
 
 @dataclass(frozen=True)
 class Family:
-    """``classes`` are transformer class names, ``blocks`` the attributes that hold its layers in order, ``time_scale``
-    the factor between sigma and the ``timestep`` that the class takes, ``text_first`` the place of text in joint attention.
-    ``tokens`` is the module whose output are the image's tokens, ``rope`` the one that makes their rotary tables, where it
-    is not told their places."""
+    """One kind of model.
+
+    Attributes:
+        name: as in ``tqai.preset("balanced", family=name)``.
+        diffusers, comfyui: the family in these hosts.
+        tolerances: ``tau`` of the monitor ``lyapunov`` for each preset.
+        time_scale: ``timestep`` argument of the diffusers class, divided by sigma.
+        text_first: text comes before the image in the joint attention of diffusers.
+        tokens: diffusers module whose output is the image's tokens.
+        rope: diffusers module that makes the rotary tables from the grid alone; "" if the places of the tokens are an argument.
+        second_attention: kind of a block's second attention in ComfyUI: ``cross`` for attention to the text.
+    """
 
     name: str
-    classes: tuple[str, ...]
-    blocks: tuple[str, ...]
+    diffusers: InHost
+    comfyui: InHost
+    tolerances: Mapping[str, float]
     time_scale: float
     text_first: bool = False
     tokens: str = ""
     rope: str = ""
+    second_attention: str = "attn2"
 
     def layers(self, transformer: Any) -> list[tuple[str, nn.Module]]:
-        """All blocks with their names, in the order they run; ``skip_layers`` counts these."""
-        return [(f"{name}.{i}", block) for name in self.blocks for i, block in enumerate(getattr(transformer, name))]
+        """All blocks of a diffusers transformer with their names, in the order in which they run; ``skip_layers`` counts these."""
+        return [(f"{name}.{i}", block) for name in self.diffusers.blocks for i, block in enumerate(getattr(transformer, name))]
 
     def attentions(self, transformer: Any) -> Iterator[tuple[str, str, nn.Module]]:
         """(site, module name, module) of every attention: ``attn.3`` the third block's self-attention, ``cross.3``, ``attn2.3``."""
@@ -44,7 +70,7 @@ class Family:
         return float(value) / self.time_scale
 
     def grid(self, transformer: Any, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-        """(height, width) or (frames, height, width) of the image tokens of a call; () where it is unknown."""
+        """(height, width) or (frames, height, width) of the image tokens of a diffusers call; () where it is unknown."""
         x, patch = kwargs.get("hidden_states"), getattr(transformer.config, "patch_size", None)
         if not isinstance(x, Tensor) or patch is None or x.ndim not in (4, 5):
             return ()

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Family
+from .base import Family, InHost
 
 
 class Flux(Family):
@@ -18,11 +18,17 @@ class Flux(Family):
         return tuple(size for size in sizes if size > 1)
 
 
+MODULE = "diffusers.models.transformers.transformer_flux"
 FAMILY = Flux(
-    "flux",
-    ("FluxTransformer2DModel", "Flux2Transformer2DModel"),
-    ("transformer_blocks", "single_transformer_blocks"),
-    1.0,
-    True,
-    "x_embedder",
+    name="flux",
+    diffusers=InHost(
+        classes=(f"{MODULE}:FluxTransformer2DModel", f"{MODULE}2:Flux2Transformer2DModel"),
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        entry="x_embedder.weight",
+    ),
+    comfyui=InHost(classes=("comfy.ldm.flux.model:Flux",), blocks=("double_blocks", "single_blocks"), entry="img_in.weight"),
+    tolerances={"quality": 0.04, "balanced": 0.06, "fast": 0.09},
+    time_scale=1.0,
+    text_first=True,
+    tokens="x_embedder",
 )

@@ -1,5 +1,19 @@
-"""Stable Diffusion 3 and 3.5: guidance is one batch of [uncond; cond]."""
+"""Stable Diffusion 3 and 3.5: guidance is one batch of [uncond; cond] in diffusers."""
 
-from .base import Family
+from .base import Family, InHost
 
-FAMILY = Family("sd3", ("SD3Transformer2DModel",), ("transformer_blocks",), 1000.0, tokens="pos_embed")
+MODULE = "comfy.ldm.modules.diffusionmodules.mmdit"
+FAMILY = Family(
+    name="sd3",
+    diffusers=InHost(
+        classes=("diffusers.models.transformers.transformer_sd3:SD3Transformer2DModel",),
+        blocks=("transformer_blocks",),
+        entry="pos_embed.proj.weight",
+    ),
+    comfyui=InHost(
+        classes=(f"{MODULE}:OpenAISignatureMMDITWrapper", f"{MODULE}:MMDiT"), blocks=("joint_blocks",), entry="x_embedder.proj.weight"
+    ),
+    tolerances={"quality": 0.04, "balanced": 0.065, "fast": 0.08},
+    time_scale=1000.0,
+    tokens="pos_embed",
+)

@@ -1,5 +1,16 @@
 """WAN 2.1 and 2.2: two calls a step; A14B switches to ``transformer_2`` on the way."""
 
-from .base import Family
+from .base import Family, InHost
 
-FAMILY = Family("wan", ("WanTransformer3DModel",), ("blocks",), 1000.0, tokens="patch_embedding", rope="rope")
+FAMILY = Family(
+    name="wan",
+    diffusers=InHost(
+        classes=("diffusers.models.transformers.transformer_wan:WanTransformer3DModel",), blocks=("blocks",), entry="patch_embedding.weight"
+    ),
+    comfyui=InHost(classes=("comfy.ldm.wan.model:WanModel",), blocks=("blocks",), entry="patch_embedding.weight"),
+    tolerances={"quality": 0.04, "balanced": 0.065, "fast": 0.085},
+    time_scale=1000.0,
+    tokens="patch_embedding",
+    rope="rope",
+    second_attention="cross",
+)

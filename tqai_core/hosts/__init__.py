@@ -13,7 +13,7 @@ from .protocol import Host
 HOSTS = (
     Host(
         "diffusers",
-        ".diffusers.door",
+        ".diffusers.attach",
         "model",
         "a diffusers pipeline (StableDiffusion3Pipeline, FluxPipeline, WanPipeline) or its transformer",
     ),

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import TqaiError
+from ..families import family_of
 
 Change = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # layer, q, k, v [b, heads, n, d] -> k, v
 
@@ -33,8 +34,6 @@ def intercept_attention(model: Any, change: Change | None) -> Iterator[None]:
 def blocks_of(model: Any) -> list[nn.Module]:
     """The layers in the order in which they run, as :func:`intercept_attention` numbers them."""
     if not _is_language(model):
-        from .diffusers.door import family_of
-
         return [block for _, block in family_of(model).layers(model)]
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if not hasattr(decoder, "layers"):
@@ -75,8 +74,6 @@ class _FirstAttention(TorchFunctionMode):
 
 @contextmanager
 def _diffusion(model: Any, change: Change) -> Iterator[None]:
-    from .diffusers.door import family_of
-
     with ExitStack() as undo:
         for site, _, module in family_of(model).attentions(model):
             kind, number = site.split(".")

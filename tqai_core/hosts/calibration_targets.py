@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import TqaiError
+from ..families import family_of
 from ..report import Report
 from .attention_interceptor import Change, intercept_attention
 
@@ -71,8 +72,6 @@ class Diffusion:
             raise TqaiError(f"{type(self.pipe).__name__} has no {self.part}: give --part transformer")
         if not 1 <= self.bands <= self.steps:
             raise TqaiError(f"bands={self.bands}: give 1 to {self.steps}, the number of steps")
-        from .diffusers.door import family_of
-
         self.family = family_of(self.model)
         self.model.requires_grad_(False).eval()
 

@@ -21,10 +21,10 @@ import tqai_core
 
 from ...config import Config, preset
 from ...errors import TqaiError
+from ...families import family_of
 from ...metrics import psnr
 from ...peak import Peak
 from ...text import first_line
-from .door import family_of
 from .load import pipeline
 
 ARGUMENTS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ from ...config import Config
 from ...errors import TqaiError
 from ...modelhash import model_hash
 from ...version import VERSION
-from .door import EXPERTS, HOOK, attach
+from .attach import attach, is_attached
+from .clock import EXPERTS, pipelines_on_the_stack
 from .schedulers import scheduler as stock_scheduler
 
 TRAIN = 1000  # timesteps are sigmas in thousandths, as in every flow-matching scheduler
@@ -72,8 +72,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """``sigmas`` and ``mu`` that a pipeline proposes are ignored: the grid is the solver's."""
         assert self.solver is not None
         self._check_request(num_inference_steps, sigmas, mu)
-        if (caller := _caller(self)) is not None:
-            self.called(*caller)
+        for pipe, names in pipelines_on_the_stack():
+            if pipe.scheduler is self:
+                self.called(pipe, names)
+                break
         self.num_inference_steps = self.solver.steps
         nodes = torch.tensor(self.solver.nodes, dtype=torch.float64)
         self.sigmas = nodes.float()
@@ -151,7 +153,7 @@ class CalibratedScheduler(SolverScheduler):
             raise TqaiError(
                 f"{name} is in use, but this sampler was calibrated with {g['name']}={g['made']:g}: use that, or calibrate again"
             )
-        if self.calibrated.difference is not None and not all(_hooked(model) for model in models.values()):
+        if self.calibrated.difference is not None and not all(is_attached(model) for model in models.values()):
             raise TqaiError(
                 "this sampler was calibrated with the guidance difference forecast: tqai.apply(pipe, "
                 f"tqai.Config.from_json({self.calibrated.difference!r})) first, or calibrate without --difference"
@@ -174,25 +176,6 @@ def guidance_of(names: Mapping[str, Any]) -> tuple[str, float]:
     return "guidance_scale", 1.0 if value is None else float(value)
 
 
-def _hooked(model: Any) -> bool:
-    registry = getattr(model, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook(HOOK) is not None
-
-
-def _caller(scheduler: Any) -> tuple[Any, Mapping[str, Any]] | None:
-    """The pipeline on the call stack whose scheduler this is, with the local names of its ``__call__``.
-
-    Pipelines hand neither their guidance nor themselves to a scheduler, and a hook around ``__call__`` would be lost when the
-    scheduler is set on another pipeline: the stack is the only place where both are found.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and getattr(pipe := frame.f_locals.get("self"), "scheduler", None) is scheduler:
-            return pipe, frame.f_locals
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
 class PipelineModel:
     """A diffusers pipeline for the calibrator. ``inputs(seeds)`` gives the pipeline's keyword arguments for a batch, a sample a
     seed; ``batch`` seeds go through the model at a time. The pipeline is as it was afterwards."""
@@ -200,7 +183,7 @@ class PipelineModel:
     def __init__(self, pipe: Any, inputs: Callable[[Sequence[int]], dict[str, Any]], batch: int = 8, difference: bool = False) -> None:
         self.pipe, self.inputs, self.batch, self.difference = pipe, inputs, batch, difference
         self.models = transformers_of(pipe)
-        if any(_hooked(model) for model in self.models.values()):
+        if any(is_attached(model) for model in self.models.values()):
             raise TqaiError("tqai is applied to this pipeline: call handle.remove() before calibrating a sampler")
         self.tick: Callable[[float], None] = lambda share: None
         self.more: dict[str, Any] = {}  # arguments over those of inputs

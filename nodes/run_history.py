@@ -1,13 +1,13 @@
-"""Reports of finished and running samplings, figures only. Knows no host."""
+"""Reports of the last samplings, figures only. Knows no host."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-MOST = 64  # samplers remembered
+MAX_SAMPLERS = 64
 
 
 @dataclass
@@ -19,25 +19,21 @@ class Entry:
     family: str
     report: dict[str, Any]
     done: bool = False
-    order: int = field(default=0)
 
 
-class Ledger:
-    """The last sampling of each sampler node. A second prompt that leaves the sampler out still finds its report."""
+class RunHistory:
+    """The last sampling of each sampler node. A second prompt that does not run the sampler again still finds its report."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple[str | None, str | None], Entry] = OrderedDict()
-        self._count = 0
 
     def put(self, entry: Entry) -> None:
         with self._lock:
             key = (entry.sampler, entry.patch)
             self._entries.pop(key, None)
-            self._count += 1
-            entry.order = self._count
             self._entries[key] = entry
-            while len(self._entries) > MOST:
+            while len(self._entries) > MAX_SAMPLERS:
                 self._entries.popitem(last=False)
 
     def of(self, upstream: set[str]) -> list[Entry]:
@@ -50,7 +46,7 @@ class Ledger:
             return list(self._entries.values())[-1:]
 
 
-LEDGER = Ledger()
+HISTORY = RunHistory()
 
 
 def upstream(prompt: Any, node: str | None) -> set[str]:

@@ -1,0 +1,122 @@
+"""Where the sampler is, told by the pipeline's scheduler or by the calls alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from ...families.base import Family
+from ...types import Step
+
+EXPERTS = ("transformer", "transformer_2")  # attributes of a pipeline that hold its transformers
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One call of the transformer. ``key`` is the same for all calls of one evaluation."""
+
+    key: Any
+    step: Step
+    fresh: bool  # first evaluation of a new generation
+    bypass: str | None = None  # why the generation is computed exactly
+
+
+class SchedulerClock:
+    """Reads the pipeline's scheduler: no host sync, right for bf16 timesteps, UniPC, DPM++ and cut schedules."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.start = 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.timesteps: Any = None
+
+    def tick(self, timestep: Any, family: Family, context: Any) -> Tick:
+        scheduler = self.pipe.scheduler
+        fresh = scheduler.timesteps is not self.timesteps  # every generation calls set_timesteps
+        if fresh:
+            self.timesteps = scheduler.timesteps
+            sigmas = getattr(scheduler, "sigmas", None)
+            self.sigmas = [] if sigmas is None else torch.as_tensor(sigmas).float().cpu().tolist()
+            self.start = self._position(timestep, family, first=True)
+        at = self._position(timestep, family)
+        bypass = None
+        if getattr(scheduler, "order", 1) != 1:
+            bypass = f"{type(scheduler).__name__} evaluates a step {scheduler.order} times: skipping is proven for one evaluation a step"
+        elif len(self.sigmas) < len(self.timesteps):
+            bypass = f"{type(scheduler).__name__} has no sigmas: use a flow-matching scheduler"
+        sigma = self.sigmas[at] if at < len(self.sigmas) else 0.0
+        euler = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.get("stochastic_sampling", False)
+        after = self.sigmas[at + 1] if euler and at + 1 < len(self.sigmas) else None
+        last = at == len(self.timesteps) - 1
+        return Tick(at, Step(at, sigma, len(self.timesteps) - self.start, last, self._width(at), after), fresh, bypass)
+
+    def _width(self, at: int) -> float:
+        """The step from here relative to the mean step of the schedule."""
+        if at + 1 >= len(self.sigmas) or self.sigmas[self.start] <= self.sigmas[-1]:
+            return 1.0
+        mean = (self.sigmas[self.start] - self.sigmas[-1]) / (len(self.sigmas) - 1 - self.start)
+        return abs(self.sigmas[at] - self.sigmas[at + 1]) / mean
+
+    def _position(self, timestep: Any, family: Family, first: bool = False) -> int:
+        scheduler = self.pipe.scheduler
+        if scheduler.step_index is not None and not first:
+            return min(int(scheduler.step_index), len(self.timesteps) - 1)
+        if getattr(scheduler, "begin_index", None) is not None:
+            return int(scheduler.begin_index)
+        if not first:
+            return self.start
+        now = family.sigma(timestep) * 1000.0  # schedulers count in thousandths
+        return int((self.timesteps.float().cpu() - now).abs().argmin())
+
+
+class CallClock:
+    """A loop of the user's own: a new timestep is a new evaluation, a larger one a new generation."""
+
+    def __init__(self, steps: int | None) -> None:
+        self.steps = steps
+        self.index = -1
+        self.reset()
+
+    def reset(self) -> None:
+        self.sigma: float | None = None
+
+    def tick(self, timestep: Any, family: Family, context: Any) -> Tick:
+        sigma = family.sigma(timestep)
+        position, total = getattr(context, "step_index", None), getattr(context, "num_inference_steps", None) or self.steps
+        fresh = self.sigma is None or sigma > self.sigma + 1e-6 or (total is not None and self.index + 1 >= total and sigma != self.sigma)
+        if fresh:
+            self.index = 0
+        elif sigma != self.sigma:
+            self.index += 1
+        self.sigma = sigma
+        at = self.index if position is None else position
+        bypass = None if total else "the last step is unknown: give apply(transformer, config, steps=N)"
+        return Tick(at, Step(at, sigma, total, total is not None and at == total - 1), fresh, bypass)
+
+
+Clock = SchedulerClock | CallClock  # ``tick`` at each call of the transformer, ``reset`` when a generation is over
+
+
+def pipelines_on_the_stack() -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Pipelines whose ``__call__`` is running, the innermost first, each with the local names of that call.
+
+    A bare transformer that was patched by itself has no other way to its schedule. Tried instead (diffusers 0.42):
+
+    - the cache context: of all pipelines here, one of WAN's alone puts the step into it; Flux gives a name, SD3 sets no context;
+    - a hook or a ContextVar set by the pipeline: it may be made after the patch, and each class has a ``__call__`` of its own, so
+      that all classes would have to be patched;
+    - patching ``set_timesteps`` of the schedulers: a scheduler does not know which transformer its steps are for.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        pipe = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
+        if hasattr(pipe, "scheduler"):
+            yield pipe, frame.f_locals
+        frame = frame.f_back
