@@ -149,7 +149,9 @@ def test_forecast_guidance_is_closer_than_a_sampler_of_the_same_calls(kind, door
     """cfg=difference, which ComfyUI has not: on half of the computed steps the unconditional branch is forecast as well."""
     if kind == "sd3":
         pytest.skip("SD3's pipeline runs both branches in one call")
-    plain, spared = (doors.run("diffusers", kind, config("model", strategy)) for strategy in ("delta2:correct=false", "delta2:cfg=difference"))
+    plain, spared = (
+        doors.run("diffusers", kind, config("model", strategy)) for strategy in ("delta2:correct=false", "delta2:cfg=difference")
+    )
     assert spared.skipped > plain.skipped + 1 / STEPS[kind]
     assert spared.error < fewer(doors, kind, spared.skipped)
 
@@ -157,7 +159,12 @@ def test_forecast_guidance_is_closer_than_a_sampler_of_the_same_calls(kind, door
 # --- language models: KL of the next token to the exact cache ------------------------------------------------------------
 FIRST, PIECE, LENGTH = 768, 64, 1024
 SINK, RECENT = 4, 32
-METHODS = {"plain": {}, "delta": {"strategy": "delta"}, "tiered": {"scorer": "palm", "strategy": "tiered"}, "window": {"strategy": "window"}}
+METHODS = {
+    "plain": {},
+    "delta": {"strategy": "delta"},
+    "tiered": {"scorer": "palm", "strategy": "tiered"},
+    "window": {"strategy": "window"},
+}
 
 
 def cache_config(bits: int, method: str = "plain") -> tqai.Config:

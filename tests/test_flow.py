@@ -178,14 +178,6 @@ def test_an_euler_sampler_takes_back_what_forecasts_of_a_parabola_lack(widths, i
     assert not all(own for _, own, _ in on)
 
 
-def test_the_exponent_is_the_growth_of_the_error_a_step():
-    monitor, state = build("monitor", "lyapunov"), {}
-    for i in range(8):
-        monitor.decide(Step(i, 1 - i / 24, 24), None, 1, state)
-        monitor.observe(Step(i, 1 - i / 24, 24), 0.001 * math.exp(0.3 * i), 1, state)
-    assert state["exponent"] == pytest.approx(0.3, rel=0.05)
-
-
 def test_branches_never_mix():
     shift = {"cond": 0.0, "uncond": 100.0}
     where = [Where("model", b) for b in shift]
@@ -351,3 +343,55 @@ def test_the_ranks_agree_on_the_summed_error():
         skipped.append(recorder.report.calls_skipped)
     assert skipped[0] > 5
     assert skipped[1] == 0
+
+
+def test_two_ranks_see_the_mean_of_a_signal_and_the_sum_of_the_squares():
+    """``agree`` sums over the ranks: squares are parts of one tensor, an entropy is a number of each."""
+    found = []
+    for ranks in (1, 2):
+        flow = Flow(tqai.Config(monitor="stability"), Recorder(lambda: 0), agree=lambda sums, ranks=ranks: sums * ranks)
+        flow.recorder.begin()
+        for i in range(6):
+            flow.enter(Step(i, GRID[i], 24))
+            flow.signal("entropy", torch.tensor([0.5, 0.7]))
+            flow.apply(WHERE[0], lambda i=i: curve(GRID[i]))
+        flow.enter(Step(6, GRID[6], 24))
+        found.append(([d["error"] for d in flow.recorder.report.decisions[:6]], flow.gate_state.state["entropy"]))
+    (errors, entropy), (errors_of_two, entropy_of_two) = found
+    assert errors_of_two[1:] == pytest.approx(errors[1:])
+    assert entropy == entropy_of_two == pytest.approx([0.5, 0.7])
+
+
+def test_of_two_guidance_branches_every_second_computed_step_runs_one():
+    """From the third computed step on, which is the first that knows how the difference moves; never the last step."""
+    cond, uncond = Where("model", "cond"), Where("model", "uncond")
+    flow = Flow(tqai.Config(strategy="delta2:cfg=difference", monitor="fixed:interval=2", codec="exact"), Recorder(lambda: 0))
+    flow.recorder.begin()
+    ran, computed = [], []
+    for i in range(24):
+        computed.append(flow.enter(Step(i, GRID[i], 24, i == 23)).compute)
+        flow.apply(cond, lambda i=i: line(GRID[i]))
+        x = flow.apply(uncond, lambda i=i: ran.append(i) or 0.5 * line(GRID[i]) + A, cond)
+        assert nmse(x, 0.5 * line(GRID[i]) + A) < 1e-9, "straight branches have a straight difference"
+    steps = [i for i, own in enumerate(computed) if own]
+    assert ran == [i for nth, i in enumerate(steps) if nth < 2 or nth % 2 or i == 23]
+    site = flow.recorder.report.per_site
+    assert site["transformer/model/uncond/out"]["skipped"] == 24 - len(ran) > site["transformer/model/cond/out"]["skipped"]
+
+
+def test_a_branch_that_left_is_forgotten_and_no_longer_counted():
+    """Hosts whose branches come and go: one that a computed step left out is dropped, with its bytes."""
+    recorder = Recorder(lambda: flow.counted)
+    flow = Flow(tqai.Config(codec="exact", monitor="fixed:interval=1"), recorder, allow_new_streams=True)
+    recorder.begin()
+    branches = [Where("model", str(i // 6)) for i in range(24)]
+    for i, where in enumerate(branches):
+        flow.enter(Step(i, GRID[i], 24, i == 23))
+        if i:
+            assert set(flow.memory) == {branches[i - 1]}, "what the step before computed, and nothing older"
+        flow.apply(where, lambda i=i: curve(GRID[i]))
+        assert flow.counted == flow.nbytes
+    one = 2 * 2 * A.numel()  # two values in fp16, were they held exactly
+    assert recorder.report.bytes_exact == 2 * one, "the branch that comes and the one that goes"
+    flow.memory.drop(branches[-2])
+    assert flow.memory.exact == flow.memory.counted == 0
