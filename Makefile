@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-comfyui test-mlx browser bench lint types clean
+.PHONY: demo test test-all test-comfyui test-mlx mutate browser bench lint types clean
 
 demo: .venv/demo
 	$(BIN)/tqai demo
@@ -28,6 +28,18 @@ test-comfyui: .venv/dev
 	for tag in $(COMFYUI_TAGS); do case ":$(COMFYUI_PATH):" in *:$(CURDIR)/out/comfyui/$$tag:*) \
 	  $(BIN)/python tests/comfyui/fetch.py $$tag out/comfyui/$$tag || exit 1;; esac; done
 	COMFYUI_PATH=$(COMFYUI_PATH) $(BIN)/python -m pytest -s tests/test_comfyui.py
+
+# what `make test` leaves out, as far as this machine has what it needs: mlx-lm, Triton's interpreter, rival caches, the page, ComfyUI
+test-all: test
+	$(BIN)/python tests/all.py
+
+# small changes to the code, each of which a test should notice: docs/mutation.md. Hours; MUTATE="tqai_core.flow*" takes a part
+mutate: .venv/dev
+	$(PYTHON) -m venv out/mutate
+	echo $(CURDIR)/$$(echo .venv/lib/python3*/site-packages) > $$(echo out/mutate/lib/python3*/site-packages)/parent.pth
+	out/mutate/bin/python -m pip install --quiet --disable-pip-version-check mutmut
+	nice -n 15 out/mutate/bin/mutmut run --max-children 1 $(if $(MUTATE),"$(MUTATE)")
+	out/mutate/bin/mutmut results
 
 # mlx-lm, on Linux its CPU build
 test-mlx: .venv/dev

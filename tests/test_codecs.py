@@ -57,16 +57,15 @@ def test_rotation_is_orthogonal_and_the_same_for_a_seed(d):
     assert torch.allclose(turned.view(-1, len(m)) @ m, x.view(-1, len(m)), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "bits, most", [(1, 0.365), (2, 0.1165), (3, 0.0342), (4, 0.0094), (5, 0.0026), (6, 0.0007), (7, 0.0002), (8, 5e-5)]
-)
-def test_turbo_error_and_bytes(bits, most):
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_turbo_error_and_bytes(bits, lloyd_max):
+    """A rotated vector's numbers are nearly Gaussian: the levels lose no more than the best ones for Gaussian numbers."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4096, 128, generator=g) * torch.exp(0.5 * torch.randn(4096, 1, generator=g))
     codec = tqai.codec(f"turbo:bits={bits},mean=never")
     packed = codec.encode(x)
     y = codec.decode(packed)
-    assert float(((x - y).square().sum(-1) / x.square().sum(-1)).mean()) <= most
+    assert float(((x - y).square().sum(-1) / x.square().sum(-1)).mean()) <= lloyd_max[bits]
     gain = 2 if bits >= 7 else 1
     assert packed.nbytes == 4096 * (128 * bits // 8 + gain) + 8
 
@@ -96,7 +95,7 @@ def test_turbo_takes_any_finite_tensor(x, bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_turbo_zero_huge_and_tiny_vectors_in_one_call(dtype):
+def test_turbo_zero_huge_and_tiny_vectors_in_one_call(dtype, lloyd_max):
     x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[1] = 0
     x[3] *= 1000 if dtype == torch.float16 else 1e4
@@ -105,15 +104,15 @@ def test_turbo_zero_huge_and_tiny_vectors_in_one_call(dtype):
     y = codec.decode(codec.encode(x), torch.float32)
     assert torch.equal(y[1], torch.zeros(64)), "a zero vector stays zero"
     for i in (0, 2, 3, 5):
-        assert nmse(y[i], x[i]) < 3e-3, "and does not coarsen the others"
+        assert nmse(y[i], x[i]) < lloyd_max[5], "and does not coarsen the others by a bit"
 
 
-def test_turbo_ignores_strides_and_batches():
+def test_turbo_ignores_strides_and_batches(lloyd_max):
     x = torch.randn(3, 5, 64)
     codec = tqai.codec("turbo:bits=4")
     assert torch.equal(codec.decode(codec.encode(x.transpose(0, 1))), codec.decode(codec.encode(x.transpose(0, 1).contiguous())))
     big = torch.randn(9000, 64)  # more than one chunk
-    assert nmse(codec.decode(codec.encode(big)), big) < 0.0094
+    assert nmse(codec.decode(codec.encode(big)), big) < lloyd_max[4]
 
 
 def test_rotated_domain_gives_the_same_scores():
@@ -164,14 +163,15 @@ def test_decoding_with_another_width_is_refused():
         tqai.codec("turbo:bits=3").decode(packed)
 
 
-@pytest.mark.parametrize("bits, most", [(1, 0.32), (2, 0.089), (3, 0.0245), (4, 0.0067), (5, 0.00185), (6, 0.00048), (8, 4e-5)])
-def test_trellis_error_and_bytes(bits, most):
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+def test_trellis_error_and_bytes(bits, lloyd_max):
+    """Four states gain 0.99 dB over scalar levels at high rates (Marcellin and Fischer 1990); half of it at 1 bit."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(4096, 128, generator=g) * torch.exp(0.5 * torch.randn(4096, 1, generator=g))
     codec, fast = tqai.codec(f"trellis:bits={bits},mean=never"), tqai.codec(f"turbo:bits={bits},mean=never")
     packed = codec.encode(x)
     error = float(((x - codec.decode(packed)).square().sum(-1) / x.square().sum(-1)).mean())
-    assert error <= most
+    assert error <= lloyd_max[bits] * 10 ** -(0.099 if bits > 1 else 0.0495)
     assert packed.nbytes == fast.encode(x).nbytes, "the same container, byte for byte"
     assert error < nmse(fast.decode(fast.encode(x)), x) * 0.9
 
@@ -204,15 +204,15 @@ def test_the_search_finds_the_best_path(bits):
 
 @given(bits=st.integers(1, 8), d=st.integers(1, 67), n=st.integers(0, 9), short=st.sampled_from([0, 1024]), dtype=st.sampled_from(DTYPES))
 @settings(max_examples=80, deadline=None)
-def test_trellis_takes_any_shape(bits, d, n, short, dtype):
+def test_trellis_takes_any_shape(lloyd_max, bits, d, n, short, dtype):
     x = torch.randn(2, n, d, generator=torch.Generator().manual_seed(d)).to(dtype)
     codec = tqai.codec(f"trellis:bits={bits},short={short}")
     packed = codec.encode(x)
     y = codec.decode(packed)
     assert y.shape == x.shape
     assert y.dtype == dtype
-    if x.numel() >= 256:  # enough numbers for a mean to say something
-        assert nmse(y, x) < 1.3 * (0.45, 0.14, 0.045, 0.014, 0.005, 0.002, 0.001, 0.001)[bits - 1] + (1e-4 if dtype != torch.float32 else 0)
+    if x.numel() >= 256:  # enough numbers for a mean to say something; short vectors are no Gaussian ones, and their gain is a byte
+        assert nmse(y, x) < 1.5 * lloyd_max[bits] + 1e-3 + (1e-4 if dtype != torch.float32 else 0)
 
 
 def test_a_short_call_takes_scalar_levels_by_itself():
@@ -344,7 +344,7 @@ def test_turbo_compiles_without_graph_breaks():
 
 
 @pytest.mark.parametrize("d", [128, 256, 512, 1024])
-def test_the_fast_hadamard_is_the_dense_one(d):
+def test_the_fast_hadamard_is_the_dense_one(d, lloyd_max):
     basis = hadamard(d, 4, 5).heads[0]
     x = torch.randn(7, d)
     fast = rotation.hadamard(x * basis.signs, basis.small, torch.empty(7, d))
@@ -356,9 +356,9 @@ def test_the_fast_hadamard_is_the_dense_one(d):
     for name in ("turbo", "trellis"):
         codec = tqai.codec(f"{name}:bits=6")
         packed = codec.encode(big)
-        assert nmse(codec.decode(packed), big) < 8e-5, "the mean is most of it"
+        assert nmse(codec.decode(packed), big) < 1.25 * lloyd_max[6] / 10, "the mean is nine tenths of it"
         big[3] = 0  # takes the way with a scale
-        assert nmse(codec.decode(codec.encode(big)), big) < 8e-5
+        assert nmse(codec.decode(codec.encode(big)), big) < 1.25 * lloyd_max[6] / 10
 
 
 def test_runs_of_every_width_share_memory_without_mixing():

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import tqai_core as tqai
 from tqai_core.flow import Flow
-from tqai_core.memory import Stream
+from tqai_core.memory import Memory, Stream
 from tqai_core.metrics import nmse
 from tqai_core.registry import REGISTRY, build, names
 from tqai_core.report import Recorder
-from tqai_core.types import Step, Where
+from tqai_core.types import Part, Step, Where
 
 WHERE = (Where("model"),)
 GRID = torch.linspace(1, 0, 25).tolist()
@@ -226,6 +226,7 @@ def test_nan_makes_that_stream_exact_and_is_reported(bad):
             assert torch.equal(x, curve(GRID[i])), "exact from then on"
     report = recorder.report
     assert seen == 1
+    assert set(flow.memory) == {good}, "what will never be forecast is not held"
     assert {"where": "transformer/model/uncond/out", "why": "NaN or inf in its output"} in report.fallbacks
     assert report.per_site["transformer/model/cond/out"]["skipped"] >= 9, "the healthy stream goes on"
 
@@ -245,7 +246,9 @@ def test_nan_in_the_first_evaluation_is_found():
 def test_a_changed_tensor_starts_a_new_history(kind, change):
     truth = lambda s: curve(s) if s > 0.5 else change(curve(s))
     out, _, recorder = drive(tqai.Config(monitor="fixed:interval=1"), truth)
-    assert any("changed" in f["why"] for f in recorder.report.fallbacks)
+    assert recorder.report.fallbacks == [
+        {"where": "transformer/model/cond/out", "why": "shape, dtype or device changed: its history starts anew"}
+    ]
     assert out[20][0].shape == truth(GRID[20]).shape
     assert out[20][0].dtype == truth(GRID[20]).dtype
 
@@ -343,3 +346,129 @@ def test_the_ranks_agree_on_the_summed_error():
         skipped.append(recorder.report.calls_skipped)
     assert skipped[0] > 5
     assert skipped[1] == 0
+
+
+def test_two_ranks_see_the_mean_of_a_signal_and_the_sum_of_the_squares():
+    """``agree`` sums over the ranks: squares are parts of one tensor, an entropy is a number of each."""
+    found = []
+    for ranks in (1, 2):
+        flow = Flow(tqai.Config(monitor="stability"), Recorder(lambda: 0), agree=lambda sums, ranks=ranks: sums * ranks)
+        flow.recorder.begin()
+        for i in range(6):
+            flow.enter(Step(i, GRID[i], 24))
+            flow.signal("entropy", torch.tensor([0.5, 0.7]))
+            flow.signal("other", torch.tensor([0.25]))
+            flow.signal("third", torch.tensor([2.0]))
+            flow.apply(WHERE[0], lambda i=i: curve(GRID[i]))
+        flow.enter(Step(6, GRID[6], 24))
+        found.append(([d["error"] for d in flow.recorder.report.decisions[:6]], dict(flow.gate_state.state)))
+    (errors, state), (errors_of_two, state_of_two) = found
+    assert errors_of_two[1:] == pytest.approx(errors[1:])
+    for name, value in {"entropy": [0.5, 0.7], "other": [0.25], "third": [2.0]}.items():
+        assert state[name] == state_of_two[name] == pytest.approx(value)
+
+
+def test_of_two_guidance_branches_every_second_computed_step_runs_one():
+    """From the third computed step on, which is the first that knows how the difference moves; never the last step."""
+    cond, uncond = Where("model", "cond"), Where("model", "uncond")
+    flow = Flow(tqai.Config(strategy="delta2:cfg=difference", monitor="fixed:interval=2", codec="exact"), Recorder(lambda: 0))
+    flow.recorder.begin()
+    ran, computed = [], []
+    for i in range(24):
+        computed.append(flow.enter(Step(i, GRID[i], 24, i == 23)).compute)
+        flow.apply(cond, lambda i=i: line(GRID[i]))
+        x = flow.apply(uncond, lambda i=i: ran.append(i) or 0.5 * line(GRID[i]) + A, cond)
+        assert nmse(x, 0.5 * line(GRID[i]) + A) < 1e-9, "straight branches have a straight difference"
+        if computed[-1] and i < 23:
+            assert flow.memory[uncond].step.index == i, "held as if computed"
+    steps = [i for i, own in enumerate(computed) if own]
+    assert ran == [i for nth, i in enumerate(steps) if nth < 2 or nth % 2 or i == 23]
+    site = flow.recorder.report.per_site
+    assert site["transformer/model/uncond/out"]["skipped"] == 24 - len(ran) > site["transformer/model/cond/out"]["skipped"]
+
+
+def test_a_branch_that_left_is_forgotten_and_no_longer_counted():
+    """Hosts whose branches come and go: one that a computed step left out is dropped, with its bytes."""
+    recorder = Recorder(lambda: flow.counted)
+    flow = Flow(tqai.Config(codec="exact", monitor="fixed:interval=1"), recorder, allow_new_streams=True)
+    recorder.begin()
+    branches = [Where("model", str(i // 6)) for i in range(24)]
+    for i, where in enumerate(branches):
+        flow.enter(Step(i, GRID[i], 24, i == 23))
+        if i:
+            assert set(flow.memory) == {branches[i - 1]}, "what the step before computed, and nothing older"
+        flow.apply(where, lambda i=i: curve(GRID[i]))
+        assert flow.counted == flow.nbytes
+    one = 2 * 2 * A.numel()  # two values in fp16, were they held exactly
+    assert recorder.report.bytes_exact == 2 * one, "the branch that comes and the one that goes"
+    flow.memory.drop(branches[-2])
+    flow.memory.drop(Where("model", "nobody"))
+    assert flow.memory.exact == flow.memory.counted == 0
+
+
+def test_a_branch_that_comes_later_is_computed_until_a_line_goes_through_it():
+    recorder = Recorder(lambda: 0)
+    flow = Flow(tqai.Config(codec="exact", monitor="fixed:interval=100"), recorder, allow_new_streams=True)
+    recorder.begin()
+    for i in range(12):
+        flow.enter(Step(i, GRID[i], 24))
+        branches = [Where("model", "first"), Where("model", "later")][: 1 + (i > 5)]
+        if not flow.decision.compute and not all(map(flow.should_skip, branches)):
+            flow.revise("a branch has no history at this step")
+            assert flow.decision.compute
+            assert flow.decision.why == "a branch has no history at this step"
+        for where in branches:
+            flow.apply(where, lambda i=i: line(GRID[i]))
+    decisions = [(d["action"], d["why"]) for d in recorder.report.decisions[3:]]
+    short = ("compute", "a branch that came later has too short a history")
+    forecast = ("forecast", "one in 100")
+    alone = ("compute", "a branch has no history at this step")
+    assert decisions == [forecast] * 3 + [alone, short] + [forecast] * 4
+
+
+def test_a_bypassed_generation_says_so_at_every_step_and_after_its_end():
+    out, flow, recorder = drive(tqai.Config(monitor="fixed:interval=2"), bypass="not here")
+    assert all(torch.equal(x, curve(s)) for (x,), s in zip(out, GRID, strict=False))
+    assert {(d["action"], d["why"], d["model"]) for d in recorder.report.decisions} == {("compute", "not here", "transformer")}
+    assert recorder.report.fallbacks == [{"where": "transformer", "why": "not here"}]
+    assert recorder.report.evaluations == recorder.report.calls == 24
+    flow.end()
+    assert flow.bypass_reason == "not here"
+    assert flow.decision.compute
+
+
+def test_the_end_reads_the_errors_of_the_last_step():
+    _, flow, recorder = drive(tqai.Config(monitor="fixed:interval=2"))
+    assert recorder.report.decisions[-1]["error"] is None
+    flow.end()
+    assert recorder.report.decisions[-1]["error"] > 0
+
+
+def test_numbers_that_are_no_floats_stay_exact_and_hold_nothing():
+    out, flow, recorder = drive(tqai.Config(monitor="fixed:interval=2"), lambda s: torch.arange(32) + int(24 * s))
+    assert all(torch.equal(x, torch.arange(32) + int(24 * s)) for (x,), s in zip(out, GRID, strict=False))
+    assert recorder.report.fallbacks == [{"where": "transformer/model/cond/out", "why": "its output is torch.int64, no float"}]
+    assert not list(flow.memory)
+
+
+def test_the_score_of_a_step_reaches_the_monitor_and_the_strategy():
+    """The mean score of a computed step is its importance; a strategy that spends bits by score spends them on other tokens."""
+    outs = {}
+    for scorer in (None, "palm"):
+        config = tqai.Config(scorer=scorer, strategy="tiered", monitor="fixed:interval=2")
+        outs[scorer], flow, _ = drive(config, lambda s: curve(s / 8))
+    assert not all(torch.equal(x, y) for (x,), (y,) in zip(*outs.values(), strict=True))
+    assert 0 <= flow.importance <= 1
+
+
+def test_streams_know_their_place_their_grid_and_where_they_lie():
+    memory = Memory(build("codec", "exact"))
+    memory.grid = (2, 3)
+    first, cpu = memory[Where("model", "first")], torch.device("cpu")
+    assert (first.where, first.grid, first.offload_device) == (Where("model", "first"), (2, 3), None)
+    first.hold({"value": Part(A)}, A, Step(0, 1.0))
+    memory.offload(cpu)
+    assert {s.offload_device for s in (first, memory[Where("model", "second")])} == {cpu}
+    assert torch.equal(first.value("value"), A)
+    memory.clear()
+    assert memory[Where("model", "first")].offload_device is None

@@ -184,7 +184,12 @@ def test_what_is_missing_is_named_with_its_cure(monkeypatch):
     missing = dit_peers.absent()
     assert "pip install" in missing["cache-dit"]
     assert "pip install" in missing["scikit-image"]
-    assert "TeaCache" in missing or hasattr(__import__("diffusers.hooks").hooks, "TeaCacheConfig")
+    from diffusers import hooks
+
+    monkeypatch.setattr(hooks, "TeaCacheConfig", object, raising=False)
+    assert "TeaCache" not in dit_peers.absent()
+    monkeypatch.delattr(hooks, "TeaCacheConfig")
+    assert "TeaCache" in dit_peers.absent()
 
 
 def row(peer, setting, cpu, error, **over):
