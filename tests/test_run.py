@@ -355,7 +355,7 @@ def test_bad_pipeline_input_is_one_line(capsys, picture_folder, tmp_path, monkey
     assert "--bits-k asked" in say("--bits-k", 4)
     assert "takes no num_frames" in say("--frames", 5)
     assert "divisible" in say("--height", 63)
-    assert "skip_layers 7" in say("--level", "attention", "--skip-layers", 7)
+    assert "skip layer 7 asked" in say("--level", "attention", "--skip-layers", 7)
     assert "level 'kv'" in say("--pipeline", '{"level": "kv"}')
     from tqai_core.hosts.diffusers import run as pipe_run
 

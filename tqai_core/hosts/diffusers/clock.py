@@ -107,7 +107,7 @@ Clock = SchedulerClock | CallClock  # ``tick`` at each call of the transformer, 
 def pipelines_on_the_stack() -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Pipelines whose ``__call__`` is running, the innermost first, each with the local names of that call.
 
-    A bare transformer that was patched by itself has no other way to its schedule. Tried instead (diffusers 0.42):
+    A bare transformer that was patched by itself has no other way to its schedule. Tried instead, on the diffusers of constraints.txt:
 
     - the cache context: of all pipelines here, one of WAN's alone puts the step into it; Flux gives a name, SD3 sets no context;
     - a hook or a ContextVar set by the pipeline: it may be made after the patch, and each class has a ``__call__`` of its own, so

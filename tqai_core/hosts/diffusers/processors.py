@@ -63,13 +63,13 @@ def _rebound(function: Any, **names: Any) -> Any:
     """A copy of ``function`` that finds ``names`` in place of its own globals: a processor of any version of diffusers calls our
     attention in place of its own.
 
-    Tried instead (diffusers 0.42):
+    Tried instead, on the diffusers of constraints.txt:
 
     - a backend in the registry of attention backends, or the context ``attention_backend``: names of backends are a closed Enum.
       A forged member is called by Flux and WAN, in place of the user's own backend, and not by SD3, whose processor calls torch;
     - a processor around the other one: queries, keys and values are made and used inside of it;
     - a TorchFunctionMode: it does not see the backends flex, flash and sage, Flux and WAN do not compile as one graph under it, and a
-      forward of tiny models takes 1.5 to 2.5 times the time;
+      forward of tiny models takes longer;
     - another function in the module of diffusers during the call: other models and threads see it too, and compiled code is
       compiled anew.
     """
