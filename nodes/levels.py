@@ -192,5 +192,6 @@ def _heads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Heads | None:
     if mask is not None or kwargs.get("enable_gqa", False):
         return None
     if not kwargs.get("skip_reshape", False):
-        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+        # [b, n, h d], or from some models [b, n, h, d]
+        q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
     return Heads(q, k, v, bool(kwargs.get("skip_output_reshape", False)))
