@@ -29,8 +29,7 @@ from ..codecs.rows import Rows, rows
 from ..config import Config
 from ..errors import TqaiError
 from ..roles import BlockPredictor, BlockReader, BlockScorer, LayerScorer, Monitor, PackMonitor, Scorer, Strategy, TokenScorer, TokenSorter
-from .batch import PackBatch
-from .segments import SEGMENT, UNCHANGED, Adjustment, BitTier, Plan
+from .segments import SEGMENT, UNCHANGED, Adjustment, BitTier, PackBatch, Plan
 
 FLUSH = 256  # most tokens that are judged together
 COEFFICIENT = 4  # bits of the coefficients that predict keys, and of centroids: their error comes back in the residual

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...attention import dense
-from .sites import EXACT, FORECAST, SITES, ask, show
+from .sites import EXACT, FORECAST, ask, show, site_of
 
 Attend = Callable[..., Tensor]  # (q, k, v [b, h, n, d], masked, full, fast) -> [b, h, n, d]
 _LOCAL = threading.local()
@@ -165,7 +165,7 @@ def _at_site(run: Any) -> Any:
 
     @torch.compiler.disable
     def guarded(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        _LOCAL.site = SITES[int(attn._tqai_slot)]
+        _LOCAL.site = site_of(attn)
         try:
             return run(self, attn, *args, **kwargs)
         finally:

@@ -17,14 +17,12 @@ from ...attention.lazy import LazyKV
 from ...config import Config
 from ...errors import TqaiError
 from ...files import read_with_header
-from ...kv import file
 from ...kv.cache import FLUSH, PackedKV
-from ...kv.layers import layer_plans
 from ...kv.policy import policy
 from ...kv.segments import Plan
 from ...report import Report
 from ...types import nbytes, tensors_in
-from ..language import LayerFigures, Usage, cache_report, kv_config
+from ..language import LayerFigures, Usage, cache_report, kv_config, layer_plans
 
 FORMAT = 2
 
@@ -74,8 +72,8 @@ class PackedLayer(DynamicLayer):
         )
 
     def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """What :func:`tqai_core.kv.file.state` gave."""
-        file.restore(self.kv, tensors, header)
+        """What :meth:`PackedKV.state` gave."""
+        self.kv.restore(tensors, header)
         if self.kv.keys is not None:
             self.dtype, self.device, self.is_initialized = self.kv.keys.dtype, self.kv.keys.device, True
 
@@ -212,7 +210,7 @@ class KVCache(Cache):
         headers: list[Any] = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PackedLayer):
-                own, header = file.state(layer.kv)
+                own, header = layer.kv.state()
             elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 own = {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
                 header = {"length": layer.get_seq_length()}
