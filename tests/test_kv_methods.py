@@ -466,7 +466,7 @@ def test_lyapunov_measures_the_error_of_a_flush_and_keeps_it_below_tau():
     assert 0 < sum(raised(between)) < len(raised(between))
     assert strict.nbytes > between.nbytes > loose.nbytes
     for kv in (strict, between, loose):
-        assert kv.policy.report(kv)["flushes_raised"] == sum(raised(kv))
+        assert kv.policy.report(kv.tiers())["flushes_raised"] == sum(raised(kv))
     for d in between.policy.decisions:
         assert d["error"] is None or (d["error"] > tau) == (d["action"] == "raise")
 

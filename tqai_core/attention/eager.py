@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ..codecs.rows import Rows, Scratch
 from ..kv.segments import UNCHANGED, Adjustment, BitTier, Segment, rows_in
-from .call import Call
-from .online_softmax import OnlineSoftmax
+from .call import Call, OnlineSoftmax
 
 GROUP = 1 << 15  # scores that one softmax sees at a time
 CHUNK = 1 << 17  # coordinates looked up at a time on a CPU: half a MiB of fp32 stays in its cache
@@ -68,7 +67,9 @@ def _packed_rows(call: Call, tier: BitTier, change: Adjustment, state: OnlineSof
         end = at + sum(sizes)
         read = None if change.read is None else change.read[:, :, at // change.block : end // change.block]
         read = None if read is None else read.repeat_interleave(change.block, 2)
-        chosen = None if plain or q.device.type != "cpu" else _chosen(read, b * h)
+        chosen: list[Tensor | slice] | None = None  # the rows of a segment that each head reads: a CPU looks up no others
+        if not plain and q.device.type == "cpu":
+            chosen = [slice(None)] * (b * h) if read is None else [own.nonzero().view(-1) for own in read.flatten(0, 1)]
         flat = scratch.take("scores", (b * h, r, end - at), torch.float32, q.device)
         for segment, part in zip(group, flat.split(sizes, 2), strict=True):
             asked.scores(segment.codes_k, part, scratch, chosen)
@@ -86,11 +87,6 @@ def _packed_rows(call: Call, tier: BitTier, change: Adjustment, state: OnlineSof
         p = state.weigh(call.masked(s, call.mask.at(tier.sinks + at, tier.sinks + end)))
         _add_values(p, group, sizes, tier, state, call, chosen)
         at = end
-
-
-def _chosen(read: Tensor | None, heads: int) -> list[Tensor | slice]:
-    """The rows of a segment that each head reads; on a CPU alone the others are not looked up."""
-    return [slice(None)] * heads if read is None else [own.nonzero().view(-1) for own in read.flatten(0, 1)]
 
 
 def _add_values(

@@ -166,7 +166,11 @@ class PackedKV:
 
     def _pack(self, at: int, size: int) -> bool:
         """Pack the exact rows ``at`` to ``at + size``, or False where they are not finite."""
-        batch = self._batch(at, size)
+        (keys, values), stored = self.exact, self.statistics.stored
+        k, v = stored(keys[:, :, at : at + size].float()), values[:, :, at : at + size].float()
+        q = self.policy.queries(keys.shape[1], self.statistics.scale)
+        exact_rows = lambda: (stored(keys.float()), values.float(), at)  # noqa: E731
+        batch = PackBatch(k, v, q, self.plan.sink + self.packed, exact_rows, self.coders())
         if not self.policy.decide(batch):
             return False
         count = 0 if batch.fine is None else int(batch.fine[0].sum())
@@ -185,13 +189,6 @@ class PackedKV:
         for held, segment in made:
             extend(held, segment)
         return True
-
-    def _batch(self, at: int, size: int) -> PackBatch:
-        (keys, values), stored = self.exact, self.statistics.stored
-        k, v = stored(keys[:, :, at : at + size].float()), values[:, :, at : at + size].float()
-        q = self.policy.queries(keys.shape[1], self.statistics.scale)
-        exact_rows = lambda: (stored(keys.float()), values.float(), at)  # noqa: E731
-        return PackBatch(k, v, q, self.plan.sink + self.packed, exact_rows, self.coders())
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` tokens. TqaiError for more than there are."""

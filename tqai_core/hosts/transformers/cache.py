@@ -71,12 +71,6 @@ class PackedLayer(DynamicLayer):
             "`handle = tqai.apply(model, config)` sets the one that can"
         )
 
-    def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """What :meth:`PackedKV.state` gave."""
-        self.kv.restore(tensors, header)
-        if self.kv.keys is not None:
-            self.dtype, self.device, self.is_initialized = self.kv.keys.dtype, self.kv.keys.device, True
-
     def get_seq_length(self) -> int:
         return self.kv.length
 
@@ -244,7 +238,9 @@ class KVCache(Cache):
                 if own["kind"] != type(layer).__name__:
                     raise TqaiError(f"layer {i} of the file is a {own['kind']}, here it is a {type(layer).__name__}")
                 if isinstance(layer, PackedLayer):
-                    layer.restore(parts, own)
+                    layer.kv.restore(parts, own)
+                    if (keys := layer.kv.keys) is not None:
+                        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
                 elif parts:
                     layer.lazy_initialization(parts["keys"], parts["values"])
                     layer.keys, layer.values = parts["keys"], parts["values"]
