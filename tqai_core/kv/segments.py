@@ -151,11 +151,7 @@ def extend(segments: list[Segment], new: Segment) -> None:
 
 def cut(segments: list[Segment], count: int) -> None:
     """Keep the first ``count`` rows of ``segments``."""
-    extra = rows_in(segments) - count
-    while extra > 0:
-        last = segments[-1]
-        if extra >= len(last):
-            extra -= len(segments.pop())
-        else:
-            left, extra = len(last) - extra, 0
-            last.map(lambda x, left=left: x[:, :, :left].clone())  # type: ignore[misc]  # a view would keep the rest alive
+    while (extra := rows_in(segments) - count) > 0 and extra >= len(segments[-1]):
+        segments.pop()
+    if extra > 0:
+        segments[-1].map(lambda x: x[:, :, :-extra].clone())  # a view would keep the rest alive
