@@ -46,7 +46,7 @@ class History(Protocol):
 
 
 class Batch(Protocol):
-    """Tokens that a cache is about to pack in one layer (:class:`kv.batch.PackBatch`)."""
+    """Tokens that a cache is about to pack in one layer (:class:`kv.segments.PackBatch`)."""
 
     k: Tensor  # fp32 [B, H, n, D], as they are stored
     v: Tensor  # fp32 [B, H, n, Dv]
