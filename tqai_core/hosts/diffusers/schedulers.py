@@ -10,6 +10,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from ...calibrate.multistep import grid
 from ...errors import TqaiError
 
 SCHEDULERS = ("euler", "unipc", "dpm++", "ab2")
@@ -25,10 +26,8 @@ class AdamsBashforth2(FlowMatchEulerDiscreteScheduler):
     nodes: Sequence[float] | None = None
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, **kw: Any) -> None:  # type: ignore[override]
-        count = num_inference_steps or len(sigmas)
-        grid = torch.linspace(1, 0, count + 1, dtype=torch.float64)
-        s = self.config.shift
-        values = s * grid / (1 + (s - 1) * grid) if self.nodes is None else torch.tensor([*self.nodes, 0.0], dtype=torch.float64)
+        nodes = grid(num_inference_steps or len(sigmas), self.config.shift) if self.nodes is None else (*self.nodes, 0.0)
+        values = torch.tensor(nodes, dtype=torch.float64)
         self.sigmas = values.float()
         self.timesteps = (values[:-1] * self.config.num_train_timesteps).float().to(device)
         self.num_inference_steps = len(self.timesteps)
