@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import TqaiError
 from ..progress import progress_bar
-from ..registry import ROLES
 from ..text import comma_list, lines_in
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 def tune(args: argparse.Namespace) -> dict[str, Any]:
     from ..config import Config
     from ..hosts.calibration_targets import Diffusion
-    from . import plots
+    from .page import pareto
     from .tune import Budget, tune
 
     budget = Budget.parse(args.budget)
@@ -73,24 +72,8 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     args.out.write_text(Config.from_dict(found["config"]).to_json() + "\n")
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
-        args.plot.write_text(plots.pareto(found))
+        args.plot.write_text(pareto(found))
     return found
-
-
-def tune_tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows): the Pareto front, layers, and the proof."""
-    by_trial = {row["trial"]: row for row in found["trials"]}
-    figures = lambda row: [f"{row['error'] * 1e4:.3f}", f"{row['calls']:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"]  # noqa: E731
-    stages = lambda c: f"{c['level']}: " + " ".join(str(c[role]) for role in ROLES if c[role])  # noqa: E731
-    head = ["error e-4", "calls", "bytes held", "time"]
-    rows = [[str(n), *figures(by_trial[n]), stages(by_trial[n]["config"])] for n in found["front"]]
-    out = [(f"Pareto front, error and {found['budget']['what']}", ["trial", *head, "pipeline"], rows)]
-    layers = [[str(layer), f"{error * 1e4:.4f}"] for layer, error in found["layers"]]
-    out.append((f"Layers, each forecast alone; proposed as skip_layers: {found['skip_layers'] or 'none'}", ["layer", "error e-4"], layers))
-    if "proof" in found:
-        title = f"Proof on seeds {found['proof_seeds']}, which the search never saw; written: {found['kept']}"
-        out.append((title, ["pipeline", *head], [[name, *figures(row)] for name, row in found["proof"].items()]))
-    return out
 
 
 def target_of(args: argparse.Namespace, bands: int = 3) -> CalibrationTarget:

@@ -23,6 +23,7 @@ from ..errors import TqaiError
 from ..hosts.calibration_targets import Diffusion
 from ..modelhash import model_hash
 from ..progress import Progress, silent
+from ..registry import ROLES
 from ..roles import STEPS
 
 SEEDS, CHOICE, PROOF = (100, 101), (102, 103), (104, 105, 106)  # of the search, of the pick among its best, of the proof
@@ -239,6 +240,22 @@ def summary(study: Any) -> Row:
         "what": "study", "settings": settings, "budget": {"what": what, "limit": limit}, "trials": rows, "front": front(rows, what),
         "layers": [list(pair) for pair in layers], "skip_layers": list(proposed(layers)),
     }  # fmt: skip
+
+
+def tables_of(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows): the Pareto front, layers, and the proof."""
+    by_trial = {row["trial"]: row for row in found["trials"]}
+    figures = lambda row: [f"{row['error'] * 1e4:.3f}", f"{row['calls']:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"]  # noqa: E731
+    stages = lambda c: f"{c['level']}: " + " ".join(str(c[role]) for role in ROLES if c[role])  # noqa: E731
+    head = ["error e-4", "calls", "bytes held", "time"]
+    rows = [[str(n), *figures(by_trial[n]), stages(by_trial[n]["config"])] for n in found["front"]]
+    out = [(f"Pareto front, error and {found['budget']['what']}", ["trial", *head, "pipeline"], rows)]
+    layers = [[str(layer), f"{error * 1e4:.4f}"] for layer, error in found["layers"]]
+    out.append((f"Layers, each forecast alone; proposed as skip_layers: {found['skip_layers'] or 'none'}", ["layer", "error e-4"], layers))
+    if "proof" in found:
+        title = f"Proof on seeds {found['proof_seeds']}, which the search never saw; written: {found['kept']}"
+        out.append((title, ["pipeline", *head], [[name, *figures(row)] for name, row in found["proof"].items()]))
+    return out
 
 
 def rows_of(study: Any) -> list[Row]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,9 @@ class Basis:
         return q @ self.columns if self.block is None else (q.reshape(-1, self.block) @ self.columns).view(q.shape)
 
     def to(self, device: torch.device) -> Basis:
-        scale = None if self.scale is None else self.scale.to(device)
-        signs = None if self.signs is None else self.signs.to(device)
-        return Basis(self.matrix.to(device), self.runs, scale, self.block, self.levels_for, signs)
+        return replace(
+            self, **{name: x.to(device) for name, x in vars(self).items() if name in ("matrix", "scale", "signs") and x is not None}
+        )
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,8 @@ def water_fill(variance: Tensor, total: int) -> tuple[Run, ...]:
         _, i = max(gains, key=lambda pair: (pair[0], -pair[1]))
         width[i] += 1
         left -= sizes[i]
-    runs: list[Run] = []
-    for (a, b), bits in zip(pairwise(edges), width, strict=True):
-        if runs and runs[-1][2] == bits:
-            runs[-1] = (runs[-1][0], b, bits)
-        else:
-            runs.append((a, b, bits))
-    return tuple(runs)
+    runs = [(bits, list(bands)) for bits, bands in groupby(range(len(sizes)), key=width.__getitem__)]
+    return tuple((edges[bands[0]], edges[bands[-1] + 1], bits) for bits, bands in runs)
 
 
 @dataclass(frozen=True)
