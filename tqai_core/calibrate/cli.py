@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 DEMOS = ("flux", "sd3", "wan", "lm")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Arguments that name a model and its data; :func:`subject_of` reads them."""
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    """What ``tqai tune`` takes; :func:`target_of` reads those that name a model and its data."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("-m", "--model", type=Path, metavar="FOLDER", help="a diffusers pipeline or a language model of transformers")
     which.add_argument("--demo", choices=DEMOS, help="a mini that ships with tqai")
@@ -26,6 +26,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     _add_data(parser)
     parser.add_argument("--steps", type=int, default=24, help="pipelines: sampler steps of a run")
     parser.add_argument("--batch", type=int, metavar="N", help="samples (or windows of text) a seed")
+    parser.add_argument("--budget", default="calls=0.5", help="calls=SHARE or time=SHARE of the exact run, or bytes=HELD")
+    parser.add_argument("--trials", type=int, default=40, help="finished trials to reach, those of a resumed study counted")
+    parser.add_argument("--study", type=Path, default=Path("out/tune.db"), metavar="FILE", help="SQLite file; resumed where it exists")
+    parser.add_argument("--sampler", default="nsga2", choices=("nsga2", "tpe"), help="how candidates are proposed")
+    parser.add_argument("--levels", type=comma_list(str), default=("model",), help="levels to search, as in model,block")
+    parser.add_argument("-o", "--out", type=Path, default=Path("out/tuned.json"), metavar="FILE", help="the best Config, as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="error against cost of all trials, as SVG")
 
 
 def _add_data(parser: Any) -> None:
@@ -43,17 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bits", type=int, default=4, help="bits of the calibrated bases")
     group.add_argument("--average", type=int, default=3, help="average bits of a number, shared out among heads, layers and sigma bands")
     group.add_argument("--codec", default="turbo", choices=("turbo", "trellis"), help="the codec whose errors are measured")
-
-
-def add_tune(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("--budget", default="calls=0.5", help="calls=SHARE or time=SHARE of the exact run, or bytes=HELD")
-    parser.add_argument("--trials", type=int, default=40, help="finished trials to reach, those of a resumed study counted")
-    parser.add_argument("--study", type=Path, default=Path("out/tune.db"), metavar="FILE", help="SQLite file; resumed where it exists")
-    parser.add_argument("--sampler", default="nsga2", choices=("nsga2", "tpe"), help="how candidates are proposed")
-    parser.add_argument("--levels", type=comma_list(str), default=("model",), help="levels to search, as in model,block")
-    parser.add_argument("-o", "--out", type=Path, default=Path("out/tuned.json"), metavar="FILE", help="the best Config, as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="error against cost of all trials, as SVG")
 
 
 def tune(args: argparse.Namespace) -> dict[str, Any]:

@@ -149,7 +149,6 @@ def tune(
     trials: int = 40,
     sampler: str = "nsga2",
     levels: Sequence[str] = ("model",),
-    seed: int = 0,
     progress: Progress = silent,
 ) -> Row:
     """Search until ``trials`` are finished, those of a resumed study counted, then choose and prove. Plain data."""
@@ -161,7 +160,7 @@ def tune(
         "model": model_hash(target.model), "class": type(target.model).__name__, "steps": target.steps, "levels": list(levels),
         "budget": [budget.what, budget.limit], "seeds": list(SEEDS),
     }  # fmt: skip
-    study = _open(study_file, sampler, seed, settings)
+    study = _open(study_file, sampler, settings)
     bench = Bench(target)
     layers: list[tuple[int, float]] = [tuple(pair) for pair in study.user_attrs.get("layers", [])]
     if not layers:
@@ -186,12 +185,12 @@ def tune(
     return _outcome(bench, study, budget, progress)
 
 
-def _open(file: Path, sampler: str, seed: int, settings: Row) -> Any:
+def _open(file: Path, sampler: str, settings: Row) -> Any:
     """The study in ``file``, new or resumed; TqaiError where it was begun with other settings."""
     optuna = _optuna()
     makers = {
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=12, seed=seed),
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, group=True),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=12, seed=0),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=0, n_startup_trials=10, multivariate=True, group=True),
     }
     if sampler not in makers:
         raise TqaiError(f"sampler {sampler!r} is unknown; known: {', '.join(makers)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -85,9 +85,9 @@ class Basis:
         return q @ self.columns if self.block is None else (q.reshape(-1, self.block) @ self.columns).view(q.shape)
 
     def to(self, device: torch.device) -> Basis:
-        return replace(
-            self, **{name: x.to(device) for name, x in vars(self).items() if name in ("matrix", "scale", "signs") and x is not None}
-        )
+        scale = None if self.scale is None else self.scale.to(device)
+        signs = None if self.signs is None else self.signs.to(device)
+        return Basis(self.matrix.to(device), self.runs, scale, self.block, self.levels_for, signs)
 
 
 @dataclass(frozen=True)

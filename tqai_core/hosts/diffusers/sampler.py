@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,22 +213,16 @@ class PipelineModel:
         forecast = self.difference and solvers[0].student
         if forecast and len(batches) > 1:
             raise TqaiError(f"the guidance difference is calibrated on one batch, given {len(batches)}: give batch={len(seeds)}")
-        handle = attach(self.pipe, DIFFERENCE) if forecast else None
 
         def run(k: int) -> None:
             scheduler = SolverScheduler.of(solvers[k], partial(self.tick, len(batches[k]) / len(seeds)), self._called)
             pipe = self.pipe if len(batches) == 1 else copy.copy(self.pipe)  # components are shared, the scheduler is not
             self.shape = tuple(self._go(pipe, scheduler, batches[k], steps).shape[1:])
 
-        try:
+        with attach(self.pipe, DIFFERENCE) if forecast else nullcontext() as handle:
             barrier.run([partial(run, k) for k in range(len(batches))])
-            self.spent = steps
-            if handle is not None:
-                report = handle.report()
-                self.spent = steps * (report.calls - report.calls_skipped) / report.calls
-        finally:
-            if handle is not None:
-                handle.remove()
+            report = handle.report() if handle else None
+            self.spent = steps * (report.calls - report.calls_skipped) / report.calls if report else steps
         return solvers
 
     def stock(self, name: str, shift: float, steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
