@@ -67,7 +67,6 @@ class Bench:
                 self._exact[seed] = self.target.run(seed)[:2]
             exact, seconds = self._exact[seed]
             out, spent, report = self.target.run(seed, config)
-            assert report is not None
             error = self.target.damage(out, exact) / self.target.size(exact)
             calls = (report.calls - report.calls_skipped) / max(report.calls, 1)
             rows.append((error, calls, report.bytes_held_peak, spent / seconds))

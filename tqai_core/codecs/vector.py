@@ -88,7 +88,7 @@ class VectorCodec(Codec):
         if with_mean:
             # rounded to what is stored before it is taken off, so that the rounding is coded, not lost
             tensors["mean"] = rows.view(heads, tokens, d).mean(1, dtype=torch.float32).to(torch.bfloat16)
-        chunks = _chunks(heads, tokens, self._step(kind, plan, device), whole=len(plan) == 1 and not with_mean)
+        chunks = self._chunks(kind, plan, device, heads, tokens, with_mean)
         work = Workspace(device)
         if len(chunks) == 1:
             tensors["codes"], gains = self._encode(rows, tensors.get("mean"), plan[0], kind, work)
@@ -174,7 +174,7 @@ class VectorCodec(Codec):
         gains = gain.decode(packed.tensors["gain"], packed.tensors["span"])[:, None]
         mean = None if rotated else packed.tensors.get("mean")
         work = Workspace(codes.device)
-        chunks = _chunks(heads, tokens, self._step(kind, plan, codes.device), whole=len(plan) == 1 and mean is None)
+        chunks = self._chunks(kind, plan, codes.device, heads, tokens, mean is not None)
         if len(chunks) == 1:
             return self._decode_chunk(codes, gains, mean, plan[0], kind, dtype, rotated, work).to(dtype).view(packed.shape)
         out = torch.empty(n, d, dtype=dtype, device=codes.device)
@@ -218,11 +218,16 @@ class VectorCodec(Codec):
                     at += size
         return u if basis.scale is None else u.mul_(basis.scale)
 
-    def _step(self, kind: str, plan: tuple[Basis, ...], device: torch.device) -> int:
-        """Vectors coded at a time."""
+    def _chunks(
+        self, kind: str, plan: tuple[Basis, ...], device: torch.device, heads: int, tokens: int, with_mean: bool
+    ) -> list[tuple[int, int, int]]:
+        """(head, first row, last row + 1) of the vectors coded at a time; all heads as one where they are coded alike."""
         bits = max(bits for _, _, bits in plan[0].runs)
         chunk = self.quantiser(bits, plan[0].levels_for, device, kind).chunk
-        return max(chunk // max(plan[0].runs[-1][1], 1), 1)
+        step = max(chunk // max(plan[0].runs[-1][1], 1), 1)
+        if len(plan) == 1 and not with_mean:
+            heads, tokens = 1, heads * tokens
+        return [(head, head * tokens + i, head * tokens + min(i + step, tokens)) for head in range(heads) for i in range(0, tokens, step)]
 
     def _plan(self, bases: Bases | None, stream: str | None, d: int, heads: int | None, device: torch.device) -> tuple[Basis, ...]:
         """The basis of every head, or one for all of them."""
@@ -296,10 +301,3 @@ def _check(packed: Packed, n: int, heads: int, d: int) -> None:
         raise TqaiError(
             f"field 'kind' or 'dtype' is unknown ({packed.meta.get('kind')!r}, {packed.meta.get('dtype')!r}): save the tensor again"
         )
-
-
-def _chunks(heads: int, tokens: int, step: int, whole: bool) -> list[tuple[int, int, int]]:
-    """(head, first row, last row + 1) in pieces of ``step`` rows; all heads as one where they are coded alike."""
-    if whole:
-        heads, tokens = 1, heads * tokens
-    return [(head, head * tokens + i, head * tokens + min(i + step, tokens)) for head in range(heads) for i in range(0, tokens, step)]

@@ -90,15 +90,15 @@ class Diffusion:
         finally:
             hook.remove()
 
-    def run(self, seed: int, config: Config | None = None) -> tuple[Tensor, float, Report | None]:
-        """The end result with a pipeline of tqai, CPU seconds, and its report."""
+    def run(self, seed: int, config: Config | None = None) -> tuple[Tensor, float, Report]:
+        """The end result with a pipeline of tqai, CPU seconds, and its report, which is empty without a pipeline."""
         import tqai_core
 
         with nullcontext() if config is None else tqai_core.apply(self.pipe, config) as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a candidate that skips nothing is a valid result
             began = time.process_time()
             out = self._generate(seed)
-            return out, time.process_time() - began, handle.report() if handle else None
+            return out, time.process_time() - began, handle.report() if handle else Report()
 
     def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         sigma = self.family.sigma(kwargs["timestep"])

@@ -33,19 +33,17 @@ class AdamsBashforth2(FlowMatchEulerDiscreteScheduler):
         self.num_inference_steps = len(self.timesteps)
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._at = 0
         self._before: tuple[float, Tensor] | None = None
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **kw: Any) -> Any:  # type: ignore[override]
-        i = self._at
+        i = self._step_index or 0
         now, then = float(self.sigmas[i]), float(self.sigmas[i + 1])
         v, h = model_output.float(), then - now
         if self._before is not None:
             slope = (v - self._before[1]) / (now - self._before[0])
             v = v + h / 2 * slope
         self._before = (now, model_output.float())
-        self._at += 1
-        self._step_index = self._at  # what the base class shows as step_index
+        self._step_index = i + 1
         return ((sample.float() + h * v).to(sample.dtype),)
 
 
