@@ -129,10 +129,10 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from .calibrate import cli
+    from .calibrate import cli, tune
 
     found = cli.tune(args)
-    return _finish(args.json, found, cli.tune_tables(found))
+    return _finish(args.json, found, tune.tables_of(found))
 
 
 def _report(args: argparse.Namespace) -> int:
