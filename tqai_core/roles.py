@@ -17,17 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from .attention.token_order import TileOrder
 from .errors import TqaiError
 from .registry import Method, param
 from .types import Decision, Packed, Part, Step
-
-if TYPE_CHECKING:
-    import torch
 
 STEPS = ("model", "block", "attention")  # levels of diffusion
 

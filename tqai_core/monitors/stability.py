@@ -87,9 +87,8 @@ class Stability(
         if state.get("refresh", 0) > 0:
             state["refresh"] -= 1
             return Decision(True, "a head's entropy collapsed", move), None
-        if move > self.flush_tau:
-            return Decision(True, "attention moves too fast", move), None
-        return Decision(False, "attention is stable", move), None
+        fast = move > self.flush_tau
+        return Decision(fast, "attention moves too fast" if fast else "attention is stable", move), None
 
     def _move(self, now: list[float], before: list[float], state: dict[str, Any]) -> float:
         """Root mean square change of the heads' entropy. Where a head's has collapsed, the next two are to be refreshed."""
