@@ -10,7 +10,7 @@ from typing import Any
 from ..registry import param
 from ..roles import Batch, PackMonitor, TolerantMonitor
 from ..types import Decision, Step
-from . import forced
+from . import distinct_sigmas, forced
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ class Lyapunov(
     The remainder of a polynomial through the last order + 1 computed sigmas grows as the product of the distances to
     them. The tolerance is tau / sqrt(width) * (1.3 - .9 importance): ``width`` is the sampler's step from here relative
     to its mean step, since an error counts in proportion to it; without a scorer the last factor is 1. One tau then
-    means the same on every grid and shift. The first ``warmup`` evaluations of a model and the last are computed.
+    means the same on every grid and shift. The first ``warmup`` sigmas of a model and the last one are
+    computed. Where a sampler evaluates a sigma again, the error measured at such a repeat bounds that of the next one.
     """
 
     tau: float = param(0.06, "relative error a forecast may have", low=0.0, high=10.0)
-    warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)
+    warmup: int = param(3, "different sigmas computed at the start", low=1, high=1000)
     max_gap: int = param(6, "most evaluations forecast in a row", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
 
@@ -40,12 +41,10 @@ class Lyapunov(
         return "tau=0 allows no forecast" if self.tau == 0 else super().idle(step)
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
-        seen = state["seen"] = state.get("seen", 0) + 1
+        seen = distinct_sigmas(step, state)
         gap = state["gap"] = state.get("gap", 0) + 1
-        nodes = state.get("nodes", [])
-        estimate = None
-        if state.get("error") is not None:
-            estimate = state["error"] * _remainder(step.sigma, nodes, order) / state["remainder"]
+        estimate = self._estimate(step.sigma, order, state)
+        state["sigma"] = step.sigma
         tolerance = self.tau / max(step.width, 1e-6) ** 0.5 * (1.0 if importance is None else 1.3 - 0.9 * importance)
         why = forced(step, seen, self.warmup)
         if why:
@@ -60,14 +59,27 @@ class Lyapunov(
             return Decision(False, "estimate within the tolerance", estimate)
         return Decision(True, why, estimate)
 
+    def _estimate(self, sigma: float, order: int, state: dict[str, Any]) -> float | None:
+        """The error that a forecast at ``sigma`` would have, or None while nothing was measured to judge by."""
+        if state.get("error") is None:
+            return None
+        estimate = state["error"] * _remainder(sigma, state["nodes"], order) / state["remainder"]
+        if sigma != state["sigma"]:
+            return estimate
+        # the sampler evaluates a sigma again, at another latent: no distance in sigma tells how far that is
+        return None if "repeat_error" not in state else max(estimate, state["repeat_error"])
+
     def observe(self, step: Step, error: float | None, order: int, state: dict[str, Any]) -> None:
         nodes = state.setdefault("nodes", [])
-        remainder = _remainder(step.sigma, nodes, order)
-        if error is not None and remainder > 0:
-            state["error"], state["remainder"] = error, remainder
+        state["gap"] = 0
+        if step.sigma in nodes:
+            if error is not None:
+                state["repeat_error"] = error
+            return
+        if error is not None and len(nodes) > order:  # a forecast through fewer nodes is one of a lower order
+            state["error"], state["remainder"] = error, _remainder(step.sigma, nodes, order)
         nodes.append(step.sigma)
         del nodes[: -order - 1]
-        state["gap"] = 0
 
     def judge(self, batch: Batch) -> tuple[Decision, float | None]:
         """Level kv: the error that packing these tokens makes in the recent queries' attention, measured against the exact rows
