@@ -124,8 +124,11 @@ class Run:
         ``compute`` runs the model with what its blocks need to know, ``velocity`` turns its output into what is forecast,
         ``restore`` turns a forecast back.
         """
-        if why := self._unusable(x, chunks):
-            self._fallback(why)
+        if not self.inside:
+            self._fallback("the model was called outside the sampler's evaluations, so the step is unknown")
+            return compute(None)
+        if not chunks or x.shape[0] % len(chunks):
+            self._fallback("the batch does not split evenly over its conditions")
             return compute(None)
         with self._lock:
             wheres = [self._where(chunk) for chunk in chunks]
@@ -221,13 +224,6 @@ class Run:
     def _send(self) -> None:
         if self.send is not None:
             self.send(self.state())
-
-    def _unusable(self, x: Tensor, chunks: Sequence[Chunk]) -> str | None:
-        if not self.inside:
-            return "the model was called outside the sampler's evaluations, so the step is unknown"
-        if not chunks or x.shape[0] % len(chunks):
-            return "the batch does not split evenly over its conditions"
-        return None
 
     def _where(self, chunk: Chunk) -> Where:
         """Names that mean the same in every run: ids of conditions are drawn anew each time."""
