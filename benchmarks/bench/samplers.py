@@ -2,8 +2,8 @@
 
     CHECKOUT/.venv/bin/python benchmarks/bench/samplers.py CHECKOUT [--samplers heun,lcm] [--kinds flux] [--shifts 1,3,8] [--json FILE]
 
-Each sampler runs 24 steps with the scheduler ``simple``. Errors are PSNR in dB to the same sampler's own exact run of the same seed; for samplers
-that add noise this is the run with the same noise. Fewer steps take at least as many calls as tqai did.
+Each sampler runs 24 steps with the scheduler ``simple``. Errors are PSNR in dB to the same sampler's own exact run of the same seed;
+for samplers that add noise this is the run with the same noise. Fewer steps take at least as many calls as tqai did.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def row(bench: Bench, kind: str, sampler: str, shift: float) -> dict[str, Any]:
                     break
         made["why"] = sorted({f["why"] for f in report["fallbacks"]})
         found.append(made)
-    middle = {name: median(v) if (v := [m[name] for m in found if m[name] is not None]) else None for name in ("ours", "fewer", "calls", "whole")}
+    middle = {
+        name: median(v) if (v := [m[name] for m in found if m[name] is not None]) else None for name in ("ours", "fewer", "calls", "whole")
+    }
     worst = {f"{name}_min": min((m[name] for m in found if m[name] is not None), default=None) for name in ("ours", "fewer")}
     return {"kind": kind, "sampler": sampler, "shift": shift, **middle, **worst, "why": sorted({w for m in found for w in m["why"]})}
 
@@ -111,8 +113,13 @@ def main() -> int:
                 for shift in args.shifts:
                     r = row(bench, kind, sampler, shift)
                     rows.append(r)
-                    figures = " ".join(f"{name} {r[name]:.1f}" if r[name] is not None else f"{name} -" for name in ("ours", "ours_min", "fewer", "fewer_min"))
-                    print(f"{kind:5} {sampler:16} shift {shift:g}: calls {r['calls']:g}/{r['whole']:g} {figures} {r['why'][:1]}", flush=True)
+                    figures = " ".join(
+                        f"{name} {r[name]:.1f}" if r[name] is not None else f"{name} -"
+                        for name in ("ours", "ours_min", "fewer", "fewer_min")
+                    )
+                    print(
+                        f"{kind:5} {sampler:16} shift {shift:g}: calls {r['calls']:g}/{r['whole']:g} {figures} {r['why'][:1]}", flush=True
+                    )
     if args.json:
         from bench.harness import machine
 

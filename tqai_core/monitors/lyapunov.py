@@ -12,6 +12,11 @@ from ..roles import Batch, PackMonitor, TolerantMonitor
 from ..types import Decision, Step
 from . import distinct_sigmas, forced
 
+# A sampler that adds noise: the forecast does not know the noise of its step, which the measured error counts in. Later steps
+# replace that noise again, so that single forecasts may err by so many times more.
+NOISY = 6.0
+LOOK = 8  # sigmas after which such a run that had no forecast is left exact
+
 
 @dataclass(frozen=True)
 class Lyapunov(
@@ -45,19 +50,32 @@ class Lyapunov(
         gap = state["gap"] = state.get("gap", 0) + 1
         estimate = self._estimate(step.sigma, order, state)
         state["sigma"] = step.sigma
-        tolerance = self.tau / max(step.width, 1e-6) ** 0.5 * (1.0 if importance is None else 1.3 - 0.9 * importance)
+        noisy = state.get("fresh_noise", 0.0) > 0
+        tolerance = (
+            (NOISY * self.tau if noisy else self.tau)
+            / max(step.width, 1e-6) ** 0.5
+            * (1.0 if importance is None else 1.3 - 0.9 * importance)
+        )
         why = forced(step, seen, self.warmup)
         if why:
             return Decision(True, why, estimate)
         if estimate is None:
             why = "no forecast to judge by"
-        elif gap > self.max_gap:
-            why = f"{self.max_gap} forecasts in a row"
+        elif gap > (most := 1 if noisy else self.max_gap):
+            why = f"{most} forecasts in a row"
         elif not estimate <= tolerance:
             why = "estimate over the tolerance"
         else:
+            state["forecasts"] = True
             return Decision(False, "estimate within the tolerance", estimate)
         return Decision(True, why, estimate)
+
+    def gives_up(self, state: dict[str, Any]) -> str | None:
+        error, most = state.get("error"), NOISY * self.tau
+        waited = state.get("fresh_noise") and len(state["sigmas"]) >= LOOK and "forecasts" not in state
+        if not waited or error is None or error <= 1.5 * most:  # some samplers add less noise later
+            return None
+        return f"the sampler adds fresh noise at every step: a forecast would err by {error:.2f} of the output, more than {most:.2f}"
 
     def _estimate(self, sigma: float, order: int, state: dict[str, Any]) -> float | None:
         """The error that a forecast at ``sigma`` would have, or None while nothing was measured to judge by."""
