@@ -225,6 +225,10 @@ class StepMonitor(Monitor, levels=STEPS):
             return f"{step.total} steps are too few to forecast (min_steps={self.min_steps})"
         return None
 
+    def gives_up(self, state: dict[str, Any]) -> str | None:
+        """Why the rest of this generation is computed exactly, or None: nothing is watched or held from then on."""
+        return None
+
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         """Compute or forecast ``step``. ``importance`` is the scorer's for the step, ``order`` the forecaster's."""
         raise NotImplementedError
