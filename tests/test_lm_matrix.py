@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ def outcomes(model: Any, want: torch.Tensor) -> dict[str, str]:
             out[name] = "same" if same else f"other tokens from {int((got != want).nonzero()[0])}"
         except tqai.TqaiError as error:
             out[name] = f"refused: {error}"
+        except Exception as error:  # seen in the table, and wrong
+            out[name] = f"other error: {type(error).__name__}: {error}"
     return out
 
 
@@ -55,9 +59,9 @@ def check(kind: str) -> dict[str, str]:
     logging.set_verbosity_error()
     try:
         model = tiny_lms.build(kind)
-    except (KeyError, ValueError, TypeError, AttributeError, ImportError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # whatever a class says of sizes it was not made for
         return {"no tiny model": " ".join(f"{type(error).__name__}: {error}".split())[:150]}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         try:
             want = generate(model, DynamicCache(config=model.config))
@@ -75,7 +79,7 @@ def test_a_family_gives_its_own_tokens_or_is_refused(kind):
 
 @pytest.mark.slow
 def test_every_class_gives_its_own_tokens_or_is_refused(capsys):
-    table = {kind: check(kind) for kind in tiny_lms.KINDS if kind in tiny_lms.CONFIGS and kind not in tiny_lms.TOO_LARGE}
+    table = {kind: check(kind) for kind in tiny_lms.KINDS if kind in tiny_lms.CONFIGS}
     with capsys.disabled():
         for line in report(table):
             print(line)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import sys
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -27,6 +30,9 @@ from transformers import (
 import tqai_core as tqai
 from tqai_core import minis
 from tqai_core.attention.lazy import LazyKV
+
+sys.path.append(str(Path(__file__).parent))
+import tiny_lms
 
 SMALL = dict(
     vocab_size=128, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
@@ -623,3 +629,27 @@ def test_flex_attention_gets_plain_tensors(qwen):
     finally:
         qwen.config._attn_implementation_internal = was
     assert type(k) is type(v) is torch.Tensor
+
+
+def test_mpt_past_its_length_says_how_many_positions_it_has():
+    config = MptConfig(d_model=64, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=128)
+    cache = tqai.KVCache(config, tqai.Config(level="kv", calibrate=0))
+    with pytest.raises(tqai.TqaiError, match="mpt has positions for 64 tokens, 70 are asked"):
+        MptForCausalLM(config).eval()(prompt(1), past_key_values=cache)
+
+
+def test_layers_that_share_keys_take_them_from_one_packed_layer():
+    """Gemma 3n: packed at 8 bits nearly the tokens of the exact cache, and nothing is decoded."""
+    model = tiny_lms.build("gemma3n_text")
+    ids = prompt(2, 70, 90)
+    config = tqai.Config(level="kv", codec="turbo:bits=8", recent=8, calibrate=32)
+    with torch.no_grad(), tqai.apply(model, config) as handle:
+        cache = handle.cache()
+        model(ids[:, :60], past_key_values=cache)
+        got = model(ids[:, 60:], past_key_values=cache).logits.log_softmax(-1)
+        exact = DynamicCache(config=model.config)
+        model(ids[:, :60], past_key_values=exact)
+        want = model(ids[:, 60:], past_key_values=exact).logits.log_softmax(-1)
+    assert any(layer.kv.packed for layer in cache.packed_layers)
+    assert cache.materialised == 0
+    assert float(F.kl_div(got, want, log_target=True, reduction="sum") / ids[:, 60:].numel()) < 0.05

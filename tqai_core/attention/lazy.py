@@ -104,7 +104,9 @@ class Watched(Tensor):
             count = q.shape[2]
             mask = next((x for x in others if x.shape[3] == own.shape[-1] and x.shape[2] in (1, count)), None)
             if mask is not None or func.__name__ == "softmax":
-                kv.see(mask, count)  # before the queries, those of padding count for nothing
+                kv.see(
+                    ~mask if mask is not None and func.__name__.startswith("masked_fill") else mask, count
+                )  # before the queries, those of padding count for nothing
                 kv.observe(q)
                 return out
             going = isinstance(out, Tensor) and out.shape == own.shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...attention.lazy import LazyKV
 from ...attention.packed import attend
@@ -25,6 +25,7 @@ from ..language import CacheHandle, kv_config
 from .cache import KVCache, PackedLayer
 
 NAME = "tqai"
+ADDED = "tqai_added_masks"  # the same attention for models whose code takes masks to be added to the scores
 
 
 class LMHandle(CacheHandle):
@@ -54,19 +55,21 @@ def attach(model: Any, config: Config, steps: int | None = None) -> LMHandle:
         if method is not None:
             method.belongs(model)
     KVCache(model.config, config)  # says what cannot be packed before anything is touched
-    if hasattr(model, "_can_set_attn_implementation") and not model._can_set_attn_implementation():
+    sdpa, flex, others = (getattr(model, f"_supports_{name}", True) for name in ("sdpa", "flex_attn", "attention_backend"))
+    if not getattr(model, "_can_set_attn_implementation", lambda: True)() or not (sdpa or others):
         raise TqaiError(f"{type(model).__name__} has attention of its own that cannot be replaced: pass tqai.KVCache(model.config) alone")
     if asking := sorted(name for name, kind in _attentions(model).items() if _asks_for_sdpa(kind)):
         raise TqaiError(
             f"{', '.join(asking)} of {type(model).__name__} does something else where the attention is called neither 'eager' nor 'sdpa', "
             "and tqai's has a name of its own: pass tqai.KVCache(model.config) alone"
         )
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    for name, mask in ((NAME, sdpa_mask), (ADDED, eager_mask)):
+        AttentionInterface.register(name, packed_attention)
+        AttentionMaskInterface.register(name, mask)
     handle = LMHandle(model, config)
     for part in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         handle.on_remove(_replaced(part))
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(NAME if sdpa or flex else ADDED)  # DeepSeek-V4 joins a bias to its mask
     return handle
 
 

@@ -135,6 +135,8 @@ class KVCache(Cache):
         self.plans = layer_plans(config, ["" if type(layer) is DynamicLayer else type(layer).__name__ for layer in layers])
         packed = [(i, plan) for i, plan in enumerate(self.plans) if isinstance(plan, Plan)]
         self._text = text
+        if packed and getattr(text, "num_attention_heads", None) is None:
+            raise TqaiError(f"{text.model_type} has no attention heads, so no keys and values to pack: use its own cache")
         for head_dim, plan in dict.fromkeys((_of_layer(text, "head_dim", i), plan) for i, plan in packed):
             _check(text, head_dim or text.hidden_size // text.num_attention_heads, plan)
         for i, plan in packed:
@@ -176,10 +178,13 @@ class KVCache(Cache):
                 f"the cache keeps {self.get_seq_length()} tokens and the prompt has none after them: give the whole text so far and what "
                 "follows, crop the cache with cache.crop(-count), or empty it with cache.reset()"
             )
-        return super().get_mask_sizes(query_length, layer_idx)
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        if self._text.model_type == "mpt" and length > self._text.max_seq_len:  # its table of position biases ends there
+            raise TqaiError(f"mpt has positions for {self._text.max_seq_len} tokens, {length} are asked: give a shorter text")
+        return length, offset
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as before transformers 5.0."""
+        """Forget the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as in older transformers."""
         length = self.get_seq_length()
         gone = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
         if gone > length:  # before any layer is touched
