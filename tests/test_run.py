@@ -147,6 +147,7 @@ def test_methods_at_level_kv_go_through(capsys):
     assert (config.scorer, config.strategy, config.monitor, config.skip_layers) == ("palm", "delta", "stability", (0, 1))
     assert list(result["report"]["per_site"]) == ["attn.2", "attn.3"]
     assert 0 < result["compare"]["kl_mean"] < 0.1
+    assert any("packing starts at 256 tokens and saves time from some 4,000 on" in text for text in result["warnings"])
 
 
 def test_a_folder_with_a_chat_template(capsys, lm_folder):

@@ -161,8 +161,6 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> dict[
             mine, _ = generate(cache, output_of(args))
             report = handle.report()
         sites = report.per_site.values()
-        if cache.packed_layers and cache.get_seq_length() < PAYS:
-            notes.append(f"packing starts at {packing_starts(config)} tokens and saves time from some {PAYS:,} on: shorter texts cost time")
         result = {
             "kind": "lm", "model": loaded.name, "prompt": args.prompt, "seed": args.seed, "temperature": temperature,
             "dtype": str(model.dtype).removeprefix("torch."), "device": str(device), "config": config.to_dict(), **mine,
@@ -170,13 +168,20 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> dict[
                 "bytes_held": cache.nbytes, "bytes_peak": report.bytes_held_peak, "bytes_16bit": report.bytes_exact,
                 "tokens": cache.get_seq_length(), "tokens_packed": min((s["tokens_packed"] for s in sites), default=0),
             },
-            "report": report.to_dict(), "warnings": notes + report.warnings,
+            "report": report.to_dict(), "warnings": notes + report.warnings + _short(cache, config),
         }  # fmt: skip
         if args.compare:
             result["compare"] = _compare(model, config, ids, mine, generate)
             if result["compare"]["kl_mean"] is None:
                 result["warnings"].append("the models' next-token distributions hold NaN: no KL")
     return result
+
+
+def _short(cache: Any, config: Config) -> list[str]:
+    """What a user of a short text should know of its speed."""
+    if not any(layer.kv.packed for layer in cache.packed_layers) or cache.get_seq_length() >= PAYS:
+        return []
+    return [f"packing starts at {packing_starts(config)} tokens and saves time from some {PAYS:,} on: shorter texts cost time"]
 
 
 def _compare(model: Any, config: Config, ids: Tensor, mine: dict[str, Any], generate: Any) -> dict[str, Any]:
