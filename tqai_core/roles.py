@@ -225,6 +225,9 @@ class StepMonitor(Monitor, levels=STEPS):
             return f"{step.total} steps are too few to forecast (min_steps={self.min_steps})"
         return None
 
+    def restart(self, state: dict[str, Any]) -> None:
+        """The streams' history was dropped: what was measured on it holds no longer."""
+
     def gives_up(self, state: dict[str, Any]) -> str | None:
         """Why the rest of this generation is computed exactly, or None: nothing is watched or held from then on."""
         return None
