@@ -217,7 +217,7 @@ class Study(Strict):
     budget: Budget
     trials: Annotated[list[Trial], Field(max_length=100_000)]
     front: Annotated[list[Count], Field(max_length=100_000)]
-    layers: Annotated[list[tuple[Count, Amount] | list[Amount]], Field(max_length=10_000)]
+    layers: Annotated[list[Annotated[list[Amount], Field(min_length=2, max_length=2)]], Field(max_length=10_000)]
     skip_layers: Layers
     proof_seeds: Seeds = []
     proof: Proof | None = None
@@ -258,15 +258,20 @@ class CachePolicy(Strict):
     read: Annotated[list[Size], Field(min_length=2, max_length=2)]
 
 
-class CacheLayer(Strict):
-    kind: Name
+class PackedLayer(Strict):
+    kind: Literal["PackedLayer"]
     length: Count
-    segments: Count = 0
-    fine: Count = 0
-    exact_why: Text | None = None
-    plan: CachePlan | None = None
-    bits_v: Annotated[list[Bits], Field(min_length=1, max_length=2)] = [4]
+    segments: Count
+    fine: Count
+    exact_why: Text | None
+    plan: CachePlan
+    bits_v: Annotated[list[Bits], Field(min_length=1, max_length=2)]
     policy: CachePolicy | None = None
+
+
+class ExactLayer(Strict):
+    kind: Literal["DynamicLayer", "DynamicSlidingWindowLayer"]
+    length: Count
 
 
 class Cache(Strict):
@@ -274,7 +279,7 @@ class Cache(Strict):
     model: Annotated[dict[Name, Scalar], Field(max_length=100)]
     weights: Name
     config: dict[Name, Any]  # Config.from_dict checks it
-    layers: Annotated[list[CacheLayer], Field(min_length=1, max_length=10_000)]
+    layers: Annotated[list[Annotated[PackedLayer | ExactLayer, Field(discriminator="kind")]], Field(min_length=1, max_length=10_000)]
 
 
 ModelConfig = TypeAdapter(Pairs, config=ConfigDict(strict=True, allow_inf_nan=False))

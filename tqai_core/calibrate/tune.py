@@ -303,6 +303,8 @@ def check_study(found: Any, what: str) -> Row:
         row["config"] = Config.from_dict(row["config"]).to_dict()
     if not set(found["front"]) <= {row["trial"] for row in found["trials"]}:
         raise TqaiError(f"{what}: field 'front' names trials that are not there: {OTHER}")
+    if "proof" in found and not {"proof_seeds", "kept"} <= found.keys():
+        raise TqaiError(f"{what}: fields 'proof_seeds' and 'kept' go with 'proof': {OTHER}")
     for name in ("tuned", "config"):
         if found.get(name):
             Config.from_dict(found[name])

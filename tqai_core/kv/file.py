@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..codecs.rows import BITS, Rows
 from ..codecs.split import UNIT, Split
 from ..errors import TqaiError
-from ..files import check_finite, check_tensor
+from ..files import check_tensor
 from .cache import PackedKV
 from .segments import SEGMENT, Segment
 from .statistics import KeyStatistics
@@ -18,8 +19,8 @@ from .statistics import KeyStatistics
 AGAIN = "save the cache again"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 STATISTICS = ("mean", "scale", "_q2")
-LEAST = (("scale", 0.0), ("_q2", -1e-30))  # energies may be 0
-LARGEST = 1e30  # of a gain: a row that decodes beyond fp32 was never encoded
+LEAST = (("scale", 1e-12), ("_q2", -1e-30))  # energies may be 0
+LARGEST = 1e12  # of all numbers: no model has such keys, and products of two stay within fp32
 
 
 def state(kv: PackedKV) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -48,10 +49,8 @@ def restore(kv: PackedKV, tensors: dict[str, Tensor], header: dict[str, Any]) ->
         return
     keys = check_tensor(tensors, "keys", (None,) * 4, DTYPES, AGAIN)
     values = check_tensor(tensors, "values", (*keys.shape[:3], None), (keys.dtype,), AGAIN)
-    if not header.get("exact_why"):  # a layer may be held exact because of NaN or inf
-        check_finite({"keys": keys, "values": values}, what="cache file", again=AGAIN)
-    others = {name: tensor for name, tensor in tensors.items() if name not in ("keys", "values")}
-    check_finite(others, what="cache file", again=AGAIN)
+    exact = ("keys", "values") if header.get("exact_why") else ()  # a layer may be held exact because of NaN or inf
+    check_range({name: tensor for name, tensor in tensors.items() if name not in exact})
     kv.start(keys, values)
     kv.keys, kv.values = keys, values
     _side(kv, tensors, tuple(header["bits_v"]))
@@ -65,6 +64,13 @@ def restore(kv: PackedKV, tensors: dict[str, Tensor], header: dict[str, Any]) ->
     kv.length, kv.exact_why = header["length"], header["exact_why"]
     if kv.packed + keys.shape[2] != kv.length:
         raise TqaiError(f"field 'length' says {kv.length}, the tensors hold {kv.packed + keys.shape[2]}: {AGAIN}")
+
+
+def check_range(tensors: Mapping[str, Tensor]) -> None:
+    """TqaiError names a tensor with NaN, inf, or numbers from which attention overflows."""
+    for name, x in tensors.items():
+        if x.is_floating_point() and x.numel() and not bool((x.abs() < LARGEST).all()):
+            raise TqaiError(f"field {name!r} is damaged, it has NaN, inf or numbers beyond {LARGEST:g}: {AGAIN}")
 
 
 def _side(kv: PackedKV, tensors: dict[str, Tensor], bits_v: tuple[int, ...]) -> None:
@@ -93,7 +99,7 @@ def _segment(tensors: dict[str, Tensor], name: str, shape: torch.Size, coder_k: 
         codes = check_tensor(tensors, f"{name}.codes_{part}", (*shape, size, coder.row_bytes), (torch.uint8,), AGAIN)
         runs = (2,) if isinstance(coder, Split) else ()
         gain = check_tensor(tensors, f"{name}.gain_{part}", (*shape, codes.shape[2], *runs), (torch.bfloat16,), AGAIN)
-        if not 0 < codes.shape[2] <= SEGMENT or not bool((gain.float().abs() < LARGEST).all()):
-            raise TqaiError(f"field '{name}.gain_{part}' is damaged, or of {codes.shape[2]} tokens: {AGAIN}")
+        if not 0 < codes.shape[2] <= SEGMENT:
+            raise TqaiError(f"field '{name}.codes_{part}' is of {codes.shape[2]} tokens, a segment has {SEGMENT} at most: {AGAIN}")
         parts += [codes, gain]
     return Segment(*parts)

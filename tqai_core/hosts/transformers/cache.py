@@ -16,7 +16,7 @@ from ...attention.backends import native
 from ...attention.lazy import LazyKV
 from ...config import Config
 from ...errors import TqaiError
-from ...files import check_finite, check_tensor, checked, read_with_header
+from ...files import check_tensor, checked, read_with_header
 from ...kv import file
 from ...kv.cache import FLUSH, PackedKV
 from ...kv.layers import layer_plans
@@ -263,7 +263,7 @@ class KVCache(Cache):
                     fewer = hasattr(layer, "cumulative_length")  # a sliding window holds the last of them
                     if keys.shape[2] > own["length"] or (keys.shape[2] != own["length"] and not fewer):
                         raise TqaiError(f"field 'length' of layer {i} says {own['length']}, its tensors hold {keys.shape[2]}: {file.AGAIN}")
-                    check_finite(parts, what=f"layer {i}", again=file.AGAIN)
+                    file.check_range(parts)
                     layer.lazy_initialization(keys, values)
                     layer.keys, layer.values = keys, values
                     if hasattr(layer, "cumulative_length"):
