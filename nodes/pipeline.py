@@ -11,7 +11,6 @@ from tqai_core.config import LEVELS, Config, preset
 from tqai_core.errors import TqaiError
 from tqai_core.registry import build, names
 
-ROLES = ("scorer", "strategy", "monitor", "codec")
 NONE = "none"
 
 
@@ -58,8 +57,3 @@ class Pipeline:
 
 
 DEFAULT = Pipeline.of(preset("balanced"))
-
-
-def layers(text: str) -> tuple[int | str, ...]:
-    """``"0, 1, 5-8, -1"`` -> (-1, 0, 1, 5, 6, 7, 8); names of blocks stay names. ValueError for anything else."""
-    return Config(skip_layers=text).skip_layers

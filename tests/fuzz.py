@@ -10,12 +10,15 @@ import json
 import math
 import random
 import resource
+import sqlite3
 import struct
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,14 +26,15 @@ import torch
 OLD = Path(__file__).parent / "old"
 MOST_SECONDS, MOST_MIB = 3.0, 600
 STRANGE = (
-    None, True, -1, 0, 1, 7, 2**31, 2**63, 10**30, 1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf, "", "x", "\0", "\ud800", "../../etc",
-    "<script>alert(1)</script>", [], {}, [[]], [0] * 50, {"name": "x"}, "9" * 500, "fisher:file=/etc/passwd", "turbo:bits=99", "0-999999999",
+    None, True, -1, 0, 1, 7, 2**31, 2**63, 10**30, 1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf, "", "x", "\0", "\ud800", "../x",
+    "<script>alert(1)</script>", [], {}, [[]], [0] * 50, {"name": "x"}, "9" * 500, "fisher:file=/etc/passwd", "turbo:bits=99", "0-99999999",
 )  # fmt: skip
 
 
 def reader_table(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
     """Name -> a good file and what reads such files, to the numbers that come out."""
     import tqai_core as tqai
+    from tqai_core.calibrate import run
     from tqai_core.calibrate.file import Calibration
     from tqai_core.calibrate.page import page
     from tqai_core.calibrate.sampler import CalibratedSampler
@@ -56,7 +60,11 @@ def reader_table(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
 
     def table(path: Path) -> Any:
         scorer = fisher.Fisher(str(path))
-        return [scorer.score(None, tqai.types.Step(0, 0.5), None), fisher.load_units(str(path)), scorer.heads(0, 0.5)]  # type: ignore[arg-type]
+        return [
+            scorer.score(None, tqai.types.Step(0, 0.5), None),
+            torch.tensor(scorer.finer(0, len(fisher.load(str(path))[0]), 0.5)).float(),
+            scorer.heads(0, 0.5),
+        ]  # type: ignore[arg-type]
 
     def bases(path: Path) -> Any:
         read, x = BasesFile.load(path), torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(0))
@@ -74,15 +82,43 @@ def reader_table(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
         assert "<script" not in html
         return len(html.encode())
 
-    return {
-        "config": (OLD / "config.json", config), "config of a cache": (OLD / "config_kv.json", config), "packed": (OLD / "packed.safetensors", packed),
-        "packed, trellis": (OLD / "packed_trellis.safetensors", packed), "packed, exact": (OLD / "packed_exact.safetensors", packed),
-        "sampler": (OLD / "sampler.json", sampler), "fisher table": (OLD / "calibration.safetensors", table),
-        "bases": (OLD / "calibration.safetensors", bases), "calibration": (OLD / "calibration.safetensors", calibration),
-        "study, JSON": (OLD / "study.json", lambda path: clean(page(path))), "study, SQLite": (OLD / "study.db", lambda path: clean(page(path))),
-        "cache": (OLD / "cache.safetensors", cache), "cache, palm": (OLD / "cache_palm.safetensors", cache),
-        "cache, window": (OLD / "cache_window.safetensors", cache), "cache, tiered": (OLD / "cache_tiered.safetensors", cache),
+    steps, unfinished = folder / "step.safetensors", folder / "unfinished.safetensors"
+    coder, x = tqai.StreamCoder("choice", bits=(4, 3)), torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(2))
+    first = coder.encode(x, 1.0)
+    coder.encode(x * 0.9, 0.9).write(steps)
+    settings = partial_calibration(unfinished)
+
+    def stream(path: Path) -> Any:
+        return coder.decode([first, tqai.Packed.read(path)])
+
+    def resume(path: Path) -> Any:
+        moments, sums, done = run._resume(path, settings, SimpleNamespace())  # type: ignore[arg-type]
+        return [*moments.sums.values(), *vars(sums).values(), done]
+
+    calibrated = OLD / "calibration.safetensors"
+    pairs = [
+        ("config", "config.json", config), ("config of a cache", "config_kv.json", config), ("packed", "packed.safetensors", packed),
+        ("packed, trellis", "packed_trellis.safetensors", packed), ("packed, exact", "packed_exact.safetensors", packed),
+        ("step of a stream", steps, stream), ("sampler", "sampler.json", sampler), ("fisher table", calibrated, table),
+        ("bases", calibrated, bases), ("calibration", calibrated, calibration), ("unfinished", unfinished, resume),
+        ("study, JSON", "study.json", lambda path: clean(page(path))), ("study, SQLite", "study.db", lambda path: clean(page(path))),
+        *((f"cache{kind}", f"cache{kind}.safetensors", cache) for kind in ("", "_palm", "_window", "_tiered")),
+    ]  # fmt: skip
+    return {name: (OLD / path, read) for name, path, read in pairs}
+
+
+def partial_calibration(path: Path) -> dict[str, Any]:
+    """Writes what a calibration that was stopped leaves behind, and gives the settings that it was begun with."""
+    from tqai_core.calibrate import basis, fisher, run
+
+    moments, g = basis.Moments(), torch.Generator().manual_seed(3)
+    moments.see(0, *(torch.randn(1, 2, 20, 16, generator=g) for _ in "qkv"))
+    settings = {
+        "model": "0" * 16, "class": "X", "kind": "diffusion", "family": "flux", "seeds": [100, 101], "probes": 1, "codec": "turbo",
+        "basis_bits": 4, "average": 3, "steps": 4,
     }  # fmt: skip
+    run._keep(path, settings, moments, fisher.Sums(1, 2, 2), 1, (0.9, 0.4))
+    return settings
 
 
 def lm_config() -> Any:
@@ -231,17 +267,32 @@ def _resized(header: bytes, data: bytes | bytearray) -> bytes:
 
 
 def _sqlite(blob: bytes, r: random.Random) -> bytes:
-    """Texts of as many bytes in the pages, which the database itself does not check."""
-    for old, new in r.sample(
-        [(b'"calls"', b'"cells"'), (b'"error": ', b'"errar": '), (b"COMPLETE", b"RUNNINGS"), (b'"row"', b'"raw"'), (b"0.", b"NA"), (b"[", b"{"),
-         (b"tqai", b"taqi"), (b"config", b"confog"), (b"CREATE TABLE studies", b"CREATE TABLE stadies"), (b"lyapunov", b"lyapunof")], 1
-    ):  # fmt: skip
-        places = [i for i in range(len(blob)) if blob.startswith(old, i)] if r.random() < 0.3 else []
-        if places:
-            at = r.choice(places)
-            return blob[:at] + new + blob[at + len(old) :]
-        return blob.replace(old, new)
-    return blob
+    """A value of a row, or the schema."""
+    try:
+        with closing(sqlite3.connect(":memory:")) as database:
+            database.deserialize(blob)
+            _alter(database, r)
+            database.commit()
+            return database.serialize()
+    except (sqlite3.Error, IndexError, OverflowError, UnicodeError):
+        return blob
+
+
+def _alter(database: sqlite3.Connection, r: random.Random) -> None:
+    tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    table = r.choice([name for name in tables if "attributes" in name] if r.random() < 0.5 else tables)
+    how = r.random()
+    if how < 0.1:
+        database.execute(r.choice((f"DROP TABLE {table}", f"ALTER TABLE {table} RENAME TO x", f"DELETE FROM {table}")))
+    elif how < 0.15:
+        database.execute(f"CREATE VIEW x AS SELECT * FROM {table}")
+    elif how < 0.2:
+        database.execute(f"CREATE TRIGGER x AFTER INSERT ON {table} BEGIN DELETE FROM {table}; END")
+    else:
+        column = r.choice([row[1] for row in database.execute(f"PRAGMA table_info({table})")])
+        row, value = r.choice(database.execute(f"SELECT rowid, {column} FROM {table} ORDER BY rowid").fetchall())
+        new = _json(value.encode(), r).decode() if isinstance(value, str) and value[:1] in "[{" else r.choice(STRANGE[:20])
+        database.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (new, row))
 
 
 # -- the run
@@ -249,7 +300,7 @@ def _sqlite(blob: bytes, r: random.Random) -> bytes:
 
 def all_finite(x: Any) -> bool:
     if isinstance(x, torch.Tensor):
-        return bool(x.float().isfinite().all())
+        return bool(x.double().isfinite().all())
     if isinstance(x, (list, tuple)):
         return all(map(all_finite, x))
     return not isinstance(x, float) or math.isfinite(x)

@@ -122,17 +122,15 @@ def _calibrate(args: argparse.Namespace) -> int:
     if (args.model is None) == (args.demo is None):
         raise TqaiError("give either -m MODEL or --demo MINI to calibrate")
     if args.sampler:
-        result = sampler_cli.run(args)
-        return _finish(args.json, result, sampler_cli.tables_of(result))
-    found = cli.summary(cli.run(args))
-    return _finish(args.json, found, cli.tables_of(found))
+        return _finish(args.json, result := sampler_cli.run(args), sampler_cli.tables_of(result))
+    result = cli.summary(cli.run(args))
+    return _finish(args.json, result, cli.tables_of(result))
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from .calibrate import cli
+    from .calibrate import cli, tune
 
-    found = cli.tune(args)
-    return _finish(args.json, found, cli.tune_tables(found))
+    return _finish(args.json, result := cli.tune(args), tune.tables_of(result))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -203,9 +201,7 @@ def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    console.print(table)
+    (console if console.is_terminal else Console(width=140)).print(table)
 
 
 if __name__ == "__main__":

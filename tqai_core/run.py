@@ -88,18 +88,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def config_of(args: argparse.Namespace, level: str) -> Config | None:
     """The pipeline that the options describe; None for a diffusers pipeline without any, which has its family's preset."""
     data = _pipeline(args.pipeline) if args.pipeline else {}
-    was = data.setdefault("level", getattr(args, "level", None) or level)
+    was = data.setdefault("level", args.level or level)
     if (was == "kv") != (level == "kv"):
         thing = "a language model (level 'kv')" if level == "kv" else "a diffusers pipeline (level 'model', 'block' or 'attention')"
         raise TqaiError(f"--pipeline has level {was!r}, but MODEL is {thing}: take 'level' out of it, or give another MODEL")
-    if getattr(args, "level", None):
-        data["level"] = args.level
+    data["level"] = args.level or was
     for role in ROLES:
         if (spec := getattr(args, role)) is not None:
             data[role] = spec
             data.pop(f"{role}_kwargs", None)
-    bits = {f"bits_{part}": given for part in "kv" if (given := getattr(args, f"bits_{part}")) is not None}
-    if bits:
+    if bits := {name: given for name in ("bits_k", "bits_v") if (given := getattr(args, name)) is not None}:
         given = data.get("codec") or "turbo"
         name, options = parse("turbo" if given == "default" else given)
         data["codec"] = {"name": name, **options, **bits}
@@ -148,8 +146,7 @@ def _device(name: str | None) -> torch.device:
 
 def lines_of(result: dict[str, Any]) -> list[str]:
     """The figures for a terminal."""
-    lines = _lm_lines(result) if result["kind"] == "lm" else _pipe_lines(result)
-    return lines + [f"warning: {text}" for text in result["warnings"]]
+    return [*(_lm_lines if result["kind"] == "lm" else _pipe_lines)(result), *(f"warning: {text}" for text in result["warnings"])]
 
 
 def _peak(run: dict[str, Any]) -> str:

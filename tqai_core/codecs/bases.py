@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +159,8 @@ def water_fill(variance: Tensor, total: int) -> tuple[Run, ...]:
         _, i = max(gains, key=lambda pair: (pair[0], -pair[1]))
         width[i] += 1
         left -= sizes[i]
-    runs: list[Run] = []
-    for (a, b), bits in zip(pairwise(edges), width, strict=True):
-        if runs and runs[-1][2] == bits:
-            runs[-1] = (runs[-1][0], b, bits)
-        else:
-            runs.append((a, b, bits))
-    return tuple(runs)
+    runs = [(bits, list(bands)) for bits, bands in groupby(range(len(sizes)), key=width.__getitem__)]
+    return tuple((edges[bands[0]], edges[bands[-1] + 1], bits) for bits, bands in runs)
 
 
 @dataclass(frozen=True)
@@ -232,8 +227,8 @@ def _basis(tensors: Mapping[str, Tensor], name: str, given: list[list[int]]) -> 
     d = len(scale)
     matrix = check_tensor(tensors, f"{name}/matrix", (d, d), (torch.float16,), again).float()
     joined = all(left[1] == right[0] for left, right in pairwise(runs)) and all(a < b for a, b, _ in runs)
-    if not joined or runs[0][0] != 0 or runs[-1][1] != d or not any(bits for _, _, bits in runs):
-        raise TqaiError(f"field 'runs' of {name} does not cover the {d} coordinates of the basis: {again}")
+    if not joined or runs[0][0] != 0 or runs[-1][1] != d or not any(bits for _, _, bits in runs) or any(bits > 8 for _, _, bits in runs):
+        raise TqaiError(f"field 'runs' of {name} does not cover the {d} coordinates of the basis with 0 to 8 bits: {again}")
     norms = matrix.square().sum(1)
     if not bool((scale > 0).all()) or not bool(((norms > 0.9) & (norms < 1.1)).all()):
         raise TqaiError(f"field 'matrix' or 'scale' of {name} is no basis, its axes have not length 1: {again}")

@@ -17,14 +17,12 @@ from ...attention.lazy import LazyKV
 from ...config import Config
 from ...errors import TqaiError
 from ...files import check_tensor, checked, read_with_header
-from ...kv import file
-from ...kv.cache import FLUSH, PackedKV
-from ...kv.layers import layer_plans
+from ...kv.cache import FLUSH, PackedKV, check_range
 from ...kv.policy import policy
-from ...kv.segments import Plan
+from ...kv.segments import AGAIN, FLOATS, Plan
 from ...report import Report
 from ...types import nbytes, tensors_in
-from ..language import LayerFigures, Usage, cache_report, kv_config
+from ..language import LayerFigures, Usage, cache_report, kv_config, layer_plans
 
 FORMAT = 2
 
@@ -72,12 +70,6 @@ class PackedLayer(DynamicLayer):
             "this attention cannot read a packed cache, so dense keys and values are made at every step; "
             "`handle = tqai.apply(model, config)` sets the one that can"
         )
-
-    def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """What :func:`tqai_core.kv.file.state` gave."""
-        file.restore(self.kv, tensors, header)
-        if self.kv.keys is not None:
-            self.dtype, self.device, self.is_initialized = self.kv.keys.dtype, self.kv.keys.device, True
 
     def get_seq_length(self) -> int:
         return self.kv.length
@@ -212,7 +204,7 @@ class KVCache(Cache):
         headers: list[Any] = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PackedLayer):
-                own, header = file.state(layer.kv)
+                own, header = layer.kv.state()
             elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 own = {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
                 header = {"length": layer.get_seq_length()}
@@ -232,15 +224,15 @@ class KVCache(Cache):
             FORMAT,
             what="cache file",
             make="write one with cache.save(path)",
-            again=file.AGAIN,
+            again=AGAIN,
             device=device,
             finite=False,
         )
-        checked("Cache", header, what=f"{path}: cache file", again=file.AGAIN)
+        checked("Cache", header, what=f"{path}: cache file", again=AGAIN)
         try:
             cache = cls(model_config, Config.from_dict(header["config"]))
             if len(cache.layers) != len(header["layers"]):
-                raise TqaiError(f"the file has {len(header['layers'])} layers, this model {len(cache.layers)}: {file.AGAIN}")
+                raise TqaiError(f"the file has {len(header['layers'])} layers, this model {len(cache.layers)}: {AGAIN}")
             for field, had in header["model"].items():
                 if cache.model_key.get(field) != had:
                     raise TqaiError(
@@ -256,14 +248,16 @@ class KVCache(Cache):
                 if own["kind"] != type(layer).__name__:
                     raise TqaiError(f"layer {i} of the file is a {own['kind']}, here it is a {type(layer).__name__}")
                 if isinstance(layer, PackedLayer):
-                    layer.restore(parts, own)
+                    layer.kv.restore(parts, own)
+                    if (keys := layer.kv.keys) is not None:
+                        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
                 elif parts:
-                    keys = check_tensor(parts, "keys", (None,) * 4, file.DTYPES, file.AGAIN)
-                    values = check_tensor(parts, "values", (*keys.shape[:3], None), (keys.dtype,), file.AGAIN)
+                    keys = check_tensor(parts, "keys", (None,) * 4, FLOATS, AGAIN)
+                    values = check_tensor(parts, "values", (*keys.shape[:3], None), (keys.dtype,), AGAIN)
                     fewer = hasattr(layer, "cumulative_length")  # a sliding window holds the last of them
                     if keys.shape[2] > own["length"] or (keys.shape[2] != own["length"] and not fewer):
-                        raise TqaiError(f"field 'length' of layer {i} says {own['length']}, its tensors hold {keys.shape[2]}: {file.AGAIN}")
-                    file.check_range(parts)
+                        raise TqaiError(f"field 'length' of layer {i} says {own['length']}, its tensors hold {keys.shape[2]}: {AGAIN}")
+                    check_range(parts)
                     layer.lazy_initialization(keys, values)
                     layer.keys, layer.values = keys, values
                     if hasattr(layer, "cumulative_length"):
