@@ -131,8 +131,7 @@ def read_tensors(
     """Metadata and tensors. TqaiError for a missing or damaged file, and unless ``finite`` is off for one with NaN or inf: ``what``
     was expected, ``again`` says how to renew it."""
     try:
-        with Path(path).open("rb") as file:
-            _header(file.read(8), file.read, what, again)
+        check_head(path, what=what, again=again)
         with safe_open(str(path), framework="pt", device=str(device)) as f:
             metadata, tensors = dict(f.metadata() or {}), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - no mapping
     except TqaiError as error:
@@ -142,6 +141,12 @@ def read_tensors(
     if finite:
         check_finite(tensors, what=f"{path}: {what}", again=again)
     return metadata, tensors
+
+
+def check_head(path: str | Path, *, what: str, again: str) -> None:
+    """TqaiError unless a safetensors file begins with a header in bounds: before a library parses it."""
+    with Path(path).open("rb") as file:
+        _header(file.read(8), file.read, what, again)
 
 
 def parse_tensors(blob: bytes, *, what: str, again: str) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -16,12 +16,11 @@ from mlx_lm.models import cache as caches
 from ...codecs.rows import BITS
 from ...errors import TqaiError
 from ...kv.cache import FLUSH
-from ...kv.segments import Plan
+from ...kv.segments import AGAIN, Plan
 from ...kv.statistics import KeyStatistics, sample
 from ..language import Usage
 from .rows import Rows, group_of
 
-AGAIN = "save the cache again"
 SCORES = 1 << 24  # numbers of a score matrix made at once
 
 Pair = tuple[mx.array, mx.array]  # exact keys and values [B, H, n, D]
