@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from importlib import util
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 
-from .config import Config
+from .config import AGAIN, Config
 from .errors import TqaiError
+from .files import parse_json, read_text
 from .registry import ROLES, parse
 from .text import MAX_TOKENS, first_line
 
@@ -110,14 +110,8 @@ def config_of(args: argparse.Namespace, level: str) -> Config | None:
 def _pipeline(given: str) -> dict[str, Any]:
     text = given
     if not given.lstrip().startswith("{"):
-        try:
-            text = Path(given).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise TqaiError(f"--pipeline {given}: {getattr(error, 'strerror', None) or 'no text'}: give a JSON file, or its text") from None
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise TqaiError(f"--pipeline {given}: no JSON ({error}); write the file with config.to_json()") from None
+        text = read_text(given, what="pipeline", again="give --pipeline a JSON file, or its text")
+    data = parse_json(text, what="pipeline", again=AGAIN)
     if not isinstance(data, dict):
         raise TqaiError(f'--pipeline {given}: a {type(data).__name__}, expected an object such as {{"strategy": "delta2"}}')
     return data
