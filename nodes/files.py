@@ -39,12 +39,12 @@ def write(name: str, text: str) -> Path:
 
 def choices(folders: Mapping[str, str], accepts: Callable[[Path], bool] = lambda path: True) -> list[str]:
     """The JSON files in labelled folders, as ``name [label]``."""
-    found = []
-    for label, root in folders.items():
-        base = Path(root)
-        paths = sorted(base.rglob("*.json")) if base.is_dir() else []
-        found += [f"{path.relative_to(base).as_posix()} [{label}]" for path in paths if accepts(path)]
-    return found
+    return [
+        f"{path.relative_to(root).as_posix()} [{label}]"
+        for label, root in folders.items()
+        for path in sorted(Path(root).rglob("*.json"))
+        if accepts(path)
+    ]
 
 
 def chosen(choice: str, folders: Mapping[str, str], what: str, known: Sequence[str], cure: str) -> Path:
@@ -63,20 +63,16 @@ def listing() -> list[str]:
 
 def read(choice: str) -> str:
     """The text of a file of :func:`listing`."""
-    path = locate(choice)
+    path = chosen(choice, _folders(), "pipeline", listing(), "TQAI Save Pipeline writes one")
     if path.stat().st_size > MOST:
         raise TqaiError(f"{choice!r} is larger than a pipeline can be ({MOST:,} bytes)")
     return path.read_text()
 
 
-def locate(choice: str) -> Path:
-    return chosen(choice, _folders(), "pipeline", listing(), "TQAI Save Pipeline writes one")
-
-
 def tables() -> list[str]:
     """Calibrations in ComfyUI's folder models/tqai."""
     base = Path(folder_paths.models_dir) / FOLDER
-    return sorted(p.relative_to(base).as_posix() for p in base.rglob("*.safetensors")) if base.is_dir() else []
+    return sorted(p.relative_to(base).as_posix() for p in base.rglob("*.safetensors"))
 
 
 def table(name: str) -> str:

@@ -81,8 +81,10 @@ class Forward:
             if self.level == "attention":
                 self._fallback("", "attention outside the blocks that tqai marked: computed exactly")
             return compute()
-        site = self.site(f"{self._kind(nth)}.{number}")
-        if nth == 0 and self._measures and number in probed(self.depth):
+        kind = "attn" if nth == 0 else self.second_attention if nth == 1 else f"{self.second_attention}.{nth}"
+        site = self.site(f"{kind}.{number}")
+        measures = isinstance(self.flow.monitor, EntropyMonitor) and self.flow.decision.compute
+        if nth == 0 and measures and number in probed(self.depth):
             heads = split()
             if heads is None:
                 self._fallback("", "a masked attention: its entropy is not measured")
@@ -104,15 +106,6 @@ class Forward:
         with self.lock:
             site.observe("out", out)
         return out
-
-    def _kind(self, nth: int) -> str:
-        if nth == 0:
-            return "attn"
-        return self.second_attention if nth == 1 else f"{self.second_attention}.{nth}"
-
-    @property
-    def _measures(self) -> bool:
-        return isinstance(self.flow.monitor, EntropyMonitor) and self.flow.decision.compute
 
     def _fallback(self, where: str, why: str) -> None:
         self.flow.recorder.fallback(f"{self.flow.model}{where}", why)

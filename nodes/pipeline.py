@@ -11,7 +11,6 @@ from tqai_core.config import LEVELS, Config, preset
 from tqai_core.errors import TqaiError
 from tqai_core.registry import build, names
 
-ROLES = ("scorer", "strategy", "monitor", "codec")
 NONE = "none"
 
 

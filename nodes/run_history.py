@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +25,14 @@ class RunHistory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[str | None, str | None], Entry] = OrderedDict()
+        self._entries: dict[tuple[str | None, str | None], Entry] = {}
 
     def put(self, entry: Entry) -> None:
         with self._lock:
-            key = (entry.sampler, entry.patch)
-            self._entries.pop(key, None)
-            self._entries[key] = entry
-            while len(self._entries) > MAX_SAMPLERS:
-                self._entries.popitem(last=False)
+            self._entries.pop(key := (entry.sampler, entry.patch), None)
+            self._entries[key] = entry  # the newest is the last
+            if len(self._entries) > MAX_SAMPLERS:
+                del self._entries[next(iter(self._entries))]
 
     def of(self, upstream: set[str]) -> list[Entry]:
         """Samplings whose sampler and Compress node are both among ``upstream``, oldest first."""
@@ -52,11 +50,10 @@ HISTORY = RunHistory()
 def upstream(prompt: Any, node: str | None) -> set[str]:
     """Ids of the nodes that ``node`` depends on, from an API-format prompt."""
     found: set[str] = set()
-    todo = [str(node)] if node is not None else []
+    todo = [str(node)]
     while todo:
         inputs = (prompt or {}).get(todo.pop(), {}).get("inputs", {})
-        for value in inputs.values():
-            if isinstance(value, (list, tuple)) and len(value) == 2 and str(value[0]) not in found:
-                found.add(str(value[0]))
-                todo.append(str(value[0]))
+        links = {str(value[0]) for value in inputs.values() if isinstance(value, (list, tuple)) and len(value) == 2}
+        todo += links - found
+        found |= links
     return found

@@ -56,7 +56,7 @@ def _widget(key: str, option: dict[str, Any]) -> Any:
     if kind is int:
         return io.Int.Input(key, default=default, min=_whole(low), max=_whole(high), optional=True, tooltip=tooltip)
     if kind is float:
-        step = 10.0 ** _magnitude(default)
+        step = 10.0 ** -max(len(f"{default:g}".partition(".")[2]), 1)  # of the size of its last digit: .06 moves by .01, 2.0 by .1
         return io.Float.Input(key, default=default, min=low, max=high, step=step, round=False, optional=True, tooltip=tooltip)
     text = "+".join(map(str, default)) if kind is tuple else "" if default is None else str(default)
     return io.String.Input(key, default=text, optional=True, tooltip=tooltip)
@@ -64,9 +64,3 @@ def _widget(key: str, option: dict[str, Any]) -> Any:
 
 def _whole(limit: float | None) -> int | None:
     return None if limit is None else int(limit)
-
-
-def _magnitude(default: float) -> int:
-    """A step of the size of the default's last digit: .06 moves by .01, 2.0 by .1."""
-    digits = f"{default:g}".partition(".")[2]
-    return -max(len(digits), 1)

@@ -14,7 +14,7 @@ from . import codecs, monitors, scorers, strategies
 from .config import Config, preset
 from .errors import TqaiError
 from .handle import Handle
-from .registry import build, discover, names
+from .registry import ROLES, build, discover, names
 from .report import Report
 from .roles import Codec
 from .stream import StreamCoder
@@ -63,7 +63,7 @@ def codec(spec: Any) -> Codec:
 
 def methods() -> dict[str, list[str]]:
     """Names of all scorers, strategies, monitors and codecs."""
-    return {role: names(role) for role in ("scorer", "strategy", "monitor", "codec")}
+    return {role: names(role) for role in ROLES}
 
 
 def __getattr__(name: str) -> Any:

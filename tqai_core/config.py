@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from . import families
 from .errors import TqaiError
-from .registry import Method, build, parse
+from .families import FAMILIES
+from .registry import ROLES, Method, build, parse
 from .roles import Codec, Monitor, Scorer, Strategy
 
 VERSION = 1
@@ -54,7 +54,7 @@ class Config:
             raise TqaiError(f"config version {self.version!r}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
         if self.level not in LEVELS:
             raise TqaiError(f"level={self.level!r} is unknown; known: {', '.join(LEVELS)}")
-        for role in ("scorer", "strategy", "monitor", "codec"):
+        for role in ROLES:
             spec = getattr(self, role)
             absent = spec is None or (isinstance(spec, str) and spec.strip().lower() in ("", "none"))
             method = None if absent else build(role, spec)
@@ -66,9 +66,7 @@ class Config:
                 )
             if method is not None:
                 method.check(self.level)
-            object.__setattr__(self, role, method.spec if method else None)
-        if self.codec is None:
-            object.__setattr__(self, "codec", "exact")
+            object.__setattr__(self, role, method.spec if method else "exact" if role == "codec" else None)
         self._check_cache()
         object.__setattr__(self, "skip_layers", _layers(self.skip_layers))
 
@@ -86,8 +84,7 @@ class Config:
 
     def build(self) -> tuple[Scorer | None, Strategy | None, Monitor | None, Codec]:
         """The four methods."""
-        roles = ("scorer", "strategy", "monitor", "codec")
-        return tuple(build(r, s) if (s := getattr(self, r)) else None for r in roles)  # type: ignore[return-value]
+        return tuple(build(r, s) if (s := getattr(self, r)) else None for r in ROLES)  # type: ignore[return-value]
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
@@ -104,7 +101,7 @@ class Config:
         version = data.get("version", VERSION)
         if isinstance(version, int) and version > VERSION:  # before its unknown keys are blamed
             raise TqaiError(f"config version {version}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
-        for role in ("scorer", "strategy", "monitor", "codec"):
+        for role in ROLES:
             if kwargs := data.pop(f"{role}_kwargs", None):
                 if not data.get(role):
                     raise TqaiError(f"{role}_kwargs without a {role}: name the {role} too")
@@ -145,9 +142,8 @@ def _layers(given: Any) -> tuple[int | str, ...]:
 
 
 PRESETS = ("quality", "balanced", "fast")
-FAMILIES = tuple(families.FAMILIES)
 # tolerance of each preset and family, tuned on seeds 100 to 103 of the minis; the bench and its figures use seeds 0 to 2
-TAUS = {name: {family.name: family.tolerances[name] for family in families.FAMILIES.values()} for name in PRESETS}
+TAUS = {name: {family.name: family.tolerances[name] for family in FAMILIES.values()} for name in PRESETS}
 KV_PRESETS = ("k8v4", "k4v4", "k4v3", "k4v2", "k2v2")  # bits of keys and values
 
 

@@ -8,20 +8,18 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from einops import rearrange
+from PIL import Image
+from torch import Tensor
 
 from .config import preset
 from .errors import TqaiError
+from .measure import Mini, Run, compare, machine, one_thread
+from .minis.names import KINDS, present
 from .plot import BLUE, ORANGE, Svg
 from .progress import progress_bar
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from .measure import Run
 
 STEPS = 24
 COUNT = {"flux": 10, "sd3": 10, "wan": 5}
@@ -31,9 +29,6 @@ ZOOM = 3  # of a 16 x 16 digit on the page
 def run(out: Path, kinds: Sequence[str] | None = None, seed: int = 0) -> dict[str, Any]:
     """Generate, measure, draw; writes ``out/index.html`` and the pictures, returns the figures as plain data. Without ``kinds``: all minis
     that are here."""
-    from .measure import Mini, compare, machine, one_thread
-    from .minis.names import KINDS, present
-
     kinds = present() if kinds is None else kinds
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise TqaiError(f"unknown mini {', '.join(unknown)}; known: {', '.join(KINDS)}")
@@ -45,8 +40,8 @@ def run(out: Path, kinds: Sequence[str] | None = None, seed: int = 0) -> dict[st
     with progress_bar("loading") as progress:
         for nth, kind in enumerate(kinds):
             mini = Mini(kind)
-            labels = list(range(COUNT[kind]))
             mini.schedule("euler", 1.0)
+            labels = range(COUNT[kind])
             mini.run(labels, seed, 1)  # warm caches are part of no figure
             runs: dict[str, Run] = {}
             for i, method in enumerate(methods):
@@ -62,9 +57,7 @@ def run(out: Path, kinds: Sequence[str] | None = None, seed: int = 0) -> dict[st
                     "fp16": r.report.bytes_exact if r.report else 0, **compare(mini, r, exact),
                 }  # fmt: skip
                 result["rows"].append(row | {"psnr": None} if method == "exact" else row)
-            report = runs["tqai balanced"].report
-            assert report is not None
-            result["decisions"][kind] = report.decisions
+            result["decisions"][kind] = runs["tqai balanced"].report.decisions  # type: ignore[union-attr]
             sections.append(_section(kind, {m: mini.pixels(r.latents) for m, r in runs.items()}, result, out))
     (out / "index.html").write_text(PAGE.replace("SECTIONS", "\n".join(sections)).replace("MACHINE", html.escape(_place(result))))
     return result
@@ -72,15 +65,13 @@ def run(out: Path, kinds: Sequence[str] | None = None, seed: int = 0) -> dict[st
 
 def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[list[str]]]]:
     head = ["mini", "method", "model calls", "skipped", "CPU ratio", "latent PSNR dB", "same label", "bytes held", "as fp16"]
-    rows = []
-    for r in result["rows"]:
-        psnr = "exact" if r["psnr"] is None else f"{r['psnr']:.1f}"
-        rows.append(
-            [
-                r["mini"], r["method"], str(r["calls"]), str(r["skipped"]), f"{r['cpu_ratio']:.2f}", psnr,
-                f"{r['agreement']:.3f}", f"{r['held']:,}", f"{r['fp16']:,}",
-            ]
-        )  # fmt: skip
+    rows = [
+        [
+            r["mini"], r["method"], str(r["calls"]), str(r["skipped"]), f"{r['cpu_ratio']:.2f}",
+            "exact" if r["psnr"] is None else f"{r['psnr']:.1f}", f"{r['agreement']:.3f}", f"{r['held']:,}", f"{r['fp16']:,}",
+        ]
+        for r in result["rows"]
+    ]  # fmt: skip
     yield f"{STEPS} Euler steps, guidance 2, one seed; {_place(result)}", head, rows
 
 
@@ -106,19 +97,16 @@ def _section(kind: str, samples: dict[str, Tensor], result: dict[str, Any], out:
 
 def _encode(x: Tensor) -> bytes:
     """A strip of digits as PNG, or of clips as an animated GIF."""
-    buffer = io.BytesIO()
-    if x.ndim == 4:
-        _strip(x[:, 0]).save(buffer, "PNG")
-    else:
-        first, *rest = [_strip(x[:, 0, f]) for f in range(x.shape[2])]
+    buffer, (first, *rest) = io.BytesIO(), [_strip(frame) for frame in rearrange(x, "n 1 ... h w -> (...) n h w")]
+    if rest:
         first.save(buffer, "GIF", save_all=True, append_images=rest, duration=160, loop=0)
+    else:
+        first.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _strip(x: Tensor) -> Image:
+def _strip(x: Tensor) -> Image.Image:
     """Digits ``[n, 16, 16]`` in [-1, 1], side by side in rows of five."""
-    from PIL import Image
-
     levels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
     image = Image.fromarray(rearrange(levels, "(row column) h w -> (row h) (column w)", column=min(len(x), 5)).numpy())
     return image.resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.NEAREST)

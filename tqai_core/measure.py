@@ -7,6 +7,7 @@ import platform
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .handle import Handle
 from .metrics import nmse, psnr
 from .minis import digits
 from .report import Report
@@ -41,9 +41,9 @@ class Mini:
         self.calls = 0
         inner = self.pipe.transformer
         block = (getattr(inner, "blocks", None) or inner.transformer_blocks)[0]
-        block.register_forward_pre_hook(lambda *_: self._count())
+        block.register_forward_pre_hook(self._count)
 
-    def _count(self) -> None:
+    def _count(self, *_: Any) -> None:
         self.calls += 1
 
     def schedule(self, name: str, shift: float, nodes: Sequence[float] | None = None) -> None:
@@ -54,20 +54,13 @@ class Mini:
     def run(self, labels: Sequence[int], seed: int, steps: int, config: Config | None = None, guidance: float = 2.0) -> Run:
         import tqai_core  # the public door, as users go through it
 
-        handle: Handle | None = tqai_core.apply(self.pipe, config) if config is not None else None
         inputs = self._minis.inputs(self.kind, labels, guidance)
         generator = torch.Generator().manual_seed(seed)
-        self.calls, began = 0, time.process_time()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                latents = self.pipe(**inputs, num_inference_steps=steps, generator=generator, output_type="latent", return_dict=False)[0]
-            seconds = time.process_time() - began
-            report = handle.report() if handle else None
-        finally:
-            if handle:
-                handle.remove()
-        return Run(latents.float(), self.calls, seconds, report)
+        with tqai_core.apply(self.pipe, config) if config is not None else nullcontext() as handle, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.calls, began = 0, time.process_time()
+            latents = self.pipe(**inputs, num_inference_steps=steps, generator=generator, output_type="latent", return_dict=False)[0]
+            return Run(latents.float(), self.calls, time.process_time() - began, handle.report() if handle else None)
 
     def pixels(self, latents: Tensor) -> Tensor:
         return self._minis.pixels(self.kind, latents)

@@ -84,14 +84,9 @@ class Recorder:
         self.report.seconds_cpu = time.process_time() - self._clock  # once a step: the clock sums over all threads
         self._why[decision.why] += decision.compute
         entry = {
-            "step": step.index,
-            "sigma": step.sigma,
-            "action": "compute" if decision.compute else "forecast",
-            "error_estimate": decision.error_estimate,
-            "error": None,
-            "why": decision.why,
-            "model": model,
-        }
+            "step": step.index, "sigma": step.sigma, "action": "compute" if decision.compute else "forecast",
+            "error_estimate": decision.error_estimate, "error": None, "why": decision.why, "model": model,
+        }  # fmt: skip
         self.report.decisions.append(entry)
         return entry
 
@@ -106,9 +101,7 @@ class Recorder:
         """After every store: the peak is walked, not computed."""
         site = self._site(model, where)
         site["bytes_held_peak"] = max(site["bytes_held_peak"], stream_bytes)
-        total = self._held()
-        if total > self.report.bytes_held_peak:
-            self.report.bytes_held_peak = total
+        self.report.bytes_held_peak = max(self.report.bytes_held_peak, self._held())
         self.report.bytes_exact = max(self.report.bytes_exact, exact)
 
     def error(self, model: str, where: Where, error: float) -> None:

@@ -98,8 +98,7 @@ def config_of(args: argparse.Namespace, level: str) -> Config | None:
         if (spec := getattr(args, role)) is not None:
             data[role] = spec
             data.pop(f"{role}_kwargs", None)
-    bits = {f"bits_{part}": given for part in "kv" if (given := getattr(args, f"bits_{part}")) is not None}
-    if bits:
+    if bits := {name: given for name in ("bits_k", "bits_v") if (given := getattr(args, name)) is not None}:
         given = data.get("codec") or "turbo"
         name, options = parse("turbo" if given == "default" else given)
         data["codec"] = {"name": name, **options, **bits}
@@ -154,8 +153,7 @@ def _device(name: str | None) -> torch.device:
 
 def lines_of(result: dict[str, Any]) -> list[str]:
     """The figures for a terminal."""
-    lines = _lm_lines(result) if result["kind"] == "lm" else _pipe_lines(result)
-    return lines + [f"warning: {text}" for text in result["warnings"]]
+    return [*(_lm_lines if result["kind"] == "lm" else _pipe_lines)(result), *(f"warning: {text}" for text in result["warnings"])]
 
 
 def _peak(run: dict[str, Any]) -> str:

@@ -1,9 +1,11 @@
-"""Any tensor of a diffusion transformer as tokens ``[b, n, d]``, and the grid they lie on."""
+"""Any tensor of a diffusion transformer as tokens ``[b, n, d]``, the grid they lie on, and a small sketch of them."""
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +29,18 @@ def grid_of(x: Tensor, known: tuple[int, ...] = ()) -> tuple[int, ...]:
         return tuple(x.shape[2:])
     n = tokens(x).shape[1]
     return known if known and math.prod(known) == n else (n,)
+
+
+def sketch(x: Tensor, width: int) -> Tensor:
+    """A few random coordinates of every token, so that a scorer needs no copy (Johnson and Lindenstrauss 1984): ``[b, n, d]`` of any float
+    type -> ``fp32 [b, n, min(width, d)]``; lengths and distances are preserved on average."""
+    d = x.shape[-1]
+    if d <= width:
+        return x.float()
+    return (x @ _signs(d, width, x.dtype, x.device)).float() / width**0.5
+
+
+@lru_cache(maxsize=64)
+def _signs(d: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    g = torch.Generator().manual_seed(d)
+    return (torch.randint(0, 2, (d, width), generator=g) * 2 - 1).to(device, dtype)

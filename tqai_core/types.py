@@ -128,11 +128,8 @@ def tensors_in(thing: object) -> Iterator[Tensor]:
             yield from tensors_in(getattr(thing, name))
     elif isinstance(thing, Tensor):
         yield thing
-    elif isinstance(thing, Mapping):
-        for value in thing.values():
-            yield from tensors_in(value)
-    elif isinstance(thing, (list, tuple)):
-        for value in thing:
+    elif isinstance(thing, (Mapping, list, tuple)):
+        for value in thing.values() if isinstance(thing, Mapping) else thing:
             yield from tensors_in(value)
     elif hasattr(thing, "__dict__"):
         yield from tensors_in(vars(thing))

@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import FAMILIES, Config, preset
+from ..config import Config, preset
 from ..errors import TqaiError
+from ..families import FAMILIES
 from ..hosts.calibration_targets import Diffusion
 from ..modelhash import model_hash
 from ..progress import Progress, silent

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..registry import param
 from ..roles import History, StepScorer
-from ..sketch import sketch
+from ..tokens import sketch
 from ..types import Step
 
 

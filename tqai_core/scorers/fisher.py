@@ -50,7 +50,7 @@ class Fisher(StepScorer, LayerScorer, name="fisher", paper="Gauss-Newton Fisher 
     def finer(self, layer: int, layers: int, share: float) -> tuple[bool, bool]:
         """Level kv: keys and values of a layer apart, by the damage that 4 bits do to them where the table has it, else by
         their sensitivity."""
-        worth = load_units(self.file)
+        worth = _content(self.file)[3]
         if len(worth) != layers:
             raise TqaiError(f"fisher table {self.file!r} has {len(worth)} layers, this model {layers}: calibrate this model")
         best = worth.flatten().argsort(descending=True)[: round(share * worth.numel())]
@@ -70,7 +70,8 @@ class Fisher(StepScorer, LayerScorer, name="fisher", paper="Gauss-Newton Fisher 
 
 @once_per_version
 def _content(file: str) -> tuple[dict[str, Any], Tensor, list[float], Tensor]:
-    """Header ({} where the file has none), table, sigmas and units; TqaiError names the field that is wrong."""
+    """Header ({} where the file has none), table, sigmas and what keys and values of each layer are worth, ``fp32 [layers, 2]``: predicted
+    damage at 4 bits, or summed sensitivity. TqaiError names the field that is wrong."""
     again = f"it is missing or damaged, run `tqai calibrate -m MODEL -o {file}`"
     metadata, tensors = read_tensors(file, what="fisher table", again=again)
     try:
@@ -98,8 +99,3 @@ def origin(file: str, field: str = "model") -> str | None:
 def load(file: str) -> tuple[Tensor, list[float]]:
     """``fisher fp32 [layers, heads, 2, bands]`` (2: key, value) and the sigma of each band."""
     return _content(file)[1:3]
-
-
-def load_units(file: str) -> Tensor:
-    """What keys and values of each layer are worth, ``fp32 [layers, 2]``: predicted damage at 4 bits, or summed sensitivity."""
-    return _content(file)[3]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..registry import param
 from ..roles import Batch, History, StepScorer, TokenScorer
-from ..sketch import sketch
+from ..tokens import sketch
 from ..types import Step
 
 PAST = 32  # tokens of a text that share a running mean

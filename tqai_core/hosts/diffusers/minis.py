@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor
 
 from ...errors import TqaiError
@@ -48,14 +49,10 @@ class PixelVAE(ModelMixin, ConfigMixin):
         return (F.interpolate(z, scale_factor=8).repeat(1, 3, 1, 1),)
 
 
-def _known(kind: str) -> None:
-    if kind not in names.KINDS:
-        raise TqaiError(f"unknown mini {kind!r}; known: {', '.join(names.KINDS)}")
-
-
 @lru_cache(maxsize=3)
 def _file(kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    _known(kind)
+    if kind not in names.KINDS:
+        raise TqaiError(f"unknown mini {kind!r}; known: {', '.join(names.KINDS)}")
     header, tensors = read_tensors(names.weights(kind), what="mini", again="install tqai-core again")
     return header, {name: x.float() for name, x in tensors.items()}
 
@@ -69,14 +66,14 @@ def transformer(kind: str) -> Any:
 
 
 def pipeline(kind: str, scheduler: Any = None) -> Any:
-    _known(kind)
+    model = transformer(kind)
     absent = {"text_encoder": None, "tokenizer": None}
     if kind != "wan":
         absent |= {"text_encoder_2": None, "tokenizer_2": None}
     if kind == "sd3":
         absent |= {"text_encoder_3": None, "tokenizer_3": None}
     pipe = getattr(diffusers, PIPELINES[kind])(
-        transformer=transformer(kind),
+        transformer=model,
         scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=PixelVAE(video=kind == "wan").eval(),
         **absent,
@@ -95,7 +92,6 @@ def prompts(kind: str, labels: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inputs(kind: str, labels: Sequence[int], guidance: float = 2.0) -> dict[str, Any]:
-    _known(kind)
     tokens, pooled = prompts(kind, labels)
     no_tokens, no_pooled = prompts(kind, [EMPTY] * len(labels))
     kw: dict[str, Any] = dict(prompt_embeds=tokens, negative_prompt_embeds=no_tokens, height=PIXELS, width=PIXELS)
@@ -107,7 +103,4 @@ def inputs(kind: str, labels: Sequence[int], guidance: float = 2.0) -> dict[str,
 
 def pixels(kind: str, latents: Tensor) -> Tensor:
     """What a pipeline returns with ``output_type="latent"`` -> pixels ``[n, 1, 16, 16]`` or ``[n, 1, 9, 16, 16]``."""
-    if kind != "flux":
-        return latents
-    n = len(latents)
-    return latents.view(n, 8, 8, 1, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, 1, 16, 16)
+    return rearrange(latents, "n (h w) (c p q) -> n c (h p) (w q)", h=8, p=2, q=2) if kind == "flux" else latents
