@@ -33,8 +33,7 @@ def draw(entries: Sequence[Entry]) -> Tensor:
 def _panel(pen: ImageDraw.ImageDraw, entry: Entry, y0: int) -> None:
     steps: list[dict[str, Any]] = entry.report["decisions"]
     skipped = sum(d["action"] == "forecast" for d in steps)
-    sampler = f", sampler {entry.sampler}" if entry.sampler else ""
-    pen.text((LEFT, y0 + 6), f"{entry.family}{sampler}: {skipped} of {len(steps)} evaluations forecast", fill=INK)
+    pen.text((LEFT, y0 + 6), f"{entry.head}: {skipped} of {len(steps)} evaluations forecast", fill=INK)
     pen.text((LEFT, y0 + 20), "blue computed, grey forecast; dot: measured error, dash: its estimate; green: bytes held", fill=INK)
     width = (WIDTH - LEFT - RIGHT) / max(len(steps), 1)
     most = max([d.get("bytes_held", 0) for d in steps], default=0)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,10 +136,7 @@ def marker(number: int, before: Any) -> Callable[[dict[str, Any], dict[str, Any]
     def around(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         options = args["transformer_options"]
         forward = options.get(FORWARD)
-
-        def compute(args: dict[str, Any]) -> dict[str, Any]:
-            return before(args, extra) if before is not None else extra["original_block"](args)
-
+        compute = extra["original_block"] if before is None else lambda args: before(args, extra)
         if forward is None:
             return compute(args)
         outer = options.get(BLOCK)
@@ -156,9 +154,7 @@ def override(before: Any) -> Callable[..., Tensor]:
 
     @torch.compiler.disable  # counting in Python would recompile at every block
     def tqai_attention(func: Any, *args: Any, **kwargs: Any) -> Tensor:
-        def compute() -> Tensor:
-            return before(func, *args, **kwargs) if before is not None else func(*args, **kwargs)
-
+        compute = partial(func, *args, **kwargs) if before is None else partial(before, func, *args, **kwargs)
         options = kwargs.get("transformer_options") or {}
         forward = options.get(FORWARD)
         if forward is None:
@@ -185,5 +181,6 @@ def _heads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Heads | None:
     if mask is not None or kwargs.get("enable_gqa", False):
         return None
     if not kwargs.get("skip_reshape", False):
-        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+        # [b, n, h d], or from some models [b, n, h, d]
+        q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
     return Heads(q, k, v, bool(kwargs.get("skip_output_reshape", False)))

@@ -105,9 +105,8 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     settings = original.get("transformer_options", {}).get(KEY)
     if settings is None:
         return executor(*args, **kwargs)
-    sampler = kwargs["sampler"] if "sampler" in kwargs else args[2]
-    sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-    run = _start(guider.model_patcher, settings, original, sampler, sigmas)
+    given = dict(zip(("noise", "latent_image", "sampler", "sigmas", "denoise_mask"), args, strict=False)) | kwargs
+    run = _start(guider.model_patcher, settings, original, given["sigmas"], given.get("denoise_mask"))
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     guider.model_options["transformer_options"][RUN] = run
     failed = True
@@ -122,13 +121,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         _remember(settings, run.kind.name, report, failed)
 
 
-def _is_euler(sampler: Any) -> bool:
-    """Whether it adds up outputs and nothing else; ``s_churn`` adds noise between."""
-    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
-    return name == "sample_euler" and not getattr(sampler, "extra_options", {}).get("s_churn")
-
-
-def _start(patcher: Any, settings: Settings, options: dict[str, Any], sampler: Any, sigmas: Any) -> Run:
+def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: Any, mask: Any) -> Run:
     sampling = patcher.get_model_object("model_sampling")
     kind = kind_of(patcher)
     exact = _exact(settings.config, kind)
@@ -139,9 +132,9 @@ def _start(patcher: Any, settings: Settings, options: dict[str, Any], sampler: A
         bypass = "EasyCache or LazyCache is on this model too: two step skippers cannot see each other's error; remove one"
     elif kind.blocks and len(exact) == len(kind.blocks):
         bypass = f"all {len(kind.blocks)} blocks are in skip layers"
-    schedule = Schedule.of(sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)), _is_euler(sampler))
+    schedule = Schedule.of(sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)))
     free_memory = lambda: int(comfy.model_management.get_free_memory(torch.device("cpu")))  # noqa: E731
-    return Run(settings.config, kind, schedule, bypass, settings.budget, _sender(settings.node), free_memory, exact)
+    return Run(settings.config, kind, schedule, bypass, settings.budget, _sender(settings.node), free_memory, exact, mask)
 
 
 def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
@@ -173,8 +166,9 @@ def _predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: A
     run = options.get("transformer_options", {}).get(RUN)
     if run is None:
         return executor(x, timestep, *args, **kwargs)
-    with run.evaluation(float(timestep.flatten()[0])):
-        return executor(x, timestep, *args, **kwargs)
+    with run.evaluation(float(timestep.flatten()[0]), x):
+        denoised = executor(x, timestep, *args, **kwargs)
+    return run.sampled(denoised)
 
 
 def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:

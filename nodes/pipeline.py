@@ -60,8 +60,3 @@ class Pipeline:
 
 
 DEFAULT = Pipeline.of(preset("balanced"))
-
-
-def layers(text: str) -> tuple[int | str, ...]:
-    """``"0, 1, 5-8, -1"`` -> (-1, 0, 1, 5, 6, 7, 8); names of blocks stay names. ValueError for anything else."""
-    return Config(skip_layers=text).skip_layers

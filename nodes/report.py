@@ -55,8 +55,4 @@ class TQAIReport(io.ComfyNode):
 def _text(entries: list[Entry]) -> str:
     if not entries:
         return "No sampling with TQAI Compress has run before this node: it is off, not linked, or nothing was sampled since the start."
-    parts = []
-    for entry in entries:
-        head = f"### {entry.family}" + (f", sampler {entry.sampler}" if entry.sampler else "")
-        parts.append(f"{head}{'' if entry.done else ' (stopped before its end)'}\n\n{Report(**entry.report).to_markdown()}")
-    return "\n".join(parts)
+    return "\n".join(f"### {e.head}{'' if e.done else ' (stopped before its end)'}\n\n{Report(**e.report).to_markdown()}" for e in entries)

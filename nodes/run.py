@@ -24,6 +24,7 @@ from tqai_core.families.base import Family
 from tqai_core.flow import Flow
 from tqai_core.report import Recorder
 from tqai_core.roles import EntropyMonitor
+from tqai_core.sampler_noise import NoiseMeter
 from tqai_core.types import Step, Where
 
 from .levels import Forward
@@ -59,6 +60,7 @@ class Run:
         send: gets :meth:`state` once a step.
         room: gives the free bytes of host memory.
         exact: numbers of the blocks that stay exact.
+        mask: 1 where a picture is made anew, less where the given one stays (inpainting); broadcasts over the latent.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Run:
         send: Callable[[dict[str, Any]], None] | None = None,
         room: Callable[[], int] | None = None,
         exact: frozenset[int] = frozenset(),
+        mask: Tensor | None = None,
     ) -> None:
         self.schedule = schedule if isinstance(schedule, Schedule) else None
         self.level, self.kind, self.budget, self.send, self.room, self.exact = config.level, kind, budget, send, room, exact
@@ -84,17 +87,20 @@ class Run:
         self._names: dict[tuple[int, Hashable], str] = {}
         self._seen: Counter[str] = Counter()
         self._device: torch.device | None = None
+        self._noise = NoiseMeter(None if mask is None else mask >= 1)
         self._reached = 0  # attention calls that came through us
         self._warn()
 
     @contextmanager
-    def evaluation(self, sigma: float) -> Iterator[None]:
-        """Around one call of the sampler for a prediction: one decision for all forwards within it."""
+    def evaluation(self, sigma: float, x: Tensor | None = None) -> Iterator[None]:
+        """Around one call of the sampler for a prediction at the latent ``x``: one decision for all forwards within it."""
         if self.inside:  # a guider that asks another one: still the same evaluation
             yield
             return
         with self._lock:
             self._seen.clear()
+            if x is not None and self.flow.bypass_reason is None:
+                self.flow.fresh_noise = self._noise.latent(x)
             known = self.schedule is not None and (self.flow.bypass_reason is None or not self.evaluations)  # an idle run asks no more
             self.flow.enter(self.schedule.step(self.evaluations, sigma) if known else Step(self.evaluations, sigma))
             self.evaluations += 1
@@ -111,6 +117,12 @@ class Run:
         self.recorder.report.decisions[-1]["bytes_held"] = held
         self._send()
 
+    def sampled(self, denoised: Tensor) -> Tensor:
+        """The prediction that the sampler gets, all guidance in it."""
+        if self.flow.bypass_reason is None and not self.inside:
+            self._noise.output(denoised)
+        return denoised
+
     def forward(
         self,
         x: Tensor,
@@ -124,8 +136,11 @@ class Run:
         ``compute`` runs the model with what its blocks need to know, ``velocity`` turns its output into what is forecast,
         ``restore`` turns a forecast back.
         """
-        if why := self._unusable(x, chunks):
-            self._fallback(why)
+        if not self.inside:
+            self._fallback("the model was called outside the sampler's evaluations, so the step is unknown")
+            return compute(None)
+        if not chunks or x.shape[0] % len(chunks):
+            self._fallback("the batch does not split evenly over its conditions")
             return compute(None)
         with self._lock:
             wheres = [self._where(chunk) for chunk in chunks]
@@ -221,13 +236,6 @@ class Run:
     def _send(self) -> None:
         if self.send is not None:
             self.send(self.state())
-
-    def _unusable(self, x: Tensor, chunks: Sequence[Chunk]) -> str | None:
-        if not self.inside:
-            return "the model was called outside the sampler's evaluations, so the step is unknown"
-        if not chunks or x.shape[0] % len(chunks):
-            return "the batch does not split evenly over its conditions"
-        return None
 
     def _where(self, chunk: Chunk) -> Where:
         """Names that mean the same in every run: ids of conditions are drawn anew each time."""

@@ -19,6 +19,10 @@ class Entry:
     report: dict[str, Any]
     done: bool = False
 
+    @property
+    def head(self) -> str:
+        return self.family + (f", sampler {self.sampler}" if self.sampler else "")
+
 
 class RunHistory:
     """The last sampling of each sampler node. A second prompt that does not run the sampler again still finds its report."""

@@ -15,30 +15,29 @@ class Schedule:
 
     A second expert, img2img and "end at step" see a slice only: ``total`` is the number of steps the whole way from noise
     to image would have at this pace. Samplers may evaluate a sigma twice (Heun) or one between two (2S); so the place is
-    found by the nearest sigma, and the index of a step counts evaluations. ``euler``: the sampler adds (next sigma - sigma) x
-    output and nothing else.
+    found by the nearest sigma, and the index of a step counts evaluations.
     """
 
     sigmas: tuple[float, ...]
     total: float
-    euler: bool = False
 
     @staticmethod
-    def of(sigmas: Sequence[float], percent_to_sigma: Callable[[float], float], euler: bool = False) -> Schedule | str:
+    def of(sigmas: Sequence[float], percent_to_sigma: Callable[[float], float]) -> Schedule | str:
         """From a sampler's sigmas, or the reason why they tell nothing. ``percent_to_sigma`` falls from percent 0 to 1."""
         if len(sigmas) < 2 or not all(a > b for a, b in pairwise(sigmas)):
             return "the sampler's sigmas do not fall from step to step"
         span = _percent(sigmas[-1], percent_to_sigma) - _percent(sigmas[0], percent_to_sigma)
         if span <= 0:
             return "the sampler's sigmas lie outside the model's range"
-        return Schedule(tuple(sigmas), (len(sigmas) - 1) / span, euler)
+        return Schedule(tuple(sigmas), (len(sigmas) - 1) / span)
 
     def step(self, index: int, sigma: float) -> Step:
         """The evaluation at ``sigma``; the last ones are those at the sigma from which the sampler steps to 0."""
         at = min(range(len(self.sigmas) - 1), key=lambda i: abs(self.sigmas[i] - sigma))
         width = (self.sigmas[at] - self.sigmas[at + 1]) * self.total
         last = self.sigmas[-1] == 0 and sigma <= self.sigmas[-2] * (1 + 1e-5)
-        return Step(index, sigma, max(round(self.total), 1), last, width, self.sigmas[at + 1] if self.euler else None)
+        once = at == index and abs(self.sigmas[at] - sigma) <= 1e-5 * max(sigma, 1e-5)  # each sigma was evaluated once so far
+        return Step(index, sigma, max(round(self.total), 1), last, width, self.sigmas[at + 1] if once else None)
 
 
 def _percent(sigma: float, percent_to_sigma: Callable[[float], float]) -> float:

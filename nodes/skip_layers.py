@@ -6,8 +6,9 @@ import dataclasses
 
 from comfy_api.latest import io
 
+from tqai_core.config import Config
+
 from .pipeline import DEFAULT, Pipeline
-from .pipeline import layers as parse
 from .widgets import CATEGORY, PIPELINE, pipeline_input, verdict
 
 
@@ -35,8 +36,8 @@ class TQAISkipLayers(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, layers: str) -> bool | str:
-        return verdict(lambda: parse(layers or ""))  # a linked input is None until it runs
+        return verdict(lambda: Config(skip_layers=layers or ""))  # a linked input is None until it runs
 
     @classmethod
     def execute(cls, layers: str, pipeline: Pipeline | None = None) -> io.NodeOutput:
-        return io.NodeOutput(dataclasses.replace(pipeline or DEFAULT, skip_layers=parse(layers)))
+        return io.NodeOutput(dataclasses.replace(pipeline or DEFAULT, skip_layers=Config(skip_layers=layers).skip_layers))

@@ -54,13 +54,10 @@ def _widget(key: str, option: dict[str, Any]) -> Any:
     if kind is bool:
         return io.Boolean.Input(key, default=default, optional=True, tooltip=tooltip)
     if kind is int:
-        return io.Int.Input(key, default=default, min=_whole(low), max=_whole(high), optional=True, tooltip=tooltip)
+        whole = [None if limit is None else int(limit) for limit in (low, high)]
+        return io.Int.Input(key, default=default, min=whole[0], max=whole[1], optional=True, tooltip=tooltip)
     if kind is float:
         step = 10.0 ** -max(len(f"{default:g}".partition(".")[2]), 1)  # of the size of its last digit: .06 moves by .01, 2.0 by .1
         return io.Float.Input(key, default=default, min=low, max=high, step=step, round=False, optional=True, tooltip=tooltip)
     text = "+".join(map(str, default)) if kind is tuple else "" if default is None else str(default)
     return io.String.Input(key, default=text, optional=True, tooltip=tooltip)
-
-
-def _whole(limit: float | None) -> int | None:
-    return None if limit is None else int(limit)

@@ -472,3 +472,29 @@ def test_streams_know_their_place_their_grid_and_where_they_lie():
     assert torch.equal(first.value("value"), A)
     memory.clear()
     assert memory[Where("model", "first")].offload_device is None
+
+
+@pytest.mark.parametrize("shape, vectors", [((3, 64), 3), ((2, 4, 16, 16), 16), ((1, 3000), 24), ((5, 7), 1)])
+def test_rows_too_short_or_too_long_are_coded_as_vectors_of_128(shape, vectors, lloyd_max):
+    """A latent's rows of 16 numbers would pay a gain each. Vectors cut from it have no mean in common."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    stream = Stream(build("codec", "turbo:bits=6"))
+    stream.hold({"value": Part(x)}, x, Step(0, 1.0))
+    packed = stream.parts["value"]
+    assert math.prod(packed.shape[:-1]) == vectors
+    assert "mean" not in packed.tensors
+    assert stream.value("value").shape == x.shape
+    assert stream.value("value").dtype == torch.float32
+    assert nmse(stream.value("value"), x) < lloyd_max[5]
+
+
+def test_the_error_of_a_part_counts_relative_to_the_whole():
+    """Window attention forecasts the residual alone: its error matters as far as the output feels it."""
+    flow = Flow(tqai.Config(strategy="delta", codec="exact", monitor="fixed:interval=1"), Recorder(lambda: 0))
+    flow.recorder.begin()
+    for i in range(3):
+        flow.enter(Step(i, GRID[i], 24))
+        flow.observe(Where("attn.0"), (i + 1) * A, against=10 * A)
+    flow.enter(Step(3, GRID[3], 24))
+    assert [d["error"] for d in flow.recorder.report.decisions[1:3]] == pytest.approx([0.1, 0.1])
+    assert flow.recorder.report.per_site["transformer/attn.0/cond/out"]["calls"] == 3

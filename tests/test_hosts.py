@@ -10,7 +10,7 @@ import torch
 import tqai_core as tqai
 from tqai_core.errors import TqaiError
 from tqai_core.hosts import HOSTS
-from tqai_core.kv.layers import layer_plans
+from tqai_core.hosts.language import layer_plans
 
 
 def test_each_host_takes_its_librarys_objects_alone():

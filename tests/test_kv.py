@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqai_core.attention import eager, products
+from tqai_core.attention import eager
 from tqai_core.attention.packed import attend
 from tqai_core.codecs.rows import BITS, Scratch, rows
-from tqai_core.kv import file
 from tqai_core.kv.cache import FLUSH, PackedKV
 from tqai_core.kv.segments import SEGMENT, Plan
 
@@ -91,11 +90,11 @@ def test_products_of_bytes_and_of_floats_agree(bits, exact, monkeypatch):
     q[0, 1] = 0
     q[1, 3, 2, 5] = float("nan")
     asked = []
-    make = products.Queries.__init__
-    monkeypatch.setattr(products.Queries, "__init__", lambda self, *a: (make(self, *a), asked.append(self.unit))[0])
+    make = eager.Queries.__init__
+    monkeypatch.setattr(eager.Queries, "__init__", lambda self, *a: (make(self, *a), asked.append(self.unit))[0])
     outs = []
     for has in (False, True):
-        monkeypatch.setattr(products, "multiplies_bytes", lambda has=has: has)
+        monkeypatch.setattr(eager, "multiplies_bytes", lambda has=has: has)
         outs.append(attend(q, kv, scaling=0.125, native=False).float())
     assert [unit is not None for unit in asked] == [False, bits not in (5, 6)]
     assert outs[1][1, 3, 2].isnan().all()
@@ -403,20 +402,20 @@ def test_other_heads_or_batch_are_refused():
 
 def test_state_round_trip_and_damage():
     kv, _, _ = filled(Plan(4, 3, recent=32))
-    tensors, header = file.state(kv)
+    tensors, header = kv.state()
     again = PackedKV(Plan(4, 3, recent=32))
-    file.restore(again, tensors, header)
+    again.restore(tensors, header)
     assert torch.equal(again.dense("k"), kv.dense("k"))
     assert torch.equal(again.dense("v"), kv.dense("v"))
     assert again.nbytes == kv.nbytes
     with pytest.raises(ValueError, match="same config"):
-        file.restore(PackedKV(Plan(4, 4, recent=32)), tensors, header)
+        PackedKV(Plan(4, 4, recent=32)).restore(tensors, header)
     with pytest.raises(ValueError, match=r"segments\.0\.gain_v"):
-        file.restore(again, {k: v for k, v in tensors.items() if k != "segments.0.gain_v"}, header)
+        again.restore({k: v for k, v in tensors.items() if k != "segments.0.gain_v"}, header)
     with pytest.raises(ValueError, match=r"segments\.0\.codes_k"):
-        file.restore(again, {**tensors, "segments.0.codes_k": tensors["segments.0.codes_k"][..., :-1]}, header)
+        again.restore({**tensors, "segments.0.codes_k": tensors["segments.0.codes_k"][..., :-1]}, header)
     with pytest.raises(ValueError, match="length"):
-        file.restore(again, tensors, {**header, "length": 3})
+        again.restore(tensors, {**header, "length": 3})
 
 
 def test_other_value_dimension_non_contiguous_and_empty():

@@ -18,7 +18,6 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForC
 import tqai_core as tqai
 from tqai_core.attention.backends import native
 from tqai_core.attention.packed import attend
-from tqai_core.kv import file
 from tqai_core.kv.cache import PackedKV
 from tqai_core.kv.policy import policy
 from tqai_core.kv.segments import Plan
@@ -578,15 +577,15 @@ def test_a_cache_on_disk_is_continued(name, qwen, tmp_path):
 
 def test_names_in_a_file_stay():
     """Files that older versions wrote must load."""
-    tensors, header = file.state(filled(scorer="palm", strategy="delta:block=16", monitor="lyapunov:tau=10")[0])
+    tensors, header = filled(scorer="palm", strategy="delta:block=16", monitor="lyapunov:tau=10")[0].state()
     assert set(header) == {"length", "segments", "fine", "exact_why", "plan", "bits_v", "policy"}
     assert set(header["policy"]) == {"states", "gate", "residual", "decisions", "lead", "read"}
     rows = {f"{kind}.0.{part}_{of}" for kind in ("segments", "fine") for part in ("codes", "gain") for of in "kv"}
     own = {f"policy.{name}" for name in ("tier", "codes", "gain", "queries", "scorer.mean", "scorer.spread")}
     assert set(tensors) == {"keys", "values", "mean", "scale"} | rows | own
     kv = filled(n=30)[0]
-    assert set(file.state(kv)[0]) == {"keys", "values", "_q2"}
-    assert "policy" not in file.state(kv)[1]
+    assert set(kv.state()[0]) == {"keys", "values", "_q2"}
+    assert "policy" not in kv.state()[1]
 
 
 def test_damaged_files_are_named():
@@ -596,10 +595,10 @@ def test_damaged_files_are_named():
         (dict(strategy="tiered"), "fine.0.gain_v"),
     ):
         kv, *_ = filled(**stages)
-        tensors, header = file.state(kv)
-        file.restore(kv, tensors, header)
+        tensors, header = kv.state()
+        kv.restore(tensors, header)
         with pytest.raises(ValueError, match=field.replace(".", r"\.")):
-            file.restore(kv, {k: v for k, v in tensors.items() if k != field}, header)
+            kv.restore({k: v for k, v in tensors.items() if k != field}, header)
 
 
 def test_skipped_layers_are_exact_and_the_report_tells_decisions(qwen):
@@ -692,10 +691,10 @@ def test_values_on_axes_of_their_own(strategy):
     assert bool(kv.fine)
     same(torch.randn(2, 4, 1, 64), kv)
     same(torch.randn(2, 4, 3, 64), kv)
-    tensors, header = file.state(kv)
+    tensors, header = kv.state()
     kv.crop(300)
     same(torch.randn(2, 4, 1, 64), kv)
-    file.restore(kv, tensors, header)
+    kv.restore(tensors, header)
     same(torch.randn(2, 4, 1, 64), kv)
 
 

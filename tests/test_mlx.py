@@ -385,7 +385,7 @@ def test_bad_input_has_a_cure(qwen, monkeypatch):
         make_prompt_cache(qwen, tqai.Config(level="kv", scorer="palm", monitor="stability"))
     with pytest.raises(ValueError, match=r"mlx_lm\.load"):
         make_prompt_cache(object())
-    with pytest.raises(ValueError, match="layers 0 to 1"):
+    with pytest.raises(ValueError, match="has 2 layers: use 0 to 1"):
         make_prompt_cache(qwen, kv(4, skip_layers=(2,)))
     small = tiny(d=16)
     with pytest.raises(ValueError, match="multiple of 32"):

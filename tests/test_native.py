@@ -185,7 +185,7 @@ def test_it_is_built_once_and_found_again(monkeypatch, tmp_path):
     assert native.kind() in ("avx512", "avx2", "plain C")
     (made,) = (tmp_path / "sub").iterdir()
     before = made.stat().st_mtime_ns
-    native.forget()
+    fresh(monkeypatch, tmp_path / "sub")
     assert native.ready()
     assert made.stat().st_mtime_ns == before
     assert native.build(tmp_path / "sub", ("-DTQAI_PLAIN",)) != made

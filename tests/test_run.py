@@ -235,7 +235,7 @@ def test_bad_input_is_one_line_with_the_cure(capsys, lm_folder, tmp_path):
     assert "recent=-1" in say("hi", "--demo", "--recent", "-1")
     assert "--max-tokens 0" in say("hi", "--demo", "--max-tokens", 0)
     assert "--temperature -1" in say("hi", "--demo", "--temperature", "-1")
-    assert "skip_layers has 9" in say("hi", "--demo", "--skip-layers", 9)
+    assert "skip layer 9 asked" in say("hi", "--demo", "--skip-layers", 9)
     assert "--device tpu9" in say("hi", "--demo", "--device", "tpu9")
     assert "--steps asked" in say("hi", "--demo", "--steps", 4)
     assert "no chat template" in say("hi", "--demo", "--chat")

@@ -58,9 +58,6 @@ class Loop:
             "guidance": guidance_range("guidance_scale", 1.0),
         }  # fmt: skip
 
-    def branch_calls(self):
-        return self.spent
-
 
 def toy(batch: int = 8, stiff: float = 0.2) -> Loop:
     """A velocity that bends towards small sigma, where samples go to one of two sides."""

@@ -11,7 +11,6 @@ from tqai_core.attention.backends import native
 from tqai_core.attention.packed import attend
 from tqai_core.codecs.rows import rows
 from tqai_core.codecs.split import Split, axes, plan, reflect
-from tqai_core.kv import file
 from tqai_core.kv.cache import PackedKV
 from tqai_core.kv.segments import Plan
 
@@ -101,9 +100,9 @@ def test_the_cache_takes_axes_and_attention_reads_them_in_place():
 
 def test_axes_survive_batch_changes_crops_files_and_a_move():
     kv = filled(falling())
-    tensors, header = file.state(kv)
+    tensors, header = kv.state()
     again = PackedKV(kv.plan)
-    file.restore(again, tensors, header)
+    again.restore(tensors, header)
     assert torch.equal(again.dense("v"), kv.dense("v"))
     assert again.nbytes == kv.nbytes
     picked = copy.copy(again)
@@ -113,7 +112,7 @@ def test_axes_survive_batch_changes_crops_files_and_a_move():
     picked.crop(200)
     assert torch.equal(picked.dense("v"), kv.dense("v")[[1, 1, 0], :, :400])
     with pytest.raises(ValueError, match="basis"):
-        file.restore(PackedKV(kv.plan), {name: t for name, t in tensors.items() if name != "basis"}, header)
+        PackedKV(kv.plan).restore({name: t for name, t in tensors.items() if name != "basis"}, header)
     kv.clear()
     assert kv.basis is None
     assert kv.bits_v == (4,)

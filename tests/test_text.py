@@ -30,9 +30,10 @@ def test_layers_by_number_and_name():
     blocks = ["blocks.0", "blocks.1", "blocks.2"]
     assert exact_layers((0, -1, "blocks.1"), blocks, "this model") == ({0, 1, 2}, set())
     assert exact_layers(("attn.1",), blocks, "this model", modules=("attn.1",)) == (set(), {"attn.1"})
-    for wrong in (3, -4, "model.layers.2"):
-        with pytest.raises(TqaiError, match=r"asked, but this model has 3 blocks: use 0 to 2, -3 to -1, or a name such as 'blocks\.0'"):
-            exact_layers((wrong,), blocks, "this model")
+    assert exact_layers(("model.layers.2.mlp",), blocks, "this model", by_number=True) == ({2}, set())
+    for wrong, numbers in ((3, False), (-4, False), ("model.layers.2", False), ("model.layers.3", True)):
+        with pytest.raises(TqaiError, match=r"asked, but this model has 3 layers: use 0 to 2, -3 to -1, or a name such as 'blocks\.0'"):
+            exact_layers((wrong,), blocks, "this model", noun="layers", by_number=numbers)
 
 
 def test_a_file_is_read_again_when_it_changed(tmp_path):

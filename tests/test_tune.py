@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 import tqai_core as tqai
-from tqai_core.calibrate import page, plots, tune
+from tqai_core.calibrate import page, tune
 from tqai_core.calibrate.run import calibrate
 from tqai_core.cli import main
 from tqai_core.hosts import calibration_targets as targets
@@ -149,7 +149,7 @@ def test_pages_stand_alone(found, tmp_path):
         for picture in pictures:
             ElementTree.fromstring(picture)
     assert page.page(tmp_path / "c.safetensors").count("layer 3, head 0") == 2 * 2 * 3, "keys and values, sensitivity and bits, bands"
-    assert plots.pareto(result).count("<circle") == sum(r["error"] > 0 for r in result["trials"])
+    assert page.pareto(result).count("<circle") == sum(r["error"] > 0 for r in result["trials"])
     (tmp_path / "x.json").write_text("{}")
     for wrong in (tmp_path / "none", tmp_path / "x.json"):
         with pytest.raises(ValueError):

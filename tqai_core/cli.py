@@ -153,10 +153,9 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from .calibrate import cli
+    from .calibrate import cli, tune
 
-    found = cli.tune(args)
-    return _finish(args.json, found, cli.tune_tables(found))
+    return _finish(args.json, result := cli.tune(args), tune.tables_of(result))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -231,9 +230,7 @@ def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Pipe()
-    if not console.is_terminal:
-        console = Pipe(width=140)
-    console.print(table)
+    (console if console.is_terminal else Pipe(width=140)).print(table)
 
 
 if __name__ == "__main__":

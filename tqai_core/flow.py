@@ -33,6 +33,7 @@ from .memory import Memory, Stream
 from .metrics import relative, squares
 from .report import Recorder
 from .roles import AttentionForecaster, AttentionSite, BlockScorer, Forecaster, ScoredForecaster, StepMonitor, StepScorer, TolerantMonitor
+from .sampler_noise import LEAST
 from .tokens import tokens
 from .types import Decision, Part, Step, Where, nbytes, signature
 
@@ -75,6 +76,7 @@ class Flow:
         self.decision = Decision(True, "start")
         self.step: Step | None = None
         self.exact: set[Where] = set()
+        self.fresh_noise = 0.0  # share of a latent that the sampler's own noise makes up, where the host measures it
         self.importance: float | None = None  # mean score of the last computed step
         self.skipped_steps: list[tuple[float, float]] = []  # (sigma, width) of the steps forecast since the last computed one
         self._first: set[Where] | None = None  # streams of the first evaluation; None before it
@@ -98,6 +100,11 @@ class Flow:
             self._entry = self.recorder.decision(self.model, step, self.decision)
             return self.decision
         self._settle()
+        if self.step is not None and self.bypass_reason is None and (why := self.monitor.gives_up(self.gate_state.state)):
+            self.memory.clear()
+            self.bypass_reason, self.decision = why, Decision(True, why)
+            self.recorder.fallback(self.model, why)
+            return self.enter(step)
         if self.allow_new_streams and self.decision.compute and self.step is not None:
             self.memory.keep(self.step)
         self._first = set() if self.step is None else (self._first or set())
@@ -116,6 +123,7 @@ class Flow:
             importance = self.importance if score is None else float(score)
             if self.opening and self.scorer:
                 self._check_scorer(of_tokens=score is None)
+            self.gate_state.state["fresh_noise"] = self.fresh_noise if self.fresh_noise > LEAST else 0.0
             self.decision = self.monitor.decide(step, importance, self.strategy.order, self.gate_state.state)
             if (
                 self.allow_new_streams
@@ -147,7 +155,14 @@ class Flow:
     def correction(self, where: Where, x: Tensor) -> Tensor | None:
         """What to add to ``x``, so that the sampler's step from here cancels the error of the forecasts before it."""
         step, stream = cast(Step, self.step), self.memory.streams.get(where)
-        if not self.skipped_steps or step.next is None or step.next == step.sigma or self.bypass_reason is not None or self.guidance.on:
+        if (
+            not self.skipped_steps
+            or step.next is None
+            or self.fresh_noise > LEAST
+            or step.next == step.sigma
+            or self.bypass_reason is not None
+            or self.guidance.on
+        ):
             return None
         if stream is None or stream.kind != signature(x) or where in self.exact or x.requires_grad:
             return None

@@ -24,16 +24,15 @@ def model_hash(module: nn.Module) -> str:
     """
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     digest = hashlib.sha256(json.dumps([type(module).__name__, _integers(getattr(module, "config", None))]).encode())
-    names = 0
-    for name, x in sorted(module.named_parameters()):
+    parameters = sorted(module.named_parameters())
+    if not parameters:
+        raise TqaiError(f"{type(module).__name__} has no parameters to hash: give the model itself")
+    for name, x in parameters:
         if x.device.type == "meta":
             raise TqaiError(f"parameter {name!r} of {type(module).__name__} has no values (meta device): load the weights first")
         digest.update(json.dumps([name, list(x.shape)]).encode())
         if x.numel():
             digest.update(signs(x, SAMPLES))
-        names += 1
-    if not names:
-        raise TqaiError(f"{type(module).__name__} has no parameters to hash: give the model itself")
     return digest.hexdigest()[:16]
 
 

@@ -20,9 +20,8 @@ class Peak:
     """``with Peak(device) as peak: ...``; then ``peak.nbytes``, or None where it cannot be measured, and ``peak.how``."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.nbytes, self.how = device, None, NONE
-
-    nbytes: int | None
+        self.device, self.how = device, NONE
+        self.nbytes: int | None = None
 
     def __enter__(self) -> Peak:
         gc.collect()

@@ -17,17 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from .attention.token_order import TileOrder
 from .errors import TqaiError
 from .registry import Method, param
 from .types import Decision, Packed, Part, Step
-
-if TYPE_CHECKING:
-    import torch
 
 STEPS = ("model", "block", "attention")  # levels of diffusion
 
@@ -46,7 +44,7 @@ class History(Protocol):
 
 
 class Batch(Protocol):
-    """Tokens that a cache is about to pack in one layer (:class:`kv.batch.PackBatch`)."""
+    """Tokens that a cache is about to pack in one layer (:class:`kv.segments.PackBatch`)."""
 
     k: Tensor  # fp32 [B, H, n, D], as they are stored
     v: Tensor  # fp32 [B, H, n, Dv]
@@ -225,6 +223,10 @@ class StepMonitor(Monitor, levels=STEPS):
         """Why nothing of the generation that begins will be forecast, or None: nothing is watched or held then."""
         if step.total is not None and step.total < self.min_steps:
             return f"{step.total} steps are too few to forecast (min_steps={self.min_steps})"
+        return None
+
+    def gives_up(self, state: dict[str, Any]) -> str | None:
+        """Why the rest of this generation is computed exactly, or None: nothing is watched or held from then on."""
         return None
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:

@@ -97,12 +97,11 @@ def config_of(args: argparse.Namespace, level: str) -> Config | None:
     from .config import Config
 
     data = _pipeline(args.pipeline) if args.pipeline else {}
-    was = data.setdefault("level", getattr(args, "level", None) or level)
+    was = data.setdefault("level", args.level or level)
     if (was == "kv") != (level == "kv"):
         thing = "a language model (level 'kv')" if level == "kv" else "a diffusers pipeline (level 'model', 'block' or 'attention')"
         raise TqaiError(f"--pipeline has level {was!r}, but MODEL is {thing}: take 'level' out of it, or give another MODEL")
-    if getattr(args, "level", None):
-        data["level"] = args.level
+    data["level"] = args.level or was
     for role in ROLES:
         if (spec := getattr(args, role)) is not None:
             data[role] = spec

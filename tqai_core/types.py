@@ -22,8 +22,8 @@ class Step:
     """One denoiser evaluation. ``index`` counts evaluations from 0, ``sigma`` is the time (1 = noise, 0 = clean).
 
     ``width`` is the sampler's step in sigma from here, relative to the mean step of the schedule: what an error made
-    here weighs in the result. 1 where the schedule is unknown. ``next`` is the sigma after it, given only for samplers that
-    add (next - sigma) x output and nothing else (Euler): there an error made earlier can be taken back.
+    here weighs in the result. 1 where the schedule is unknown. ``next`` is the sigma after it, given for samplers that evaluate each
+    sigma of their schedule once and add up outputs (Euler, and the multistep solvers): there an earlier error can be corrected.
     """
 
     index: int

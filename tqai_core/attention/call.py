@@ -1,15 +1,57 @@
-"""What is asked of the attention to one tier of rows."""
+"""What is asked of the attention to one tier of rows, and the softmax that it keeps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..codecs.rows import Scratch
 from ..kv.segments import BitTier
-from .online_softmax import OnlineSoftmax
+
+LEAST = -1e30  # finite: a query that may see nothing keeps weight 0 instead of NaN
+
+
+@dataclass
+class OnlineSoftmax:
+    """One softmax over keys that are seen a part at a time (Milakov and Gimelshein 1805.02867).
+
+    The state after some parts, fp32: running maximum and weight ``[..., n, 1]`` and weighted sum of values ``[..., n, Dv]``."""
+
+    top: Tensor
+    weight: Tensor
+    sum: Tensor
+
+    @staticmethod
+    def begin(q: Tensor, dv: int) -> OnlineSoftmax:
+        """Before the first key, for queries ``q [..., n, D]``."""
+        rows = q.shape[:-1]
+        return OnlineSoftmax(q.new_full((*rows, 1), LEAST), q.new_zeros(*rows, 1), q.new_zeros(*rows, dv))
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        """``scores [..., n, keys]`` (overwritten) -> their weights relative to the new maximum. The caller adds weights @ values to
+        ``sum``."""
+        self._raise(torch.maximum(self.top, scores.amax(-1, keepdim=True)))
+        p = scores.sub_(self.top).exp_()
+        self.weight = self.weight + p.sum(-1, keepdim=True)
+        return p
+
+    def merge(self, top: Tensor, weight: Tensor, sum: Tensor) -> OnlineSoftmax:
+        """Join the states of other keys, stacked along a first dimension of parts."""
+        self._raise(torch.maximum(self.top, top.amax(0)))
+        share = torch.exp(top - self.top)
+        self.weight = self.weight + (weight * share).sum(0)
+        self.sum = self.sum + (sum * share).sum(0)
+        return self
+
+    def result(self) -> Tensor:
+        return self.sum / self.weight.clamp_min(1e-30)
+
+    def _raise(self, top: Tensor) -> None:
+        """Express weight and sum relative to the maximum ``top``."""
+        shrink = torch.exp(self.top - top)
+        self.weight, self.sum, self.top = self.weight * shrink, self.sum.mul_(shrink), top
 
 
 @dataclass(frozen=True)
@@ -56,7 +98,7 @@ class Mask:
         before, after = (torch.arange(a, b, device=tier.order.device).expand(len(tier.order), -1) for a, b in ends)
         columns = torch.cat([before, sinks + tier.order, after], 1)[:, None, None]  # [B, 1, 1, tokens of the tier]
         if self.causal is not None:
-            return replace(self, given=columns <= self.causal, causal=None, first=0)
+            return Mask(columns <= self.causal)
         assert self.given is not None
         b = max(self.given.shape[0], len(columns))
         return Mask(self.given.expand(b, -1, -1, -1).gather(3, columns.expand(b, *self.given.shape[1:3], -1)))
@@ -80,11 +122,12 @@ class Call:
 
     def begin(self, dv: int) -> OnlineSoftmax:
         """The softmax before the first key."""
-        if self.aux is None:
-            return OnlineSoftmax.begin(self.q, dv)
-        b, h, r, _ = self.q.shape
-        aux = self.aux.float().view(1, h, self.group, 1, 1).expand(b, -1, -1, self.count, 1).reshape(b, h, r, 1).clone()
-        return OnlineSoftmax.begin(self.q, dv, aux)
+        state = OnlineSoftmax.begin(self.q, dv)
+        if self.aux is not None:
+            b, h, r, _ = self.q.shape
+            state.top = self.aux.float().view(1, h, self.group, 1, 1).expand(b, -1, -1, self.count, 1).reshape(b, h, r, 1).clone()
+            state.weight = torch.ones_like(state.top)
+        return state
 
     def capped(self, s: Tensor) -> Tensor:
         return s if self.softcap is None else (s / self.softcap).tanh_().mul_(self.softcap)

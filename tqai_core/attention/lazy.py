@@ -53,11 +53,19 @@ class LazyKV(Tensor):
             self.layer.made_dense()
         return self.layer.kv.dense(self.which)
 
+    def watched(self) -> Tensor:
+        """The same; keys whose queries are asked for wait for them."""
+        dense = self.dense()
+        if self.which == "k" and self.layer.kv.wants_queries:
+            dense = dense.as_subclass(Watched)
+            dense.kv = self.layer.kv
+        return dense
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ in PASSIVE:
             return super().__torch_function__(func, types, args, kwargs or {})
-        change = lambda x: (_watch(x) if x.which == "k" else x.dense()) if isinstance(x, LazyKV) else x  # noqa: E731
+        change = lambda x: x.watched() if isinstance(x, LazyKV) else x  # noqa: E731
         return func(*tree_map(change, args), **tree_map(change, kwargs or {}))
 
     @classmethod
@@ -90,12 +98,3 @@ class Watched(Tensor):
             out = out.as_subclass(Watched)
             out.kv = kv
         return out
-
-
-def _watch(view: LazyKV) -> Tensor:
-    dense = view.dense()
-    if not view.layer.kv.wants_queries:
-        return dense
-    watched = dense.as_subclass(Watched)
-    watched.kv = view.layer.kv
-    return watched

@@ -1,6 +1,6 @@
 """Attention that reads a packed cache in place: no key and no value is ever made dense.
 
-Each tier of rows takes a softmax of its own, by the first backend that can (:mod:`backends.packed_backends`), and the states are
+Each tier of rows takes a softmax of its own, by the first backend that can, and the states are
 merged. What the cache's methods change comes from its policy as data.
 """
 
@@ -14,11 +14,17 @@ from torch import Tensor
 from ..codecs.rows import Scratch
 from ..errors import TqaiError
 from ..kv.cache import PackedKV
-from .backends.packed_backends import PACKED
+from . import eager
+from .backends import Backend, native, triton_packed
 from .call import Call, Mask
-from .products import FEW
+from .eager import FEW
 
 SCORES = 1 << 20  # scores of a block of queries: as many queries are taken together
+PACKED = (  # ``run(call, tier, change)`` gives the softmax over the rows of the tier, or None where it failed
+    Backend("native", native.takes, native.run),
+    Backend("triton", triton_packed.takes, triton_packed.run),
+    Backend("torch", lambda call, tier, change: "", eager.run),
+)
 
 
 @torch.no_grad()

@@ -95,19 +95,15 @@ def _orders(order: TileOrder, device: torch.device) -> tuple[Tensor, Tensor, boo
     return forth.to(device), forth.argsort().to(device), torch.equal(forth, torch.arange(n))
 
 
+@lru_cache(maxsize=32)
 def local_index(order: TileOrder, block_q: int, block_k: int, num_blocks: int, device: torch.device) -> Tensor:
     """The nearest key blocks of every query block, ``int64 [1, 1, nq, num_blocks]``, by the distance of their centres on the
     grid. Blocks with text are the nearest to all; a query block with text takes the blocks nearest to its place."""
-    return _local(order, block_q, block_k, num_blocks).to(device)
-
-
-@lru_cache(maxsize=32)
-def _local(order: TileOrder, block_q: int, block_k: int, num_blocks: int) -> Tensor:
     # distances in units of the grid, so that a frame is as far as a row or a column
     (centre_q, _), (centre_k, text) = (_centres(order, block) for block in (block_q, block_k))
     distance = torch.cdist(centre_q, centre_k)
     distance[:, text] = -1.0
-    return distance.topk(min(num_blocks, len(centre_k)), dim=1, largest=False).indices.sort(1).values[None, None]
+    return distance.topk(min(num_blocks, len(centre_k)), dim=1, largest=False).indices.sort(1).values[None, None].to(device)
 
 
 def _centres(order: TileOrder, block: int) -> tuple[Tensor, Tensor]:

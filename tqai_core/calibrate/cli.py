@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import comma_list, lines_in, out_file, refuse_ignored, seed, text_in, whole
 from ..errors import TqaiError
 from ..progress import progress_bar
-from ..registry import ROLES
 
 if TYPE_CHECKING:
     from ..hosts.calibration_targets import CalibrationTarget
@@ -19,8 +18,8 @@ DEMOS = ("flux", "sd3", "wan")
 FIXED = "its data are fixed: {} is a mini"
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    """Arguments that name a model and its data; :func:`target_of` reads them."""
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    """What ``tqai tune`` takes; :func:`target_of` reads those that name a model and its data."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("-m", "--model", type=Path, metavar="FOLDER", help="a diffusers pipeline")
     which.add_argument("--demo", choices=DEMOS, help="a mini that ships with tqai")
@@ -28,6 +27,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     _add_part(parser)
     parser.add_argument("--steps", type=whole(1), default=24, help="sampler steps of a run")
     parser.add_argument("--batch", type=whole(1), metavar="N", help="samples a seed")
+    parser.add_argument("--budget", default="calls=0.5", help="calls=SHARE or time=SHARE of the exact run, or bytes=HELD")
+    parser.add_argument("--trials", type=whole(1), default=40, help="finished trials to reach, those of a resumed study counted")
+    parser.add_argument("--study", type=out_file, default="out/tune.db", metavar="FILE", help="SQLite file; resumed where it exists")
+    parser.add_argument("--sampler", default="nsga2", choices=("nsga2", "tpe"), help="how candidates are proposed")
+    levels = comma_list(str, ("model", "block", "attention"))
+    parser.add_argument("--levels", type=levels, default=("model",), help="levels to search, as in model,block")
+    parser.add_argument("-o", "--out", type=out_file, default="out/tuned.json", metavar="FILE", help="the best Config, as JSON")
+    parser.add_argument("--plot", type=out_file, metavar="FILE", help="error against cost of all trials, as SVG")
 
 
 def _add_part(parser: Any) -> None:
@@ -50,23 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--codec", default="turbo", choices=("turbo", "trellis"), help="the codec whose errors are measured")
 
 
-def add_tune(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    parser.add_argument("--budget", default="calls=0.5", help="calls=SHARE or time=SHARE of the exact run, or bytes=HELD")
-    parser.add_argument("--trials", type=whole(1), default=40, help="finished trials to reach, those of a resumed study counted")
-    parser.add_argument("--study", type=out_file, default="out/tune.db", metavar="FILE", help="SQLite file; resumed where it exists")
-    parser.add_argument("--sampler", default="nsga2", choices=("nsga2", "tpe"), help="how candidates are proposed")
-    parser.add_argument(
-        "--levels", type=comma_list(str, ("model", "block", "attention")), default=("model",), help="levels to search, as in model,block"
-    )
-    parser.add_argument("-o", "--out", type=out_file, default="out/tuned.json", metavar="FILE", help="the best Config, as JSON")
-    parser.add_argument("--plot", type=out_file, metavar="FILE", help="error against cost of all trials, as SVG")
-
-
 def tune(args: argparse.Namespace) -> dict[str, Any]:
     from ..config import Config
     from ..hosts.calibration_targets import Diffusion
-    from . import plots
+    from .page import pareto
     from .tune import Budget, check_study_file, tune
 
     if args.demo:
@@ -84,24 +78,8 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     args.out.write_text(Config.from_dict(found["config"]).to_json() + "\n")
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
-        args.plot.write_text(plots.pareto(found))
+        args.plot.write_text(pareto(found))
     return found
-
-
-def tune_tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows): the Pareto front, layers, and the proof."""
-    by_trial = {row["trial"]: row for row in found["trials"]}
-    figures = lambda row: [f"{row['error'] * 1e4:.3f}", f"{row['calls']:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"]  # noqa: E731
-    stages = lambda c: f"{c['level']}: " + " ".join(str(c[role]) for role in ROLES if c[role])  # noqa: E731
-    head = ["error e-4", "calls", "bytes held", "time"]
-    rows = [[str(n), *figures(by_trial[n]), stages(by_trial[n]["config"])] for n in found["front"]]
-    out = [(f"Pareto front, error and {found['budget']['what']}", ["trial", *head, "pipeline"], rows)]
-    layers = [[str(layer), f"{error * 1e4:.4f}"] for layer, error in found["layers"]]
-    out.append((f"Layers, each forecast alone; proposed as skip_layers: {found['skip_layers'] or 'none'}", ["layer", "error e-4"], layers))
-    if "proof" in found:
-        title = f"Proof on seeds {found['proof_seeds']}, which the search never saw; written: {found['kept']}"
-        out.append((title, ["pipeline", *head], [[name, *figures(row)] for name, row in found["proof"].items()]))
-    return out
 
 
 def target_of(args: argparse.Namespace, bands: int = 3) -> CalibrationTarget:

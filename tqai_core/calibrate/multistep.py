@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -156,7 +157,7 @@ class BatchBarrier:
         self.parts: dict[int, Tensor] = {}
 
     def _sum(self) -> None:
-        self.summed = sum(self.parts[k] for k in sorted(self.parts))  # in order: the same sum every time
+        self.summed = reduce(torch.add, (self.parts[k] for k in sorted(self.parts)))  # in order: the same sum every time
         self.parts = {}
 
     def total(self, index: int, part: Tensor) -> Tensor:
@@ -169,7 +170,6 @@ class BatchBarrier:
             self.barrier.wait()
         finally:
             self.turn.acquire()
-        assert isinstance(self.summed, Tensor)
         return self.summed
 
     def run(self, works: Sequence[Callable[[], None]]) -> None:

@@ -21,21 +21,22 @@ LOW, HIGH = 2, 6  # one bit errs too much for a second-order prediction; from se
 MARGIN = 1.5  # an allocation is kept where uniform bits lose so many times as much
 
 
-def water_fill(damage: Tensor, average: float, weight: Tensor | None = None, low: int = LOW, high: int = HIGH) -> Tensor:
+def water_fill(damage: Tensor, average: float, weight: Tensor | None = None) -> Tensor:
     """``uint8 [layers, heads, 2, bands]`` whose mean is ``average`` or just below, by the damage that one more bit removes.
 
     ``damage [layers, heads, 2, bands, 8]`` is what 1 to 8 bits cost in one call; ``weight [bands]`` the calls of a band, alike
     without. Units are alike in size, so that bits times calls are bytes.
     """
-    if not low <= average <= high:
-        raise TqaiError(f"average of {average} bits: give {low} to {high}")
+    if not LOW <= average <= HIGH:
+        raise TqaiError(f"average of {average} bits: give {LOW} to {HIGH}")
     bands = damage.shape[-2]
     calls = [1] * bands if weight is None else [int(w) for w in weight]
     flat = damage.flatten(0, 3).double().cummin(-1).values  # more bits never cost more
-    bits = [low] * len(flat)
-    left = int(average * sum(calls) * (len(flat) // bands)) - low * sum(calls) * (len(flat) // bands)
+    bits = [LOW] * len(flat)
+    whole = sum(calls) * (len(flat) // bands)
+    left = int(average * whole) - LOW * whole
     gain = lambda u: float(flat[u, bits[u] - 1] - flat[u, bits[u]])  # noqa: E731  # a call, as the cost is
-    heap = [(-gain(u), u) for u in range(len(flat)) if bits[u] < high]
+    heap = [(-gain(u), u) for u in range(len(flat))]
     heapq.heapify(heap)
     while heap:
         _, u = heapq.heappop(heap)
@@ -43,7 +44,7 @@ def water_fill(damage: Tensor, average: float, weight: Tensor | None = None, low
             continue
         bits[u] += 1
         left -= cost
-        if bits[u] < high:
+        if bits[u] < HIGH:
             heapq.heappush(heap, (-gain(u), u))
     return torch.tensor(bits, dtype=torch.uint8).view(damage.shape[:4])
 
@@ -89,14 +90,13 @@ def allocate(
     the seeds ``choose`` say which is better, and runs of ``seeds`` whether it is kept: it must lose ``MARGIN`` times less than
     uniform bits at the same bytes there, or uniform ones are written."""
     uniform = torch.full(damage.shape[:4], average, dtype=torch.uint8)
-    exact: dict[int, Tensor] = {}
     calls = torch.zeros(damage.shape[3])
 
     def count(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         calls[target.band] += layer == 0
         return k, v
 
-    exact[choose[0]] = target.final(choose[0], count)
+    exact = {choose[0]: target.final(choose[0], count)}
     made = {"by unit and band": water_fill(damage, average, calls)}
     if len(calls) > 1:
         joined = (damage * (calls / calls.sum())[:, None]).sum(-2, keepdim=True)

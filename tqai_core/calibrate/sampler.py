@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ NEAR = 1.25  # a guidance within this factor of the calibrated one needs no proo
 STOCK = ("ab2", "unipc", "dpm++")
 MOST = 1_000_000  # bytes a file may have; one takes a few thousand
 ENTRIES = tuple(dict.fromkeys(name for f in FAMILIES.values() for name in (f.diffusers.entry, f.comfyui.entry)))
-Make = Callable[[int, BatchBarrier], Multistep]
+Solver = TypeVar("Solver", bound=Multistep)
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,9 @@ class Model(Protocol):
     """What the calibrator asks of a host: runs of its own sampler loop with our solver in it."""
 
     tick: Callable[[float], None]  # called after each step with the share of the seeds that made it
+    spent: float  # calls of the last run of ``solve``, 1 = all guidance branches of a step
 
-    def solve(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
+    def solve(self, seeds: Sequence[int], make: Callable[[int, BatchBarrier], Solver]) -> list[Solver]:
         """One run a batch of seeds, with the solver that ``make`` gives to batch k; the solvers, at their ends."""
         ...
 
@@ -191,10 +192,6 @@ class Model(Protocol):
 
     def header(self) -> dict[str, Any]:
         """models, model_class, entry, guidance, shape, versions and difference of the file."""
-        ...
-
-    def branch_calls(self) -> float:
-        """Calls of the last run, 1 = all guidance branches of a step."""
         ...
 
 
@@ -218,8 +215,7 @@ class Reference:
 
 def recorded(model: Model, seeds: Sequence[int], nodes: Sequence[float], theta: Any = None) -> Reference:
     """The calibrated step along ``nodes``, plain Adams-Bashforth 2 without ``theta``."""
-    runs = model.solve(seeds, lambda k, barrier: RecordingSolver(nodes, theta))
-    return Reference([run for run in runs if isinstance(run, RecordingSolver)])
+    return Reference(model.solve(seeds, lambda k, barrier: RecordingSolver(nodes, theta)))
 
 
 def reference(model: Model, seeds: Sequence[int], calls: int = REFERENCE_CALLS) -> Reference:
@@ -231,9 +227,7 @@ def fit(model: Model, seeds: Sequence[int], exact: Reference, nodes: Sequence[fl
     """``theta`` on the fitted solver's own states. ``form="last"`` fits the step to 0 alone."""
     only = range(len(nodes) - 1) if form == "all" else (len(nodes) - 2,)
     make = lambda k, barrier: Fit(nodes, exact.runs[k].at, lambda part: barrier.total(k, part), only)  # noqa: E731
-    first = model.solve(seeds, make)[0]
-    assert isinstance(first, Fit)
-    return tuple(first.fitted)
+    return tuple(model.solve(seeds, make)[0].fitted)
 
 
 def errors(model: Model, seeds: Sequence[int], exact: Reference, nodes: Sequence[float], theta: Any = None) -> dict[str, float]:
@@ -299,7 +293,7 @@ def calibrate(
     for name, nodes in _grids(known, steps, form, tuned.get("ab2", best["shift"]) if shift is None else shift).items():
         theta = fit(model, seeds, known, nodes, form)
         fitted[name] = errors(model, held_out, unseen, nodes, theta), nodes, theta
-    calls = model.branch_calls()
+    calls = model.spent
     chosen = min(fitted, key=lambda n: fitted[n][0]["error"])
     figures, nodes, theta = fitted[chosen]
     if form == "last":  # its rival is the same solver on the same grid

@@ -24,6 +24,7 @@ from ..families import FAMILIES
 from ..hosts.calibration_targets import Diffusion
 from ..modelhash import model_hash
 from ..progress import Progress, silent
+from ..registry import ROLES
 from ..roles import STEPS
 
 SEEDS, CHOICE, PROOF = (100, 101), (102, 103), (104, 105, 106)  # of the search, of the pick among its best, of the proof
@@ -67,7 +68,6 @@ class Bench:
                 self._exact[seed] = self.target.run(seed)[:2]
             exact, seconds = self._exact[seed]
             out, spent, report = self.target.run(seed, config)
-            assert report is not None
             error = self.target.damage(out, exact) / self.target.size(exact)
             calls = (report.calls - report.calls_skipped) / max(report.calls, 1)
             rows.append((error, calls, report.bytes_held_peak, spent / seconds))
@@ -149,7 +149,6 @@ def tune(
     trials: int = 40,
     sampler: str = "nsga2",
     levels: Sequence[str] = ("model",),
-    seed: int = 0,
     progress: Progress = silent,
 ) -> Row:
     """Search until ``trials`` are finished, those of a resumed study counted, then choose and prove. Plain data."""
@@ -161,7 +160,7 @@ def tune(
         "model": model_hash(target.model), "class": type(target.model).__name__, "steps": target.steps, "levels": list(levels),
         "budget": [budget.what, budget.limit], "seeds": list(SEEDS),
     }  # fmt: skip
-    study = _open(study_file, sampler, seed, settings)
+    study = _open(study_file, sampler, settings)
     bench = Bench(target)
     layers: list[tuple[int, float]] = [tuple(pair) for pair in study.user_attrs.get("layers", [])]
     if not layers:
@@ -186,12 +185,12 @@ def tune(
     return _outcome(bench, study, budget, progress)
 
 
-def _open(file: Path, sampler: str, seed: int, settings: Row) -> Any:
+def _open(file: Path, sampler: str, settings: Row) -> Any:
     """The study in ``file``, new or resumed; TqaiError where it was begun with other settings."""
     optuna = _optuna()
     makers = {
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=12, seed=seed),
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True, group=True),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=12, seed=0),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=0, n_startup_trials=10, multivariate=True, group=True),
     }
     if sampler not in makers:
         raise TqaiError(f"sampler {sampler!r} is unknown; known: {', '.join(makers)}")
@@ -240,6 +239,22 @@ def summary(study: Any) -> Row:
         "what": "study", "settings": settings, "budget": {"what": what, "limit": limit}, "trials": rows, "front": front(rows, what),
         "layers": [list(pair) for pair in layers], "skip_layers": list(proposed(layers)),
     }  # fmt: skip
+
+
+def tables_of(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, head, rows): the Pareto front, layers, and the proof."""
+    by_trial = {row["trial"]: row for row in found["trials"]}
+    figures = lambda row: [f"{row['error'] * 1e4:.3f}", f"{row['calls']:.2f}", f"{row['bytes']:,.0f}", f"{row['time']:.2f}"]  # noqa: E731
+    stages = lambda c: f"{c['level']}: " + " ".join(str(c[role]) for role in ROLES if c[role])  # noqa: E731
+    head = ["error e-4", "calls", "bytes held", "time"]
+    rows = [[str(n), *figures(by_trial[n]), stages(by_trial[n]["config"])] for n in found["front"]]
+    out = [(f"Pareto front, error and {found['budget']['what']}", ["trial", *head, "pipeline"], rows)]
+    layers = [[str(layer), f"{error * 1e4:.4f}"] for layer, error in found["layers"]]
+    out.append((f"Layers, each forecast alone; proposed as skip_layers: {found['skip_layers'] or 'none'}", ["layer", "error e-4"], layers))
+    if "proof" in found:
+        title = f"Proof on seeds {found['proof_seeds']}, which the search never saw; written: {found['kept']}"
+        out.append((title, ["pipeline", *head], [[name, *figures(row)] for name, row in found["proof"].items()]))
+    return out
 
 
 def rows_of(study: Any) -> list[Row]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +156,8 @@ def water_fill(variance: Tensor, total: int) -> tuple[Run, ...]:
         _, i = max(gains, key=lambda pair: (pair[0], -pair[1]))
         width[i] += 1
         left -= sizes[i]
-    runs: list[Run] = []
-    for (a, b), bits in zip(pairwise(edges), width, strict=True):
-        if runs and runs[-1][2] == bits:
-            runs[-1] = (runs[-1][0], b, bits)
-        else:
-            runs.append((a, b, bits))
-    return tuple(runs)
+    runs = [(bits, list(bands)) for bits, bands in groupby(range(len(sizes)), key=width.__getitem__)]
+    return tuple((edges[bands[0]], edges[bands[-1] + 1], bits) for bits, bands in runs)
 
 
 @dataclass(frozen=True)

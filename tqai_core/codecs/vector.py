@@ -23,8 +23,6 @@ from .bases import Bases, Basis, hadamard, load
 from .scalar import run_bytes
 
 MEAN_FROM = 256  # vectors a head from which its mean costs less than a sixteenth of a bit a coordinate
-
-
 KINDS = ("lm", "tcq")
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
@@ -90,7 +88,7 @@ class VectorCodec(Codec):
         if with_mean:
             # rounded to what is stored before it is taken off, so that the rounding is coded, not lost
             tensors["mean"] = rows.view(heads, tokens, d).mean(1, dtype=torch.float32).to(torch.bfloat16)
-        chunks = _chunks(heads, tokens, self._step(kind, plan, device), whole=len(plan) == 1 and not with_mean)
+        chunks = self._chunks(kind, plan, device, heads, tokens, with_mean)
         work = Workspace(device)
         if len(chunks) == 1:
             tensors["codes"], gains = self._encode(rows, tensors.get("mean"), plan[0], kind, work)
@@ -139,17 +137,13 @@ class VectorCodec(Codec):
         fit = torch.clamp(above / below.clamp_min(1e-30), rms * 0.25, rms * 4)
         return code, fit if top is None else fit * top
 
-    def decode(self, packed: Packed, dtype: torch.dtype | None = None, bases: Bases | None = None) -> Tensor:
-        """The tensor again, in ``dtype`` or its own."""
-        return self._decode(packed, dtype, bases, rotated=False)
-
     def decode_rotated(self, packed: Packed, dtype: torch.dtype | None = None, bases: Bases | None = None) -> Tensor:
         """The vectors in the basis' own domain, without the mean. Faster than :meth:`decode`.
 
         ``(rotate(q) * decode_rotated(p)).sum(-1) + (q * mean).sum(-1) == (q * decode(p)).sum(-1)``: the mean adds one
         number to all scores of a query, which softmax ignores.
         """
-        return self._decode(packed, dtype, bases, rotated=True)
+        return self.decode(packed, dtype, bases, rotated=True)
 
     def rotate(self, q: Tensor, packed: Packed | None = None, bases: Bases | None = None) -> Tensor:
         """Bring ``q [..., heads, tokens, d]`` into the domain of :meth:`decode_rotated`; fp32, same shape."""
@@ -162,7 +156,8 @@ class VectorCodec(Codec):
         out = [plan[h].forward(q[..., h, :, :].reshape(-1, d).float()).view(q[..., h, :, :].shape) for h in range(len(plan))]
         return torch.stack(out, dim=-3)
 
-    def _decode(self, packed: Packed, dtype: torch.dtype | None, bases: Bases | None, rotated: bool) -> Tensor:
+    def decode(self, packed: Packed, dtype: torch.dtype | None = None, bases: Bases | None = None, rotated: bool = False) -> Tensor:
+        """The tensor again, in ``dtype`` or its own; ``rotated`` as :meth:`decode_rotated` says."""
         if packed.codec != self.spec:
             raise TqaiError(f"packed by {packed.codec!r}, this codec is {self.spec!r}: decode with tqai.codec(packed.codec)")
         if not packed.shape:
@@ -179,7 +174,7 @@ class VectorCodec(Codec):
         gains = gain.decode(packed.tensors["gain"], packed.tensors["span"])[:, None]
         mean = None if rotated else packed.tensors.get("mean")
         work = Workspace(codes.device)
-        chunks = _chunks(heads, tokens, self._step(kind, plan, codes.device), whole=len(plan) == 1 and mean is None)
+        chunks = self._chunks(kind, plan, codes.device, heads, tokens, mean is not None)
         if len(chunks) == 1:
             return self._decode_chunk(codes, gains, mean, plan[0], kind, dtype, rotated, work).to(dtype).view(packed.shape)
         out = torch.empty(n, d, dtype=dtype, device=codes.device)
@@ -192,7 +187,7 @@ class VectorCodec(Codec):
         self, codes: Tensor, gains: Tensor, mean: Tensor | None, basis: Basis, kind: str, dtype: torch.dtype, rotated: bool, work: Workspace
     ) -> Tensor:
         """Vectors ``fp32 [n, d]`` with one basis and one mean, in ``work``; within the range of ``dtype``."""
-        u = self._levels(codes, basis, kind, basis.runs[-1][1], work)
+        u = self._levels(codes, basis, kind, work)
         back = not rotated and basis.butterfly(u)
         if back:
             u = rotation.hadamard(u, basis.small, work.take("y", tuple(u.shape)))
@@ -209,8 +204,9 @@ class VectorCodec(Codec):
             torch.addcmul(mean.float(), u, basis.signs, out=u)  # type: ignore[arg-type]
         return u.clamp_(-65504, 65504) if dtype == torch.float16 else u  # rounding must not make an inf
 
-    def _levels(self, codes: Tensor, basis: Basis, kind: str, d: int, work: Workspace) -> Tensor:
+    def _levels(self, codes: Tensor, basis: Basis, kind: str, work: Workspace) -> Tensor:
         decode = lambda bits, codes, d: self.quantiser(bits, basis.levels_for, codes.device, kind).decode(codes, d, work)  # noqa: E731
+        d = basis.runs[-1][1]
         if basis.whole:
             u = decode(basis.runs[0][2], codes, d)
         else:
@@ -222,11 +218,16 @@ class VectorCodec(Codec):
                     at += size
         return u if basis.scale is None else u.mul_(basis.scale)
 
-    def _step(self, kind: str, plan: tuple[Basis, ...], device: torch.device) -> int:
-        """Vectors coded at a time."""
+    def _chunks(
+        self, kind: str, plan: tuple[Basis, ...], device: torch.device, heads: int, tokens: int, with_mean: bool
+    ) -> list[tuple[int, int, int]]:
+        """(head, first row, last row + 1) of the vectors coded at a time; all heads as one where they are coded alike."""
         bits = max(bits for _, _, bits in plan[0].runs)
         chunk = self.quantiser(bits, plan[0].levels_for, device, kind).chunk
-        return max(chunk // max(plan[0].runs[-1][1], 1), 1)
+        step = max(chunk // max(plan[0].runs[-1][1], 1), 1)
+        if len(plan) == 1 and not with_mean:
+            heads, tokens = 1, heads * tokens
+        return [(head, head * tokens + i, head * tokens + min(i + step, tokens)) for head in range(heads) for i in range(0, tokens, step)]
 
     def _plan(self, bases: Bases | None, stream: str | None, d: int, heads: int | None, device: torch.device) -> tuple[Basis, ...]:
         """The basis of every head, or one for all of them."""
@@ -300,10 +301,3 @@ def _check(packed: Packed, n: int, heads: int, d: int) -> None:
         raise TqaiError(
             f"field 'kind' or 'dtype' is unknown ({packed.meta.get('kind')!r}, {packed.meta.get('dtype')!r}): save the tensor again"
         )
-
-
-def _chunks(heads: int, tokens: int, step: int, whole: bool) -> list[tuple[int, int, int]]:
-    """(head, first row, last row + 1) in pieces of ``step`` rows; all heads as one where they are coded alike."""
-    if whole:
-        heads, tokens = 1, heads * tokens
-    return [(head, head * tokens + i, head * tokens + min(i + step, tokens)) for head in range(heads) for i in range(0, tokens, step)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..report import Report
 from .attention_interceptor import Change, intercept_attention
 
 Run = Callable[[], Tensor]
+WINDOW = 512  # tokens
 PROMPTS = (
     "a red fox in the snow, photograph", "an old harbour at dusk, oil painting", "portrait of a violin maker in his workshop",
     "a glass of water on a wooden table", "a street market in the rain, seen from above", "a mountain lake with fog, wide shot",
@@ -88,20 +90,15 @@ class Diffusion:
         finally:
             hook.remove()
 
-    def run(self, seed: int, config: Config | None = None) -> tuple[Tensor, float, Report | None]:
-        """The end result with a pipeline of tqai, CPU seconds, and its report."""
+    def run(self, seed: int, config: Config | None = None) -> tuple[Tensor, float, Report]:
+        """The end result with a pipeline of tqai, CPU seconds, and its report, which is empty without a pipeline."""
         import tqai_core
 
-        handle = tqai_core.apply(self.pipe, config) if config is not None else None
-        began = time.process_time()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # a candidate that skips nothing is a valid result
-                out = self._generate(seed)
-            return out, time.process_time() - began, handle.report() if handle else None
-        finally:
-            if handle:
-                handle.remove()
+        with nullcontext() if config is None else tqai_core.apply(self.pipe, config) as handle, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a candidate that skips nothing is a valid result
+            began = time.process_time()
+            out = self._generate(seed)
+            return out, time.process_time() - began, handle.report() if handle else Report()
 
     def _look(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         sigma = self.family.sigma(kwargs["timestep"])
@@ -180,12 +177,12 @@ class Language:
         return float(exact[..., 0].numel())
 
 
-def windows_of(ids: Tensor, count: int, length: int = 512) -> Callable[[int], Tensor]:
-    """``count`` windows ``[count, length]`` of the tokens ``ids [n]`` at random places, by seed."""
+def windows_of(ids: Tensor, count: int) -> Callable[[int], Tensor]:
+    """``count`` windows ``[count, WINDOW]`` of the tokens ``ids [n]`` at random places, by seed."""
 
     def windows(seed: int) -> Tensor:
-        places = torch.randint(0, len(ids) - length, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-        return torch.stack([ids[i : i + length] for i in places])
+        places = torch.randint(0, len(ids) - WINDOW, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+        return torch.stack([ids[i : i + WINDOW] for i in places])
 
     return windows
 
@@ -202,8 +199,9 @@ def demo(kind: str, count: int | None = None, steps: int = 24, bands: int = 3) -
     return Diffusion(minis.pipeline(kind), lambda seed: minis.inputs(kind, [(i + 3 * seed) % 10 for i in range(many)]), steps, bands)
 
 
-def folder(path: Path, prompts: Sequence[str] = (), text: str = "", steps: int = 24, bands: int = 3, part: str = "transformer",
-           count: int = 1, length: int = 512) -> CalibrationTarget:  # fmt: skip
+def folder(
+    path: Path, prompts: Sequence[str] = (), text: str = "", steps: int = 24, bands: int = 3, part: str = "transformer", count: int = 1
+) -> CalibrationTarget:
     """A diffusers pipeline or a transformers causal LM in a folder. Raises TqaiError where it is neither."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (path / "model_index.json").is_file():
@@ -225,6 +223,6 @@ def folder(path: Path, prompts: Sequence[str] = (), text: str = "", steps: int =
         raise TqaiError(f"{path} is a language model: give the text to calibrate on, --text FILE")
     lm = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).to(device)
     ids = AutoTokenizer.from_pretrained(path, local_files_only=True)(text, return_tensors="pt")["input_ids"][0]
-    if len(ids) <= length:
-        raise TqaiError(f"the text has {len(ids)} tokens, calibration reads windows of {length}: give a longer one")
-    return Language(lm, windows_of(ids, count, length))
+    if len(ids) <= WINDOW:
+        raise TqaiError(f"the text has {len(ids)} tokens, calibration reads windows of {WINDOW}: give a longer one")
+    return Language(lm, windows_of(ids, count))

@@ -1,4 +1,4 @@
-"""What the hosts of language models share: what a cache counts and reports, and the handle that makes caches."""
+"""What the hosts of language models share: which layers are packed, what a cache counts and reports, and the handle that makes caches."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ..errors import TqaiError
 from ..handle import Handle
 from ..kv.cache import FLUSH
 from ..kv.segments import Plan
+from ..layers import exact_layers
+from ..registry import build
 from ..report import Report
 
 
@@ -23,6 +25,32 @@ def kv_config(config: Config | None, who: str) -> Config:
     if not isinstance(config, Config) or config.level != "kv":
         raise TqaiError(f"{who} a tqai.Config(level='kv', ...), got {getattr(config, 'level', type(config).__name__)!r}")
     return config
+
+
+def layer_plans(config: Config, own_forms: Sequence[str]) -> list[Plan | str]:
+    """The plan of each layer, or the reason why it stays exact.
+
+    ``own_forms`` has a text for each layer: the class of its cache where that cannot be packed (a sliding window, a state
+    space), "" where it can.
+    """
+    codec: Any = build("codec", config.codec)
+    names = [f"model.layers.{i}" for i in range(len(own_forms))]
+    skip, _ = exact_layers(config.skip_layers, names, "this model", noun="layers", by_number=True)
+    full = [i for i, form in enumerate(own_forms) if not form]
+    edge = min(config.protect, len(full) // 8)  # layers at either end that are held at 8 bits
+    strong = {*full[:edge], *full[len(full) - edge :]}
+
+    def plan(i: int) -> Plan | str:
+        if codec.name == "exact":
+            return "codec exact"
+        if i in skip:
+            return "skip_layers"
+        if own_forms[i]:
+            return f"{own_forms[i]} keeps its own form"
+        bits_k, bits_v = (max(bits or codec.bits, 8 if i in strong else 0) for bits in (codec.bits_k, codec.bits_v))
+        return Plan(bits_k, bits_v, config.sink, config.recent, config.calibrate, codec.seed)
+
+    return [plan(i) for i in range(len(own_forms))]
 
 
 @dataclass

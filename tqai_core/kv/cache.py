@@ -16,6 +16,7 @@ predicted, and what a step reads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,11 @@ from ..codecs.rows import Rows, rows
 from ..codecs.split import Split
 from ..errors import TqaiError
 from ..types import nbytes
-from .batch import PackBatch
 from .policy import Policy, order
-from .segments import BitTier, Plan, Segment, cut, encode, extend, rows_in
+from .segments import BitTier, PackBatch, Plan, Segment, cut, encode, extend, rows_in
 from .statistics import KeyStatistics, sample
 
+AGAIN = "save the cache again"
 FLUSH = 32  # tokens that leave the recent window together
 
 
@@ -165,7 +166,11 @@ class PackedKV:
 
     def _pack(self, at: int, size: int) -> bool:
         """Pack the exact rows ``at`` to ``at + size``, or False where they are not finite."""
-        batch = self._batch(at, size)
+        (keys, values), stored = self.exact, self.statistics.stored
+        k, v = stored(keys[:, :, at : at + size].float()), values[:, :, at : at + size].float()
+        q = self.policy.queries(keys.shape[1], self.statistics.scale)
+        exact_rows = lambda: (stored(keys.float()), values.float(), at)  # noqa: E731
+        batch = PackBatch(k, v, q, self.plan.sink + self.packed, exact_rows, self.coders())
         if not self.policy.decide(batch):
             return False
         count = 0 if batch.fine is None else int(batch.fine[0].sum())
@@ -184,13 +189,6 @@ class PackedKV:
         for held, segment in made:
             extend(held, segment)
         return True
-
-    def _batch(self, at: int, size: int) -> PackBatch:
-        (keys, values), stored = self.exact, self.statistics.stored
-        k, v = stored(keys[:, :, at : at + size].float()), values[:, :, at : at + size].float()
-        q = self.policy.queries(keys.shape[1], self.statistics.scale)
-        exact_rows = lambda: (stored(keys.float()), values.float(), at)  # noqa: E731
-        return PackBatch(k, v, q, self.plan.sink + self.packed, exact_rows, self.coders())
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` tokens. TqaiError for more than there are."""
@@ -275,3 +273,59 @@ class PackedKV:
                     middle.scatter_(2, place, x)
                 at = end
         return out
+
+    # -- files; the names of fields are those of FORMAT 1
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of a file; :meth:`restore` reads them back."""
+        self.settle()
+        s = self.statistics
+        named = {"keys": self.keys, "values": self.values, "mean": s.mean, "scale": s.scale, "basis": self.basis, "_q2": s.query_energy}
+        tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+        for kind, segments in (("segments", self.segments), ("fine", self.fine)):
+            for i, segment in enumerate(segments):
+                tensors |= {f"{kind}.{i}.{name}": tensor for name, tensor in vars(segment).items()}
+        own, policy = self.policy.state()
+        header = {
+            "length": self.length, "segments": len(self.segments), "fine": len(self.fine), "exact_why": self.exact_why,
+            "plan": vars(self.plan), "bits_v": list(self.bits_v),
+        }  # fmt: skip
+        return tensors | {f"policy.{name}": tensor for name, tensor in own.items()}, header | ({"policy": policy} if policy else {})
+
+    def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        """What :meth:`state` gave, checked field by field; TqaiError names what does not fit."""
+        self.clear()
+        if header["plan"] != vars(self.plan):
+            raise TqaiError(f"the file was written with {header['plan']}, this cache is {vars(self.plan)}: give the same config")
+        self.basis, self.bits_v = tensors.get("basis"), tuple(header["bits_v"])
+        self.statistics = KeyStatistics(tensors.get("mean"), tensors.get("scale"), tensors.get("_q2"))
+        if (self.basis is None) != (len(self.bits_v) == 1):
+            raise TqaiError(f"field 'basis' does not go with 'bits_v': {AGAIN}")
+        if "keys" not in tensors or "values" not in tensors:
+            if header["length"]:
+                raise TqaiError(f"field 'keys' or 'values' is missing: {AGAIN}")
+            return
+        self.start(tensors["keys"], tensors["values"])
+        self.keys, self.values = tensors["keys"], tensors["values"]
+        for kind, segments in (("segments", self.segments), ("fine", self.fine)):
+            for i in range(header[kind]):
+                segments.append(_segment(tensors, f"{kind}.{i}", self.keys.shape[:2], *self.coders(kind == "fine")))
+        own = {name.removeprefix("policy."): tensor for name, tensor in tensors.items() if name.startswith("policy.")}
+        self.policy.restore(own, header.get("policy", {}), len(self.keys), self.packed, self.packed - sum(map(len, self.segments)))
+        self.length, self.exact_why = header["length"], header["exact_why"]
+        if self.packed + self.keys.shape[2] != self.length:
+            raise TqaiError(f"field 'length' says {self.length}, the tensors hold {self.packed + self.keys.shape[2]}: {AGAIN}")
+
+
+def _segment(tensors: dict[str, Tensor], name: str, shape: torch.Size, coder_k: Rows, coder_v: Rows | Split) -> Segment:
+    """The segment of a file, checked field by field."""
+    parts = []
+    for part, coder in (("codes_k", coder_k), ("gain_k", coder_k), ("codes_v", coder_v), ("gain_v", coder_v)):
+        tensor = tensors.get(f"{name}.{part}")
+        if tensor is None:
+            raise TqaiError(f"field '{name}.{part}' is missing: {AGAIN}")
+        dtype, last = (torch.uint8, coder.row_bytes) if part.startswith("codes") else (torch.bfloat16, tensor.shape[-1])
+        if tensor.dtype != dtype or tensor.shape[:2] != shape or tensor.shape[-1] != last:
+            raise TqaiError(f"field '{name}.{part}' is {tensor.dtype} {tuple(tensor.shape)}: {AGAIN}")
+        parts.append(tensor)
+    return Segment(*parts)

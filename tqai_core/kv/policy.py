@@ -29,8 +29,7 @@ from ..codecs.rows import Rows, rows
 from ..config import Config
 from ..errors import TqaiError
 from ..roles import BlockPredictor, BlockReader, BlockScorer, LayerScorer, Monitor, PackMonitor, Scorer, Strategy, TokenScorer, TokenSorter
-from .batch import PackBatch
-from .segments import SEGMENT, UNCHANGED, Adjustment, BitTier, Plan
+from .segments import SEGMENT, UNCHANGED, Adjustment, BitTier, PackBatch, Plan
 
 FLUSH = 256  # most tokens that are judged together
 COEFFICIENT = 4  # bits of the coefficients that predict keys, and of centroids: their error comes back in the residual
@@ -241,7 +240,10 @@ class Policy:
         base = tiers[0]
         turned = base.coder_k.rotate(q if base.scale is None else q * base.scale)
         out, reads = [], self.reads and count <= CHOICE
-        exact = _exact_weight(q, base) if self.reads_by_query and reads else None
+        exact: Tensor | None = None  # logarithm of the weight that the exact rows have, on the scale of stored keys
+        if self.reads_by_query and reads:
+            exact = (q @ base.keys.float().transpose(-1, -2)).logsumexp(-1, keepdim=True)
+            exact = exact if base.mean is None else exact - (q * base.mean).sum(-1, keepdim=True)
         for tier in tiers:
             offsets = self._offsets(turned, tier) if tier.packed else None
             read = self._reading(turned, tier, exact) if tier.packed and reads else None
@@ -249,20 +251,18 @@ class Policy:
         return out
 
     def _reading(self, q: Tensor, tier: BitTier, exact: Tensor | None) -> Tensor | None:
-        """Blocks of a tier that rotated queries ``q [B, H, r, D]`` read: ``bool [B, H, blocks]``, None for all. ``exact [B, H, r, 1]`` is
-        the logarithm of the weight that the exact rows have for them."""
+        """Blocks of a tier that rotated queries ``q [B, H, r, D]`` read: ``bool [B, H, blocks]``, None for all. ``exact [B, H, r, 1]``:
+        see :meth:`adjust`; given where queries choose."""
         blocks = tier.packed // self.span
         own = None if tier.order is None else tier.order[:, :: self.span] // self.span  # a block lies in one tier as a whole
         scores = self.tensors.get("scores")
         if scores is not None:
             scores = (scores if own is None else scores.gather(1, own))[:, None].float().expand(-1, q.shape[1], -1)
-        if self.reads_by_query and (logits := self._coefficient_scores(q)) is not None:
+        if exact is not None and (logits := self._coefficient_scores(q)) is not None:
             logits = logits[..., 0]
             if own is not None:
                 logits = logits.gather(3, own[:, None, None].expand(-1, *logits.shape[1:3], -1))
-            scores = logits.add_(math.log(self.span))  # a query that looks at exact rows has little to say
-            if exact is not None:
-                scores = torch.cat([scores, exact], 3)
+            scores = torch.cat([logits.add_(math.log(self.span)), exact], 3)  # a query that looks at exact rows has little to say
             scores = scores.softmax(-1)[..., :blocks].mean(2)
         if scores is None:
             scores = torch.arange(blocks, device=q.device, dtype=torch.float32).expand(*q.shape[:2], -1)
@@ -358,9 +358,9 @@ class Policy:
 
     def report(self, tiers: Sequence[BitTier]) -> dict[str, Any]:
         """What the methods did to ``tiers``: exact average bits, share of fine tokens, prediction, share of the blocks read."""
-        out: dict[str, Any] = {}
         if self.plain:
-            return out
+            return {}
+        out: dict[str, Any] = {}
         if packed := sum(tier.packed for tier in tiers):
             for name, d in (("k", tiers[0].keys.shape[3]), ("v", tiers[0].values.shape[3])):
                 held = sum(len(s) * getattr(s, f"codes_{name}").shape[3] for tier in tiers for s in tier.segments)
@@ -395,9 +395,3 @@ def term_weights(terms: int, span: int, device: torch.device) -> Tensor:
     """What the coefficients of a block weigh at its tokens: 1 for the mean, -1 to 1 for the slope; ``fp32 [terms, span]``."""
     ones = torch.ones(1, span, device=device)
     return ones if terms == 1 else torch.cat([ones, torch.linspace(-1, 1, span, device=device)[None]])
-
-
-def _exact_weight(q: Tensor, base: BitTier) -> Tensor:
-    """Logarithm of the weight that the exact rows have for queries ``q``, on the scale of stored keys, ``[B, H, rows of q, 1]``."""
-    weight = (q @ base.keys.float().transpose(-1, -2)).logsumexp(-1, keepdim=True)
-    return weight if base.mean is None else weight - (q * base.mean).sum(-1, keepdim=True)

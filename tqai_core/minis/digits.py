@@ -7,18 +7,15 @@ Images are scikit-learn's 1797 handwritten digits (UCI, 8 x 8) scaled to 16 x 16
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ..errors import TqaiError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from sklearn.svm import SVC
 
 SIZE, FRAMES, CLASSES = 16, 9, 10
 
@@ -65,8 +62,7 @@ def _centred(frames: Tensor) -> Tensor:
     f = ((frames + 1) / 2).clamp(0, 1)
     axis = torch.arange(SIZE).float()
     mass = f.sum((1, 2)).clamp_min(1e-6)
-    theta = torch.zeros(len(f), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1
+    theta = torch.eye(2, 3).repeat(len(f), 1, 1)
     theta[:, 0, 2] = ((f.sum(1) * axis).sum(1) / mass - 7.5) / 8
     theta[:, 1, 2] = ((f.sum(2) * axis).sum(1) / mass - 7.5) / 8
     grid = F.affine_grid(theta, [len(f), 1, SIZE, SIZE], align_corners=False)
@@ -81,7 +77,7 @@ def _features(samples: Tensor) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _judge(moving: bool) -> SVC:
+def _judge(moving: bool) -> Any:
     from sklearn.svm import SVC
 
     if moving:

@@ -10,7 +10,7 @@ LM_VARIANTS = ("plain", "outlier", "bias")
 
 def weights(name: str) -> Path:
     """The weights of a mini. An installed package has those of the demo alone."""
-    path = Path(__file__).parent / f"{name}.safetensors"
+    path = Path(__file__).with_name(f"{name}.safetensors")
     if not path.exists():
         raise TqaiError(f"the {name} mini is no part of an installed package: clone the repository and run it there, or take another mini")
     return path
@@ -18,4 +18,4 @@ def weights(name: str) -> Path:
 
 def present() -> tuple[str, ...]:
     """The diffusion minis whose weights are here."""
-    return tuple(kind for kind in KINDS if (Path(__file__).parent / f"{kind}.safetensors").exists())
+    return tuple(kind for kind in KINDS if Path(__file__).with_name(f"{kind}.safetensors").exists())

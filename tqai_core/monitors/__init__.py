@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..types import Step
+
+
+def distinct_sigmas(step: Step, state: dict[str, Any]) -> int:
+    """How many different sigmas the generation has had with this one: some samplers evaluate a sigma more than once (Heun)."""
+    sigmas: set[float] = state.setdefault("sigmas", set())
+    sigmas.add(round(step.sigma, 6))
+    return len(sigmas)
 
 
 def forced(step: Step, seen: int, warmup: int) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from ..registry import param
 from ..roles import StepMonitor
 from ..types import Decision, Step
-from . import forced
+from . import distinct_sigmas, forced
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,13 @@ class Fixed(StepMonitor, name="fixed"):
     elsewhere = "in caches it lost to plain ones of equal bytes, 1.41 to 3.65 times the KL"
 
     interval: float = param(2.0, "evaluations a computed one stands for", low=1.0, high=1000.0)
-    warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)
+    warmup: int = param(3, "different sigmas computed at the start", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
-        seen = state["seen"] = state.get("seen", 0) + 1
-        if why := forced(step, seen, self.warmup):
+        if why := forced(step, distinct_sigmas(step, state), self.warmup):
             return Decision(True, why)
-        since = seen - self.warmup
+        since = state["since"] = state.get("since", 0) + 1
         due = int(since / self.interval) > int((since - 1) / self.interval)
         return Decision(due, f"one in {self.interval:g}")
 

@@ -10,7 +10,12 @@ from typing import Any
 from ..registry import param
 from ..roles import Batch, PackMonitor, TolerantMonitor
 from ..types import Decision, Step
-from . import forced
+from . import distinct_sigmas, forced
+
+# A sampler that adds noise: the forecast does not know the noise of its step, which the measured error counts in. Later steps
+# replace that noise again, so that single forecasts may err by so many times more.
+NOISY = 6.0
+LOOK = 8  # sigmas after which such a run that had no forecast is left exact
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,12 @@ class Lyapunov(
     The remainder of a polynomial through the last order + 1 computed sigmas grows as the product of the distances to
     them. The tolerance is tau / sqrt(width) * (1.3 - .9 importance): ``width`` is the sampler's step from here relative
     to its mean step, since an error counts in proportion to it; without a scorer the last factor is 1. One tau then
-    means the same on every grid and shift. The first ``warmup`` evaluations of a model and the last are computed.
+    means the same on every grid and shift. The first ``warmup`` sigmas of a model and the last one are
+    computed. Where a sampler evaluates a sigma again, the error measured at such a repeat bounds that of the next one.
     """
 
     tau: float = param(0.06, "relative error a forecast may have", low=0.0, high=10.0)
-    warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)
+    warmup: int = param(3, "different sigmas computed at the start", low=1, high=1000)
     max_gap: int = param(6, "most evaluations forecast in a row", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
 
@@ -40,34 +46,58 @@ class Lyapunov(
         return "tau=0 allows no forecast" if self.tau == 0 else super().idle(step)
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
-        seen = state["seen"] = state.get("seen", 0) + 1
+        seen = distinct_sigmas(step, state)
         gap = state["gap"] = state.get("gap", 0) + 1
-        nodes = state.get("nodes", [])
-        estimate = None
-        if state.get("error") is not None:
-            estimate = state["error"] * _remainder(step.sigma, nodes, order) / state["remainder"]
-        tolerance = self.tau / max(step.width, 1e-6) ** 0.5 * (1.0 if importance is None else 1.3 - 0.9 * importance)
+        estimate = self._estimate(step.sigma, order, state)
+        state["sigma"] = step.sigma
+        noisy = state.get("fresh_noise", 0.0) > 0
+        tolerance = (
+            (NOISY * self.tau if noisy else self.tau)
+            / max(step.width, 1e-6) ** 0.5
+            * (1.0 if importance is None else 1.3 - 0.9 * importance)
+        )
         why = forced(step, seen, self.warmup)
         if why:
             return Decision(True, why, estimate)
         if estimate is None:
             why = "no forecast to judge by"
-        elif gap > self.max_gap:
-            why = f"{self.max_gap} forecasts in a row"
+        elif gap > (most := 1 if noisy else self.max_gap):
+            why = f"{most} forecasts in a row"
         elif not estimate <= tolerance:
             why = "estimate over the tolerance"
         else:
+            state["forecasts"] = True
             return Decision(False, "estimate within the tolerance", estimate)
         return Decision(True, why, estimate)
 
+    def gives_up(self, state: dict[str, Any]) -> str | None:
+        error, most = state.get("error"), NOISY * self.tau
+        waited = state.get("fresh_noise") and len(state["sigmas"]) >= LOOK and "forecasts" not in state
+        if not waited or error is None or error <= 1.5 * most:  # some samplers add less noise later
+            return None
+        return f"the sampler adds fresh noise at every step: a forecast would err by {error:.2f} of the output, more than {most:.2f}"
+
+    def _estimate(self, sigma: float, order: int, state: dict[str, Any]) -> float | None:
+        """The error that a forecast at ``sigma`` would have, or None while nothing was measured to judge by."""
+        if state.get("error") is None:
+            return None
+        estimate = state["error"] * _remainder(sigma, state["nodes"], order) / state["remainder"]
+        if sigma != state["sigma"]:
+            return estimate
+        # the sampler evaluates a sigma again, at another latent: no distance in sigma tells how far that is
+        return None if "repeat_error" not in state else max(estimate, state["repeat_error"])
+
     def observe(self, step: Step, error: float | None, order: int, state: dict[str, Any]) -> None:
         nodes = state.setdefault("nodes", [])
-        remainder = _remainder(step.sigma, nodes, order)
-        if error is not None and remainder > 0:
-            state["error"], state["remainder"] = error, remainder
+        state["gap"] = 0
+        if step.sigma in nodes:
+            if error is not None:
+                state["repeat_error"] = error
+            return
+        if error is not None and len(nodes) > order:  # a forecast through fewer nodes is one of a lower order
+            state["error"], state["remainder"] = error, _remainder(step.sigma, nodes, order)
         nodes.append(step.sigma)
         del nodes[: -order - 1]
-        state["gap"] = 0
 
     def judge(self, batch: Batch) -> tuple[Decision, float | None]:
         """Level kv: the error that packing these tokens makes in the recent queries' attention, measured against the exact rows

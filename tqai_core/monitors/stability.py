@@ -11,7 +11,7 @@ import torch
 from ..registry import param
 from ..roles import Batch, EntropyMonitor, PackMonitor, TolerantMonitor
 from ..types import Decision, Step
-from . import forced
+from . import distinct_sigmas, forced
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Stability(
     tau: float = param(0.01, "root mean square move of the heads' entropy that a forecast may miss", low=0.0, high=1.0)
     collapse: float = param(0.25, "drop of one head's entropy that forces a refresh", low=0.0, high=1.0)
     alpha: float = param(0.3, "weight of the newest entropy in the running mean", low=0.01, high=1.0)
-    warmup: int = param(3, "evaluations computed at the start", low=1, high=1000)
+    warmup: int = param(3, "different sigmas computed at the start", low=1, high=1000)
     max_gap: int = param(6, "most evaluations forecast in a row", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
 
@@ -38,7 +38,7 @@ class Stability(
     recent_queries = 4
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
-        seen = state["seen"] = state.get("seen", 0) + 1
+        seen = distinct_sigmas(step, state)
         gap = state["gap"] = state.get("gap", 0) + 1
         pace, at = state.get("pace"), state.get("at")
         move = None if pace is None or at is None else pace * abs(step.sigma - at)
@@ -87,9 +87,8 @@ class Stability(
         if state.get("refresh", 0) > 0:
             state["refresh"] -= 1
             return Decision(True, "a head's entropy collapsed", move), None
-        if move > self.flush_tau:
-            return Decision(True, "attention moves too fast", move), None
-        return Decision(False, "attention is stable", move), None
+        fast = move > self.flush_tau
+        return Decision(fast, "attention moves too fast" if fast else "attention is stable", move), None
 
     def _move(self, now: list[float], before: list[float], state: dict[str, Any]) -> float:
         """Root mean square change of the heads' entropy. Where a head's has collapsed, the next two are to be refreshed."""

@@ -1,7 +1,7 @@
 """Kernels: each equals the eager form.
 
-A table of backends, best first, stands beside the entry of each operation (:mod:`packed_backends`, :mod:`sparse_backends`); the eager
-form is its last row, the reference of all others, and takes every call.
+A table of backends, best first, stands beside the entry of each operation (:mod:`attention.packed`, :mod:`attention.sparse`); the
+eager form is its last row, the reference of all others, and takes every call.
 """
 
 from __future__ import annotations

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from ...codecs.rows import BITS, rows
 from ...kv.segments import UNCHANGED, Adjustment, BitTier, encode, rows_in
-from ..call import Call
-from ..online_softmax import OnlineSoftmax
+from ..call import Call, OnlineSoftmax
 
 SOURCE = Path(__file__).with_name("packed.c")
 OPTIONS = ("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -101,12 +100,6 @@ def ready() -> bool:
                 except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
                     _why = " ".join(str(error).split())[:300]
     return _library is not None
-
-
-def forget() -> None:
-    """Try again at the next call, as a fresh process would."""
-    global _library, _why
-    _library, _why = None, ""
 
 
 # -- building

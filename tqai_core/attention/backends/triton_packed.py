@@ -17,8 +17,7 @@ from torch import Tensor
 from ...codecs.rows import Rows
 from ...kv.segments import UNCHANGED, Adjustment, BitTier
 from .. import eager
-from ..call import Call
-from ..online_softmax import OnlineSoftmax
+from ..call import Call, OnlineSoftmax
 from . import triton_sparse
 
 BLOCK = 128  # tokens of a program

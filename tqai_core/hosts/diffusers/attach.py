@@ -18,11 +18,10 @@ from ...handle import Handle
 from ...layers import exact_layers
 from ...roles import AttentionForecaster, EntropyMonitor
 from ...site import probed
-from .blocks import swap_block
 from .clock import EXPERTS, CallClock, Clock, SchedulerClock
 from .hook import Patch, RootHook
-from .processors import stand_in
 from .sites import ModuleSite
+from .stand_ins import stand_in, swap_block
 from .token_order import TokenOrder
 
 HOOK = "tqai"
@@ -87,12 +86,8 @@ def attn_processors(transformer: Any, config: Config, steps: int | None = None) 
 def _stand_in(site: ModuleSite, shared: dict[Any, Any]) -> Any:
     """One object for all sites whose processors are alike; weights of a processor's own stay its own."""
     processor, kernel = site.module.processor, site.module._tqai_sparse or site.probes
-    if isinstance(processor, nn.Module):
-        return stand_in(processor, kernel)
-    key = type(processor), kernel
-    if key not in shared:
-        shared[key] = stand_in(processor, kernel)
-    return shared[key]
+    made = stand_in(processor, kernel)
+    return made if isinstance(processor, nn.Module) else shared.setdefault((type(processor), kernel), made)
 
 
 def _set_processor(attn: Any, processor: Any, handle: Handle) -> None:

@@ -26,6 +26,16 @@ class Tick:
     bypass: str | None = None  # why the generation is computed exactly
 
 
+def adds_noise(scheduler: Any) -> bool:
+    """Whether a scheduler adds noise of its own at each step, by its options and its name."""
+    config, name = scheduler.config, type(scheduler).__name__
+    return (
+        bool(config.get("stochastic_sampling"))
+        or str(config.get("algorithm_type", "")).startswith("sde")
+        or any(word in name for word in ("Ancestral", "SDE", "LCM", "TCD"))
+    )
+
+
 class SchedulerClock:
     """Reads the pipeline's scheduler: no host sync, right for bf16 timesteps, UniPC, DPM++ and cut schedules."""
 
@@ -52,8 +62,7 @@ class SchedulerClock:
         elif len(self.sigmas) < len(self.timesteps):
             bypass = f"{type(scheduler).__name__} has no sigmas: use a flow-matching scheduler"
         sigma = self.sigmas[at] if at < len(self.sigmas) else 0.0
-        euler = type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.get("stochastic_sampling", False)
-        after = self.sigmas[at + 1] if euler and at + 1 < len(self.sigmas) else None
+        after = self.sigmas[at + 1] if not adds_noise(scheduler) and at + 1 < len(self.sigmas) else None
         last = at == len(self.timesteps) - 1
         return Tick(at, Step(at, sigma, len(self.timesteps) - self.start, last, self._width(at), after), fresh, bypass)
 

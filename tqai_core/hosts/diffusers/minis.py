@@ -67,11 +67,8 @@ def transformer(kind: str) -> Any:
 
 def pipeline(kind: str, scheduler: Any = None) -> Any:
     model = transformer(kind)
-    absent = {"text_encoder": None, "tokenizer": None}
-    if kind != "wan":
-        absent |= {"text_encoder_2": None, "tokenizer_2": None}
-    if kind == "sd3":
-        absent |= {"text_encoder_3": None, "tokenizer_3": None}
+    encoders = ("", "_2", "_3")[: {"wan": 1, "flux": 2, "sd3": 3}[kind]]
+    absent = {f"{part}{nth}": None for part in ("text_encoder", "tokenizer") for nth in encoders}
     pipe = getattr(diffusers, PIPELINES[kind])(
         transformer=model,
         scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),

@@ -116,13 +116,11 @@ def save(pixels: np.ndarray, folder: Path, name: str, video: str) -> list[str]:
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    for i, item in enumerate(pixels):
-        stem = folder / (name if len(pixels) == 1 else f"{name}-{i}")
-        levels = (np.nan_to_num(item).clip(0, 1) * 255).round().astype(np.uint8)
-        frames = [Image.fromarray(frame) for frame in (levels if item.ndim == 4 else levels[None])]
-        path = f"{stem}.{'png' if item.ndim == 3 else video}"
-        if item.ndim == 3:
+    made, clip = [], pixels.ndim == 5
+    for i, item in enumerate((np.nan_to_num(pixels).clip(0, 1) * 255).round().astype(np.uint8)):
+        path = f"{folder / (name if len(pixels) == 1 else f'{name}-{i}')}.{video if clip else 'png'}"
+        frames = [Image.fromarray(frame) for frame in (item if clip else item[None])]
+        if not clip:
             frames[0].save(path)
         elif video == "mp4":
             export_to_video(frames, path, fps=FPS)

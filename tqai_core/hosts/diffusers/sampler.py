@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 
 from ...calibrate.multistep import BatchBarrier, Multistep
-from ...calibrate.sampler import CalibratedSampler, Make, entry_hash, guidance_range
+from ...calibrate.sampler import CalibratedSampler, Solver, entry_hash, guidance_range
 from ...config import Config
 from ...errors import TqaiError
 from ...modelhash import model_hash
@@ -39,12 +39,12 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     init_noise_sigma = 1.0
     config_name = "scheduler_config.json"
+    solver: Multistep  # set by ``of`` and subclasses: an argument of __init__ would be written into the config
+    tick: Callable[[], None] = staticmethod(lambda: None)
+    called: Callable[[Any, Mapping[str, Any]], None]
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = TRAIN) -> None:
-        self.tick: Callable[[], None] = lambda: None
-        self.called: Callable[[Any, Mapping[str, Any]], None] = lambda pipe, names: None
-        self.solver: Multistep | None = None
         self.sigmas = torch.zeros(0)
         self.timesteps = torch.zeros(0)
         self._restart()
@@ -58,8 +58,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     def _restart(self) -> None:
         self.step_index: int | None = None
         self.begin_index: int | None = None
-        self._exact: Tensor | None = None
-        self._given: tuple[Tensor, int] | None = None
+        self._given: tuple[Tensor, int, Tensor] | None = None  # the last state in the pipeline's dtype, its version, the same in fp32
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         if begin_index:
@@ -70,7 +69,6 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None, **kwargs: Any
     ) -> None:
         """``sigmas`` and ``mu`` that a pipeline proposes are ignored: the grid is the solver's."""
-        assert self.solver is not None
         self._check_request(num_inference_steps, sigmas, mu)
         for pipe, names in pipelines_on_the_stack():
             if pipe.scheduler is self:
@@ -93,17 +91,19 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         raise TqaiError(f"img2img asked, but {ONLY_FROM_NOISE}")
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **kwargs: Any) -> Any:
-        assert self.solver is not None
         i = self.step_index or 0
         if i == 0 and float(timestep) != float(self.timesteps[0]):
             self.set_begin_index(int((self.timesteps.cpu() - float(timestep)).abs().argmin()))
         if i >= self.solver.steps:
             raise TqaiError(f"step {i + 1} of a schedule of {self.solver.steps}: call set_timesteps before another generation")
-        ours = self._given is not None and self._given[0] is sample and self._given[1] == sample._version
-        x = self.solver.step(i, model_output, self._exact if ours and self._exact is not None else sample)
+        if self._given is not None and self._given[0] is sample and self._given[1] == sample._version:
+            x = self._given[2]
+        else:
+            x = sample
+        x = self.solver.step(i, model_output, x)
         self.step_index = i + 1
         given = x.to(sample.dtype)
-        self._exact, self._given = x, (given, given._version)
+        self._given = given, given._version, x
         self.tick()
         return SchedulerOutput(prev_sample=given) if return_dict else (given,)
 
@@ -187,9 +187,9 @@ class PipelineModel:
             raise TqaiError("tqai is applied to this pipeline: call handle.remove() before calibrating a sampler")
         self.tick: Callable[[float], None] = lambda share: None
         self.more: dict[str, Any] = {}  # arguments over those of inputs
-        self.guidance: tuple[str, float] | None = None
-        self.spent = 0.0
-        self.shape: tuple[int, ...] = ()
+        self.guidance: tuple[str, float]  # this and what follows are known after a run
+        self.shape: tuple[int, ...]
+        self.spent: float
 
     def _called(self, pipe: Any, names: Mapping[str, Any]) -> None:
         self.guidance = guidance_of(names)
@@ -205,7 +205,7 @@ class PipelineModel:
     def _batches(self, seeds: Sequence[int]) -> list[Sequence[int]]:
         return [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
 
-    def solve(self, seeds: Sequence[int], make: Make) -> list[Multistep]:
+    def solve(self, seeds: Sequence[int], make: Callable[[int, BatchBarrier], Solver]) -> list[Solver]:
         batches = self._batches(seeds)
         barrier = BatchBarrier(len(batches))
         solvers = [make(k, barrier) for k in range(len(batches))]
@@ -213,23 +213,16 @@ class PipelineModel:
         forecast = self.difference and solvers[0].student
         if forecast and len(batches) > 1:
             raise TqaiError(f"the guidance difference is calibrated on one batch, given {len(batches)}: give batch={len(seeds)}")
-        handle = attach(self.pipe, DIFFERENCE) if forecast else None
 
         def run(k: int) -> None:
             scheduler = SolverScheduler.of(solvers[k], partial(self.tick, len(batches[k]) / len(seeds)), self._called)
             pipe = self.pipe if len(batches) == 1 else copy.copy(self.pipe)  # components are shared, the scheduler is not
-            out = self._go(pipe, scheduler, batches[k], steps)
-            self.shape = tuple(out.shape[1:])
+            self.shape = tuple(self._go(pipe, scheduler, batches[k], steps).shape[1:])
 
-        try:
+        with attach(self.pipe, DIFFERENCE) if forecast else nullcontext() as handle:
             barrier.run([partial(run, k) for k in range(len(batches))])
-            self.spent = steps
-            if handle is not None:
-                report = handle.report()
-                self.spent = steps * (report.calls - report.calls_skipped) / report.calls
-        finally:
-            if handle is not None:
-                handle.remove()
+            report = handle.report() if handle else None
+            self.spent = steps * (report.calls - report.calls_skipped) / report.calls if report else steps
         return solvers
 
     def stock(self, name: str, shift: float, steps: int, seeds: Sequence[int]) -> list[tuple[float, Tensor, Tensor]]:
@@ -254,7 +247,6 @@ class PipelineModel:
 
     @contextmanager
     def guided(self, guidance: float) -> Iterator[None]:
-        assert self.guidance is not None
         self.more, kept = {self.guidance[0]: guidance}, self.guidance
         try:
             yield
@@ -262,15 +254,10 @@ class PipelineModel:
             self.more, self.guidance = {}, kept
 
     def header(self) -> dict[str, Any]:
-        assert self.guidance is not None
         first = next(iter(self.models.values()))
         return {
             "models": {key: model_hash(model) for key, model in self.models.items()}, "model_class": type(first).__name__,
-            "entry": entry_hash(first), "shape": self.shape,
-            "guidance": guidance_range(*self.guidance),
+            "entry": entry_hash(first), "shape": self.shape, "guidance": guidance_range(*self.guidance),
             "versions": {"tqai": VERSION, "torch": str(torch.__version__), "diffusers": diffusers.__version__},
             "difference": DIFFERENCE.to_json() if self.difference else None,
         }  # fmt: skip
-
-    def branch_calls(self) -> float:
-        return self.spent

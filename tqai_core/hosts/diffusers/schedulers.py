@@ -10,6 +10,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from ...calibrate.multistep import grid
 from ...errors import TqaiError
 
 SCHEDULERS = ("euler", "unipc", "dpm++", "ab2")
@@ -25,28 +26,24 @@ class AdamsBashforth2(FlowMatchEulerDiscreteScheduler):
     nodes: Sequence[float] | None = None
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, **kw: Any) -> None:  # type: ignore[override]
-        count = num_inference_steps or len(sigmas)
-        grid = torch.linspace(1, 0, count + 1, dtype=torch.float64)
-        s = self.config.shift
-        values = s * grid / (1 + (s - 1) * grid) if self.nodes is None else torch.tensor([*self.nodes, 0.0], dtype=torch.float64)
+        nodes = grid(num_inference_steps or len(sigmas), self.config.shift) if self.nodes is None else (*self.nodes, 0.0)
+        values = torch.tensor(nodes, dtype=torch.float64)
         self.sigmas = values.float()
         self.timesteps = (values[:-1] * self.config.num_train_timesteps).float().to(device)
         self.num_inference_steps = len(self.timesteps)
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._at = 0
         self._before: tuple[float, Tensor] | None = None
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **kw: Any) -> Any:  # type: ignore[override]
-        i = self._at
+        i = self._step_index or 0
         now, then = float(self.sigmas[i]), float(self.sigmas[i + 1])
         v, h = model_output.float(), then - now
         if self._before is not None:
             slope = (v - self._before[1]) / (now - self._before[0])
             v = v + h / 2 * slope
         self._before = (now, model_output.float())
-        self._at += 1
-        self._step_index = self._at  # what the base class shows as step_index
+        self._step_index = i + 1
         return ((sample.float() + h * v).to(sample.dtype),)
 
 

@@ -110,16 +110,20 @@ def _(like: Tensor, slot: Tensor, nth: int) -> Tensor:
     return torch.empty_like(like)
 
 
+def site_of(module: Any) -> ModuleSite:
+    return SITES[int(module._tqai_slot)]
+
+
 def show(module: Any, nth: int, x: Tensor) -> None:
     """Show the ``nth`` tensor of ``module`` to the flow; also in compiled code."""
     if torch.compiler.is_compiling():
         _observe(x, module._tqai_slot, nth)
     else:
-        SITES[int(module._tqai_slot)].observe_forecast(nth, x)
+        site_of(module).observe_forecast(nth, x)
 
 
 def ask(module: Any, nth: int, like: Tensor) -> Tensor:
     """The ``nth`` tensor of ``module`` from the flow, in the shape of ``like``; also in compiled code."""
     if torch.compiler.is_compiling():
         return _forecast(like, module._tqai_slot, nth)
-    return SITES[int(module._tqai_slot)].output(nth)
+    return site_of(module).output(nth)

@@ -14,10 +14,9 @@ from mlx_lm.models import cache as caches
 
 from ...config import Config
 from ...errors import TqaiError
-from ...kv.layers import layer_plans
 from ...kv.segments import Plan
 from ...report import Report
-from ..language import CacheHandle, LayerFigures, Usage, cache_report, kv_config
+from ..language import CacheHandle, LayerFigures, Usage, cache_report, kv_config, layer_plans
 from .cache import PackedKVCache, hook
 
 

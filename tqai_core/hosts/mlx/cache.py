@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -44,12 +45,14 @@ def _masked(scores: mx.array, mask: mx.array) -> mx.array:
     return mx.where(mask, scores, mx.finfo(scores.dtype).min) if mask.dtype == mx.bool_ else scores + mask
 
 
+@dataclass
 class View:
     """What ``update_and_fetch`` hands to the attention in the place of keys or values. ``fresh``: the same tokens as the model
     gave them, where there are no others."""
 
-    def __init__(self, cache: PackedKVCache, fresh: mx.array | None, shape: tuple[int, ...]) -> None:
-        self.cache, self.fresh, self.shape = cache, fresh, shape
+    cache: PackedKVCache
+    fresh: mx.array | None
+    shape: tuple[int, ...]
 
 
 class PackedKVCache(caches._BaseCache):

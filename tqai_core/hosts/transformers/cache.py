@@ -17,14 +17,12 @@ from ...attention.lazy import LazyKV
 from ...config import Config
 from ...errors import TqaiError
 from ...files import read_with_header
-from ...kv import file
 from ...kv.cache import FLUSH, PackedKV
-from ...kv.layers import layer_plans
 from ...kv.policy import policy
 from ...kv.segments import Plan
 from ...report import Report
 from ...types import nbytes, tensors_in
-from ..language import LayerFigures, Usage, cache_report, kv_config
+from ..language import LayerFigures, Usage, cache_report, kv_config, layer_plans
 
 FORMAT = 2
 
@@ -72,12 +70,6 @@ class PackedLayer(DynamicLayer):
             "this attention cannot read a packed cache, so dense keys and values are made at every step; "
             "`handle = tqai.apply(model, config)` sets the one that can"
         )
-
-    def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """What :func:`tqai_core.kv.file.state` gave."""
-        file.restore(self.kv, tensors, header)
-        if self.kv.keys is not None:
-            self.dtype, self.device, self.is_initialized = self.kv.keys.dtype, self.kv.keys.device, True
 
     def get_seq_length(self) -> int:
         return self.kv.length
@@ -212,7 +204,7 @@ class KVCache(Cache):
         headers: list[Any] = []
         for i, layer in enumerate(self.layers):
             if isinstance(layer, PackedLayer):
-                own, header = file.state(layer.kv)
+                own, header = layer.kv.state()
             elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
                 own = {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
                 header = {"length": layer.get_seq_length()}
@@ -246,7 +238,9 @@ class KVCache(Cache):
                 if own["kind"] != type(layer).__name__:
                     raise TqaiError(f"layer {i} of the file is a {own['kind']}, here it is a {type(layer).__name__}")
                 if isinstance(layer, PackedLayer):
-                    layer.restore(parts, own)
+                    layer.kv.restore(parts, own)
+                    if (keys := layer.kv.keys) is not None:
+                        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
                 elif parts:
                     layer.lazy_initialization(parts["keys"], parts["values"])
                     layer.keys, layer.values = parts["keys"], parts["values"]

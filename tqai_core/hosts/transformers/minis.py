@@ -45,26 +45,20 @@ def _outliers(lm: Any, seed: int = 0) -> None:
     g = torch.Generator().manual_seed(seed)
     d, group = lm.config.hidden_size // lm.config.num_attention_heads, lm.config.num_attention_heads // lm.config.num_key_value_heads
     for layer in lm.model.layers:
-        q, k = layer.self_attn.q_proj, layer.self_attn.k_proj
-        for head in range(lm.config.num_key_value_heads):
-            factor = torch.ones(d)
-            for pair, value in zip(torch.randperm(d // 2, generator=g)[: len(FACTORS)].tolist(), FACTORS, strict=True):
-                factor[[pair, pair + d // 2]] = value
-            rows = slice(head * d, (head + 1) * d)
-            k.weight.data[rows] *= factor[:, None]
-            k.bias.data[rows] *= factor
-            for other in range(head * group, (head + 1) * group):
-                rows = slice(other * d, (other + 1) * d)
-                q.weight.data[rows] /= factor[:, None]
-                q.bias.data[rows] /= factor
+        q, k, factor = layer.self_attn.q_proj, layer.self_attn.k_proj, torch.ones(lm.config.num_key_value_heads, 2, d // 2)
+        for own in factor:
+            own[:, torch.randperm(d // 2, generator=g)[: len(FACTORS)]] = torch.tensor(FACTORS)
+        wide = factor.repeat_interleave(group, 0)
+        k.weight.data *= factor.view(-1, 1)
+        k.bias.data *= factor.flatten()
+        q.weight.data /= wide.view(-1, 1)
+        q.bias.data /= wide.flatten()
 
 
 def _bias(lm: Any) -> None:
     """Key biases of +-40, as the first and last layers of Qwen2 have them: nearly one number added to all scores of a query."""
     d = lm.config.hidden_size // lm.config.num_attention_heads
     for layer in lm.model.layers:
-        bias = layer.self_attn.k_proj.bias.data
-        for head in range(lm.config.num_key_value_heads):
-            for pair in (d // 2 - 1, d // 2 - 2):
-                bias[head * d + pair] += BIAS
-                bias[head * d + pair + d // 2] -= BIAS
+        bias = layer.self_attn.k_proj.bias.data.view(-1, 2, d // 2)
+        bias[:, 0, -2:] += BIAS
+        bias[:, 1, -2:] -= BIAS

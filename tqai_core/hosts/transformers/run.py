@@ -77,11 +77,12 @@ def load(args: argparse.Namespace, device: torch.device) -> Loaded:
         about = AutoConfig.from_pretrained(name)
         classes = getattr(about, "architectures", None) or []
         if getattr(about, "is_encoder_decoder", False) or (classes and not any(c.endswith(CAUSAL) for c in classes)):
-            raise _NoCausalLM(", ".join(classes) or about.model_type)
+            kind = ", ".join(classes) or about.model_type
+            raise TqaiError(f"{name} is no causal language model ({kind}): give one that AutoModelForCausalLM loads")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except _NoCausalLM as error:
-        raise TqaiError(f"{name} is no causal language model ({error}): give one that AutoModelForCausalLM loads") from None
+    except TqaiError:
+        raise
     except ImportError as error:
         raise TqaiError(f"{name}: {first_line(error)}: install what it names") from None
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:  # whatever the loading code meets in a broken folder
@@ -92,10 +93,6 @@ def load(args: argparse.Namespace, device: torch.device) -> Loaded:
     if getattr(model.generation_config, "cache_implementation", None):
         model.generation_config.cache_implementation = None  # each run brings its own cache
     return Loaded(model.eval().requires_grad_(False).to(device), tokenizer, name)
-
-
-class _NoCausalLM(Exception):
-    pass
 
 
 def encode(loaded: Loaded, prompt: str, chat: bool | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention processors with the flow in front: one shared, stateless class for each class of processor."""
+"""Blocks and attention processors with the flow around them: one class for each class of block or processor."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...attention import dense
-from .sites import EXACT, FORECAST, SITES, ask, show
+from .sites import EXACT, FORECAST, ask, show, site_of
 
 Attend = Callable[..., Tensor]  # (q, k, v [b, h, n, d], masked, full, fast) -> [b, h, n, d]
 _LOCAL = threading.local()
@@ -31,7 +31,8 @@ def stand_in(processor: Any, kernel: bool) -> Any:
 def _processor_class(cls: Any, kernel: bool) -> type:
     inner: Any = cls.__call__  # type: ignore[operator]
     traced = _with_text(inner)
-    run = _at_site(_with_attention(inner, _site_attention)) if kernel else _with_attention(traced, _dense_attention)
+    fastest: Attend = lambda q, k, v, masked, full, fast: fast()  # noqa: E731
+    run = _at_site(_with_attention(inner, _site_attention)) if kernel else _with_attention(traced, fastest)
 
     @functools.wraps(inner)  # attention modules filter their keyword arguments by this signature
     def call(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -151,10 +152,6 @@ def _flip(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, masked: bool, full: Callable[[], Tensor], fast: Callable[[], Tensor]) -> Tensor:
-    return fast()
-
-
 def _site_attention(q: Tensor, k: Tensor, v: Tensor, masked: bool, full: Callable[[], Tensor], fast: Callable[[], Tensor]) -> Tensor:
     site, _LOCAL.site = getattr(_LOCAL, "site", None), None  # a second call in one processor is another attention
     return full() if site is None else site.attention(q, k, v, masked, full, fast)
@@ -165,10 +162,65 @@ def _at_site(run: Any) -> Any:
 
     @torch.compiler.disable
     def guarded(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        _LOCAL.site = SITES[int(attn._tqai_slot)]
+        _LOCAL.site = site_of(attn)
         try:
             return run(self, attn, *args, **kwargs)
         finally:
             _LOCAL.site = None
 
     return guarded
+
+
+def swap_block(block: nn.Module) -> Callable[[], None]:
+    """The block's class with the flow around ``forward``; returns the undo. Where hooks have replaced ``forward`` on the
+    block itself (offloading), the flow goes around those, so that a forecast block is not even loaded."""
+    before: Any = type(block)
+    hooked = vars(block).get("forward")
+    if hooked is None:
+        block.__class__ = _block_class(before)
+    else:
+        block.forward = ours = functools.update_wrapper(functools.partial(_around(lambda _, *a, **k: hooked(*a, **k)), block), hooked)
+
+    def undo() -> None:
+        vars(block).pop("_tqai_form", None)
+        if hooked is None:
+            block.__class__ = before
+        elif vars(block).get("forward") is ours:  # else another hook stands around it, and it passes everything through
+            block.forward = hooked
+
+    return undo
+
+
+@functools.lru_cache(maxsize=64)
+def _block_class(cls: Any) -> type:
+    # compile_repeated_blocks and device maps know blocks by their class name
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), {"forward": functools.wraps(cls.forward)(_around(cls.forward)), **names})
+
+
+def _around(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward with the flow around it: what a block adds to image and text is shown to the flow, or comes from it."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = getattr(self, "_tqai_mode", EXACT)
+        if mode == EXACT:
+            return inner(self, *args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        context: Any = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        if mode == FORECAST:
+            image = hidden + ask(self, 0, hidden)
+            if self._tqai_form == "image":
+                return image
+            return (None if self._tqai_form == "last" else context + ask(self, 1, context)), image
+        out = inner(self, *args, **kwargs)
+        if not isinstance(out, tuple):
+            self._tqai_form = "image"
+            show(self, 0, out - hidden)
+            return out
+        self._tqai_form = "last" if out[0] is None else "both"  # SD3's last block throws its text away
+        show(self, 0, out[1] - hidden)
+        if out[0] is not None:
+            show(self, 1, out[0] - context)
+        return out
+
+    return forward
