@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from urllib.parse import quote
 
 from torch import Tensor
 
@@ -286,7 +287,7 @@ def load_study(path: Path) -> Row:
     if not path.is_file():
         raise TqaiError(f"study {path} is not there: tqai tune --study {path} makes it")
     try:
-        return summary(optuna.load_study(study_name="tqai", storage=f"sqlite:///{path}"))
+        return summary(optuna.load_study(study_name="tqai", storage=f"sqlite:///file:{quote(str(path.resolve()))}?mode=ro&uri=true"))
     except Exception as error:  # SQLAlchemy has many
         raise TqaiError(f"{path} is no study of tqai tune ({type(error).__name__})") from None
 
