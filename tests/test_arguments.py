@@ -139,6 +139,9 @@ MISTAKES = [
     (("bench", "codec"), "--report", "takes no --report"),
     (("bench", "llm"), "--methods --no-peers", "bench llm --methods takes no --peers"),
     (("bench", "sampler"), "--plot x.svg", "takes no --plot"),
+    (("report", "file"), "-o file", "is asked for twice, as file and as out"),
+    (("tune", "--demo", "flux"), "--study t.json --plot t.json", "is asked for twice, as study and as plot"),
+    (CALIBRATE, "--json=c.safetensors", "is asked for twice, as json and as output"),
     (("nonsense",), "", "invalid choice: 'nonsense'"),
     (("run", "hi"), "", "one of the arguments -m/--model --demo is required; see tqai run --help"),
 ]  # fmt: skip

@@ -83,7 +83,7 @@ def test_the_fixed_schedule_meets_the_calls_it_is_compared_at(calls):
     from tqai_core.types import Step
 
     monitor, state = Fixed(interval=dit.interval_for(calls)), {}
-    count = sum(monitor.decide(Step(i, 0.0, 24, i == 23), None, 0, state).compute for i in range(24))
+    count = sum(monitor.decide(Step(i, 1 - i / 24, 24, i == 23), None, 0, state).compute for i in range(24))
     assert calls - 2 <= count <= calls
     if calls in (11, 12, 13):
         assert count == calls

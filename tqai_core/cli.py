@@ -57,7 +57,20 @@ def _main(words: list[str]) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    _check_places(args)
     return int(args.run(args) or 0)
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """TqaiError where two files of a command are the same one, which the second would overwrite."""
+    seen: dict[Path, str] = {}
+    for name in ("file", "study", "json", "plot", "out", "output"):
+        given = getattr(args, name, None)
+        if given in (None, "-") or ((path := Path(given).resolve()).exists() and not path.is_file()):  # a device takes both
+            continue
+        if path in seen:
+            raise TqaiError(f"{given} is asked for twice, as {seen[path]} and as {name}: give two names")
+        seen[path] = name
 
 
 def _parser() -> argparse.ArgumentParser:
