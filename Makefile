@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-comfyui test-mlx mutate browser bench lint types clean
+.PHONY: demo test test-all test-comfyui test-mlx fuzz mutate browser bench lint types clean
 
 demo: .venv/demo
 	$(BIN)/tqai demo
@@ -40,6 +40,10 @@ mutate: .venv/dev
 	out/mutate/bin/python -m pip install --quiet --disable-pip-version-check mutmut
 	nice -n 15 out/mutate/bin/mutmut run --max-children 1 $(if $(MUTATE),"$(MUTATE)")
 	out/mutate/bin/mutmut results
+
+# 50,000 files of every kind that tqai reads, changed at random: each is refused in a sentence or read right. FUZZ="count seed"
+fuzz: .venv/dev
+	$(BIN)/python tests/fuzz.py $(FUZZ)
 
 # mlx-lm, on Linux its CPU build
 test-mlx: .venv/dev

@@ -36,6 +36,8 @@ def nothing_runs(monkeypatch, tmp_path):
     """A working folder with ``folder`` and ``file``; whatever loads a model or measures fails the test."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("one prompt")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "five.json").write_text('{"level": "kv", "strategy": "delta", "strategy_kwargs": 5}')
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with sqlite3.connect(tmp_path / "foreign.db") as database:
@@ -79,6 +81,10 @@ MISTAKES = [
     (RUN, "--temperature nan", "--temperature nan: give 0 (greedy) or a temperature"),
     (RUN, "--out x", "--out asked, but this is a language model"),
     (RUN, "--guidance nan", "--guidance nan"),
+    (RUN, "--pipeline deep.json", "deep.json"),
+    (RUN, "--pipeline five.json", "strategy_kwargs"),
+    (RUN, "--pipeline nofile", "nofile"),
+    (RUN, "--pipeline folder", "folder"),
     # calibrate
     (CALIBRATE, "--bits 99", "--bits 99: give a whole number, 1 to 8"),
     (CALIBRATE, "--bits 0", "--bits 0: give"),
@@ -179,6 +185,12 @@ def test_a_negative_list_reaches_the_pipeline(capsys):
     argv = ("run", "def f(", "--demo", "--skip-layers", "-1,0", "--max-tokens", "3", "--json")
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["config"]["skip_layers"] == [-1, 0]
+
+
+def test_a_pipeline_with_a_byte_order_mark_is_read(capsys, tmp_path):
+    (tmp_path / "p.json").write_text('{"skip_layers": [0]}', encoding="utf-8-sig")
+    assert main(["run", "def f(", "--demo", "--pipeline", str(tmp_path / "p.json"), "--max-tokens", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["skip_layers"] == [0]
 
 
 def test_files_that_can_be_written_are_taken(tmp_path):

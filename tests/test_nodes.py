@@ -463,7 +463,7 @@ def test_broken_files_say_what_is_wrong(host):
     for text, word in (
         ("{", "JSON"),
         ("[]", "a config is a dict"),
-        ("[" * 9999, "nested too deep"),
+        ("[" * 9999, "nested deeper"),
         ('{"monitor": "nope"}', "unknown monitor"),
         ('{"x": 1}', "unknown x"),
     ):

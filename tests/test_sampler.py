@@ -202,14 +202,14 @@ def test_files_go_round_and_damage_is_noticed(sampler_file, tmp_path):
         ({"format": "other"}, "no calibrated sampler"),
         ({"version": 99}, "upgrade"),
         ({"theta": whole["theta"][:-1]}, "finite weights"),
-        ({"theta": [[float("nan")] * 4] * 6}, "finite weights"),
+        ({"theta": [[float("nan")] * 4] * 6}, "no finite number"),
         ({"nodes": whole["nodes"][::-1]}, "do not fall"),
     ):
         path.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=says):
             CalibratedSampler.load(path)
     path.write_text(json.dumps(whole)[:-40])
-    with pytest.raises(ValueError, match="no whole JSON"):
+    with pytest.raises(ValueError, match="damaged or no JSON"):
         CalibratedSampler.load(path)
     path.write_text(json.dumps({k: v for k, v in whole.items() if k != "nodes"}))
     with pytest.raises(ValueError, match="lacks nodes"):

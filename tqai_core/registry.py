@@ -7,6 +7,7 @@ its dataclass fields follow the spec strings, ``tqai methods``, the docs, the no
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import re
 from collections.abc import Mapping
@@ -26,11 +27,12 @@ ALIASES: dict[str, dict[str, str]] = {role: {} for role in ROLES}  # other names
 
 def param(
     default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = (), level: str | None = None,
-    kw_only: bool = False,
+    kw_only: bool = False, file: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field that spec strings, the command, the docs and the node widgets all read. ``level`` is the only one where
-    it acts, if there is one."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "level": level}, kw_only=kw_only)
+    it acts, if there is one; ``file``: whether another value than the default names a file."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "level": level, "file": file}
+    return field(default=default, metadata=metadata, kw_only=kw_only)
 
 
 class Method:
@@ -61,7 +63,9 @@ class Method:
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
             value, low, high = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("high")
-            asked = f"{self.role} {self.name!r}: {f.name}={value!r}"
+            asked = f"{self.role} {self.name!r}: {f.name}={repr(value)[:200]}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise TqaiError(f"{asked} is no finite number; default is {f.default!r}")
             if f.metadata.get("choices") and value not in f.metadata["choices"]:
                 raise TqaiError(f"{asked} is no choice; choose one of {', '.join(map(str, f.metadata['choices']))}")
             if (low is not None or high is not None) and not isinstance(value, (int, float)):
@@ -170,14 +174,16 @@ def _cast(role: str, name: str, key: str, value: Any, default: Any) -> Any:
             if text not in ("true", "false", "1", "0"):
                 raise ValueError
             return text in ("true", "1")
+        if wanted is str and not isinstance(value, (str, int, float)):
+            raise ValueError
         if wanted is tuple:
             parts = value.split("+") if isinstance(value, str) else value
             return tuple(type(default[0])(part) for part in parts) if default else tuple(parts)
         if wanted is int and not isinstance(value, str) and int(value) != value:
             raise ValueError
         return wanted(value)
-    except (TypeError, ValueError):
-        raise TqaiError(f"{role} {name!r}: {key}={value!r} is no {wanted.__name__}; default is {default!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise TqaiError(f"{role} {name!r}: {key}={repr(value)[:200]} is no {wanted.__name__}; default is {default!r}") from None
 
 
 def _text(value: Any) -> str:

@@ -274,6 +274,9 @@ class Codec(Method, role="codec", levels=STEPS):
     def decode(self, packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
         raise NotImplementedError
 
+    def verify(self, packed: Packed) -> None:
+        """TqaiError unless the tensors that a file gave are what the shape in its header wants, and decode to finite numbers."""
+
 
 class CacheCodec(Codec, levels=(*STEPS, "kv")):
     """Also codes the rows of caches."""

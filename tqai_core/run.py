@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,16 +116,13 @@ def config_of(args: argparse.Namespace, level: str) -> Config | None:
 
 
 def _pipeline(given: str) -> dict[str, Any]:
+    from .config import AGAIN
+    from .files import parse_json, read_text
+
     text = given
     if not given.lstrip().startswith("{"):
-        try:
-            text = Path(given).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise TqaiError(f"--pipeline {given}: {getattr(error, 'strerror', None) or 'no text'}: give a JSON file, or its text") from None
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise TqaiError(f"--pipeline {given}: no JSON ({error}); write the file with config.to_json()") from None
+        text = read_text(given, what="pipeline", again="give --pipeline a JSON file, or its text")
+    data = parse_json(text, what=f"pipeline {given[:60]}", again=AGAIN)
     if not isinstance(data, dict):
         raise TqaiError(f'--pipeline {given}: a {type(data).__name__}, expected an object such as {{"strategy": "delta2"}}')
     return data
