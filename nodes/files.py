@@ -12,9 +12,9 @@ import folder_paths
 
 from tqai_core.errors import TqaiError
 from tqai_core.files import read_text, write_text
-from tqai_core.registry import build
+from tqai_core.registry import ROLES, build
 
-from .pipeline import ROLES, Pipeline
+from .pipeline import Pipeline
 
 FOLDER = "tqai"
 

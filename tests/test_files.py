@@ -175,7 +175,7 @@ def test_a_step_of_a_stream_is_checked_against_the_one_before(tmp_path):
     first, second = coder.encode(x, 1.0), coder.encode(x * 0.9, 0.9)
     assert len(coder.decode([first, second])) == 2
     for meta, tensors in (
-        ({"at": "x"}, {}), ({"bits": 99}, {}), ({"key": 1}, {}), ({"dtype": "int8"}, {}), ({"key": True}, {}), ({}, {"weights": None}),
+        ({"at": "x"}, {}), ({"bits": 99}, {}), ({"key": 1}, {}), ({"dtype": "int8"}, {}), ({}, {"weights": None}),
         ({}, {"choice": torch.zeros(1, 3, dtype=torch.uint8)}), ({"at": None}, {}),
     ):  # fmt: skip
         held = {k: v for k, v in {**second.tensors, **tensors}.items() if v is not None}

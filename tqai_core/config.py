@@ -153,9 +153,8 @@ def _layers(given: Any) -> tuple[int | str, ...]:
             elif text:
                 raise ValueError
     except (TypeError, ValueError):
-        asked = repr(given)[:200]
-        cure = f'give numbers below {MOST_LAYERS:,}, ranges or module names, as in (0, "2-4", -1, "blocks.3")'
-        raise TqaiError(f"skip_layers={asked}: {cure}") from None
+        cure = f'give numbers, ranges or module names, as in (0, "2-4", -1, "blocks.3"), numbers below {MOST_LAYERS:,}'
+        raise TqaiError(f"skip_layers={repr(given)[:200]}: {cure}") from None
     return tuple(sorted(layers, key=lambda layer: (isinstance(layer, str), layer)))
 
 

@@ -137,7 +137,7 @@ class StreamCoder:
         """TqaiError unless ``packed`` can be the step after ``before``: it may come from a file."""
         checked("StepMeta", packed.meta, what="packed step", again=AGAIN)
         key, bits, count = packed.meta["key"], packed.meta["bits"], math.prod(packed.shape[:-1])
-        if (before and before[-1].shape != packed.shape) or (bits == 0 and (key or self.predictor == "none")):
+        if before[-1].shape != packed.shape if before else bits == 0:
             raise TqaiError(f"field 'shape' or 'bits' is {list(packed.shape)}, {bits}: no step of this stream; {AGAIN}")
         if not key and self.predictor in ("ls", "choice"):
             check_tensor(packed.tensors, "weights", (2,), (torch.float16,), AGAIN)
