@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import resource
@@ -43,15 +44,17 @@ def nothing_runs(monkeypatch, tmp_path):
     with sqlite3.connect(tmp_path / "foreign.db") as database:
         database.execute("CREATE TABLE notes (text)")
     monkeypatch.chdir(tmp_path)
-    for name in LOADERS:
+    originals = {}
+    for name in LOADERS:  # all of them before one is replaced: some import others
         module, _, function = name.rpartition(".")
-        original = getattr(importlib.import_module(module), function)
+        originals[name] = getattr(importlib.import_module(module), function)
+    for name, original in originals.items():
 
         def loaded(*args, name=name, **kw):
             pytest.fail(f"{name} was called")
 
-        loaded.__signature__ = __import__("inspect").signature(original)  # the bench command reads it
-        monkeypatch.setattr(f"{name}", loaded)
+        loaded.__signature__ = inspect.signature(original)  # the bench command reads it
+        monkeypatch.setattr(name, loaded)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     yield tmp_path
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before, "something was written"

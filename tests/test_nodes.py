@@ -602,7 +602,7 @@ def test_a_shared_pipeline_names_no_file_outside_of_comfyuis_folders(host, tmp_p
         path = files.write("evil", json.dumps({"strategy": "delta2", "monitor": "lyapunov", **stage}))
         assert path.is_file()
         assert "plain name" in host.part("nodes.load_pipeline").TQAILoadPipeline.validate_inputs(file="evil.json [output]")
-        with pytest.raises(ValueError, match="lies outside|no file name"):
+        with pytest.raises(ValueError, match=r"lies outside|no file name"):
             host.run("TQAILoadPipeline", file="evil.json [output]")
     with pytest.raises(ValueError, match="outside"):
         host.run("TQAIScorer", scorer={"scorer": "fisher", "file": str(outside)})
