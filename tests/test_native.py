@@ -173,6 +173,11 @@ def test_what_it_leaves_to_torch(kernel, monkeypatch):
 def fresh(monkeypatch, tmp_path):
     monkeypatch.delenv("TQAI_NATIVE", raising=False)
     monkeypatch.setenv("TQAI_CACHE", str(tmp_path))
+    forget(monkeypatch)
+
+
+def forget(monkeypatch):
+    """The next call looks for the library again, as a fresh process would."""
     monkeypatch.setattr(native, "_library", None)
     monkeypatch.setattr(native, "_why", "")
 
@@ -271,7 +276,7 @@ def test_a_library_or_a_folder_of_another_user_is_not_used(built, monkeypatch, t
         os.chown(owned, 12345, -1)
         refused(monkeypatch, (word, "belongs to user 12345"))
         os.chown(owned, 0, -1)
-        native.forget()
+        forget(monkeypatch)
 
 
 @compiler
@@ -283,7 +288,7 @@ def test_what_others_can_write_is_not_used(built, monkeypatch, tmp_path, mode):
         open_to_all.chmod(mode)
         refused(monkeypatch, (word, "can be written by others"))
         open_to_all.chmod(0o700)
-        native.forget()
+        forget(monkeypatch)
 
 
 @compiler
@@ -293,7 +298,7 @@ def test_symbolic_links_are_not_followed(built, monkeypatch, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.setenv("TQAI_CACHE", str(tmp_path / "link"))
     refused(monkeypatch, ("symbolic link",))
-    native.forget()
+    forget(monkeypatch)
     monkeypatch.setenv("TQAI_CACHE", str(tmp_path / "real"))
     path.rename(tmp_path / "elsewhere.so")
     path.symlink_to(tmp_path / "elsewhere.so")
@@ -337,11 +342,11 @@ def test_without_a_home_one_private_folder_is_made_and_used_again(monkeypatch, t
     assert folder.stat().st_mode & 0o777 == 0o700
     (made,) = folder.iterdir()
     before = made.stat().st_mtime_ns
-    native.forget()
+    forget(monkeypatch)
     assert native.ready()
     assert list(tmp_path.iterdir()) == [folder], "nothing else is left behind"
     assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [before], "it is not built again"
-    native.forget()
+    forget(monkeypatch)
     folder.chmod(0o777)
     refused(monkeypatch, ("can be written by others", "TQAI_CACHE"))
 
@@ -356,7 +361,7 @@ def test_a_compiler_of_several_words_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", f"'{wrapper}' cc -DTQAI_PLAIN")
     assert native.ready(), native.status()
     assert native.kind() == "plain C"
-    native.forget()
+    forget(monkeypatch)
     monkeypatch.setenv("CC", "'cc")
     assert not native.ready()
     assert "is no command" in native.status()
