@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. They need python3 >= 3.10 and make, nothing else.
+# Two commands: `make demo` and `make test`. They need python3 >= 3.11 and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS := 1
@@ -57,11 +57,11 @@ browser: .venv/dev
 	$(BIN)/python -m pytest tests/test_browser.py
 
 bench: .venv/demo
-	$(BIN)/tqai bench dit --json benchmarks/results/dit.json
+	$(BIN)/tqai bench dit --json=benchmarks/results/dit.json
 
 # torch alone first: pulled in by another package it may be a build of several GB
 .venv/torch: constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "tqai needs Python 3.10 or newer"'
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "tqai needs Python 3.11 or newer: make PYTHON=python3.11"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	touch $@

@@ -1,7 +1,7 @@
 """Subclassing is registering: one idea is one file with one frozen dataclass and one name.
 
-A file put into ``scorers/``, ``strategies/``, ``monitors/`` or ``codecs/`` is found at import; from its dataclass
-fields follow the spec strings, ``tqai methods``, the docs, the node widgets and the matrix test.
+A file put into ``scorers/``, ``strategies/``, ``monitors/`` or ``codecs/`` is found when the first method is asked for; from
+its dataclass fields follow the spec strings, ``tqai methods``, the docs, the node widgets and the matrix test.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, ClassVar
 
 from .errors import TqaiError
 
 ROLES = ("scorer", "strategy", "monitor", "codec")
-REGISTRY: dict[str, dict[str, type[Method]]] = {role: {} for role in ROLES}
+PACKAGES = ("scorers", "strategies", "monitors", "codecs")
+REGISTRY: dict[str, dict[str, type[Method]]]  # all methods by role and name; see __getattr__
+_known: dict[str, dict[str, type[Method]]] = {role: {} for role in ROLES}
 ALIASES: dict[str, dict[str, str]] = {role: {} for role in ROLES}  # other names that configs may use
 
 
@@ -51,11 +53,11 @@ class Method:
             cls.role = role
         cls.levels = levels or tuple(dict.fromkeys(level for base in cls.__bases__ for level in getattr(base, "levels", ())))
         if name:
-            taken = REGISTRY[cls.role].get(name)
+            taken = _known[cls.role].get(name)
             if taken is not None and taken.__module__ != cls.__module__:
                 raise TqaiError(f"{cls.role} {name!r} is already taken by {taken.__module__}: choose another name")
             cls.name, cls.paper = name, paper
-            REGISTRY[cls.role][name] = cls
+            _known[cls.role][name] = cls
             ALIASES[cls.role].update(dict.fromkeys(aliases, name))
 
     def __post_init__(self) -> None:
@@ -103,8 +105,22 @@ def discover(package: ModuleType) -> None:
         importlib.import_module(f"{package.__name__}.{info.name}")
 
 
+@cache
+def _found() -> dict[str, dict[str, type[Method]]]:
+    """Every method, once their files are imported: they need torch, which ``tqai --help`` does not wait for."""
+    for package in PACKAGES:
+        discover(importlib.import_module(f"{__package__}.{package}"))
+    return _known
+
+
+def __getattr__(name: str) -> Any:
+    if name == "REGISTRY":
+        return _found()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def names(role: str) -> list[str]:
-    return sorted(REGISTRY[role])
+    return sorted(_found()[role])
 
 
 def parse(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -138,8 +154,9 @@ def _build(role: str, spec: Any) -> Any:
             raise TqaiError(f"{spec.name!r} is a {spec.role}, asked for a {role}; known: {', '.join(names(role))}")
         return spec
     name, given = parse(spec)
+    methods = _found()[role]
     name = ALIASES[role].get(name, name)
-    cls = REGISTRY[role].get(name)
+    cls = methods.get(name)
     if cls is None:
         raise TqaiError(f"unknown {role} {name!r}; known: {', '.join(names(role))}")
     known = cls.options()

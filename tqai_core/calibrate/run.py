@@ -44,10 +44,7 @@ def calibrate(
     ``probes`` backward passes a call; ``bits`` of the KLT bases; ``average`` bits of the allocation; ``codec`` the quantiser
     whose errors are weighed. Raises ValueError for settings that cannot be, and a model whose attention is not found.
     """
-    if len(set(seeds)) != len(seeds) or not seeds:
-        raise TqaiError(f"seeds {list(seeds)}: give one or more, each once")
-    if taken := set(seeds) & {HELD_OUT, *CHOICE, *VALIDATION}:
-        raise TqaiError(f"seeds {sorted(taken)} are kept for the verdicts: give others")
+    check_seeds(seeds)
     probes = target.probes if probes is None else probes
     if probes < 1:
         raise TqaiError(f"probes={probes}: give 1 or more")
@@ -81,6 +78,14 @@ def calibrate(
     partial.unlink(missing_ok=True)
     progress("done", 1.0)
     return made
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """TqaiError for seeds that are given twice or are those of the verdicts."""
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise TqaiError(f"seeds {list(seeds)}: give one or more, each once")
+    if taken := set(seeds) & {HELD_OUT, *CHOICE, *VALIDATION}:
+        raise TqaiError(f"seeds {sorted(taken)} are kept for the verdicts: give others")
 
 
 def _measure(

@@ -268,7 +268,7 @@ def calibrate(
     where the sampler does not win by ``MARGIN``.
     """
     seeds, held_out = list(seeds), list(held_out)
-    _check(steps, seeds, held_out, form, reference_calls)
+    check_settings(steps, seeds, held_out, form, reference_calls)
     few, count = seeds[:tune], len(seeds) + len(held_out)
     coarse = len(stock) * (len(SHIFTS) * len(few) + len(held_out)) + (3 if form == "all" else 1) * count
     clock = Clock(reference_calls * count + steps * coarse, progress)
@@ -359,7 +359,8 @@ def _grids(exact: Reference, steps: int, form: str, shift: float) -> dict[str, t
     return {"equidistributed": equal, "half-way": between, **stock}
 
 
-def _check(steps: int, seeds: Sequence[int], held_out: Sequence[int], form: str, calls: int) -> None:
+def check_settings(steps: int, seeds: Sequence[int], held_out: Sequence[int], form: str, calls: int) -> None:
+    """TqaiError for what no sampler can be made from."""
     if form not in ("all", "last"):
         raise TqaiError(f"form={form!r}: give 'all' (every step) or 'last' (the step to 0 alone)")
     if steps < 3:

@@ -282,6 +282,13 @@ def front(rows: Sequence[Mapping[str, Any]], what: str) -> list[int]:
     return out
 
 
+def check_study_file(path: Path) -> None:
+    """TqaiError unless ``path`` is a study, or no file yet, and Optuna is here."""
+    _optuna()
+    if path.exists() and path.stat().st_size:
+        load_study(path)
+
+
 def load_study(path: Path) -> Row:
     """What a study file holds, finished or not. TqaiError for a file that is no study."""
     if not path.is_file():
