@@ -33,6 +33,7 @@ class Part:
 
 
 PARTS = [
+    Part("every causal LM class of transformers", ["tests/test_lm_matrix.py", "-m", "slow"]),
     Part("mlx-lm", ["tests/test_mlx.py", "tests/test_doors.py", "-k", "mlx"], [".[mlx]"]),
     Part(
         "Triton's interpreter",

@@ -162,3 +162,16 @@ def test_links_and_pictures_lead_somewhere():
                 assert heading in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, f"{page.name}: {link}"
             if name.endswith((".png", ".gif", ".jpg")):
                 assert target.stat().st_size > 200, link
+
+
+def test_the_bar_of_a_packed_step_is_the_fastest_dense_row_and_rivals_that_were_not_run_are_no_broken_promise():
+    result = json.loads((RESULTS / "llm.json").read_text())
+    dense = [r["ms"] for r in result["step"] if r["tokens"] == 16384 and "packed" not in r["method"]]
+    packed = next(r["ms"] for r in result["step"] if r["tokens"] == 16384 and r["method"] == "packed, native")
+    found = {v["what"]: v["measured"] for v in llm.verdicts(result)}
+    assert found["step at 16k, native: times the speed of the fastest dense"] == min(dense) / packed
+    alone = llm.verdicts(
+        {**result, "quality": [r for r in result["quality"] if r["cache"].startswith("tqai k") or r["cache"] == "DynamicCache"]}
+    )
+    assert len(alone) == len(found) - 2
+    assert all(v["measured"] is not None for v in alone)

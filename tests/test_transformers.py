@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -26,6 +30,9 @@ from transformers import (
 import tqai_core as tqai
 from tqai_core import minis
 from tqai_core.attention.lazy import LazyKV
+
+sys.path.append(str(Path(__file__).parent))
+import tiny_lms
 
 SMALL = dict(
     vocab_size=128, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
@@ -473,3 +480,176 @@ def test_perplexity_survives_in_every_variant(bits, limit, text):
         assert cache.materialised == 0
         assert cache.layers[0].kv.packed > 500
         assert abs(float(packed - exact)) < limit, variant
+
+
+# -- left padding
+
+
+def pads_cost(lm, text, pads, bits):
+    """KL of a batch whose sequences begin with so many tokens of padding, over the KL of each of them alone."""
+    config = tqai.Config(level="kv", codec={"name": "turbo", "bits_k": bits, "bits_v": bits}, recent=32, protect=0)
+    tokens, seen = 480, torch.ones(len(pads), 480 + max(pads), dtype=torch.long)
+    ids = torch.zeros_like(seen)
+    for i, count in enumerate(pads):
+        ids[i, count:] = text[9000 * i : 9000 * i + seen.shape[1] - count]
+        seen[i, :count] = 0
+    first = seen.shape[1] - tokens
+
+    def logits(ids, mask, cache, first):
+        cuts = [(0, first + 320), *((at, at + 40) for at in range(first + 320, first + tokens, 40))]
+        at = (mask.cumsum(1) - 1).clamp_min(0)
+        out = [lm(ids[:, a:b], attention_mask=mask[:, :b], position_ids=at[:, a:b], past_key_values=cache).logits for a, b in cuts]
+        return torch.cat(out[1:], 1).log_softmax(-1)
+
+    def kl(ids, mask, first):
+        exact = logits(ids, mask, DynamicCache(config=lm.config), first)
+        with tqai.apply(lm, config) as handle:
+            got = logits(ids, mask, handle.cache(), first)
+        return (exact.exp() * (exact - got)).sum((1, 2))
+
+    alone = torch.cat([kl(ids[i : i + 1, count:], seen[i : i + 1, count:], first - count) for i, count in enumerate(pads)])
+    return float(kl(ids, seen, first).sum() / alone.sum())
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("pads", [[8] * 3, [64] * 3, [500] * 3, [1500] * 3, [0, 8, 64, 500]], ids=str)
+def test_left_padding_costs_nothing(bits, pads, mini, text):
+    assert pads_cost(mini, text, pads, bits) <= 1.3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_bare_cache_learns_of_padding_from_the_mask_it_meets(attention, qwen):
+    ids = prompt()
+    mask = padded(ids)
+    _, ours = run(qwen, KV, ids, True, attention_mask=mask)
+    was = qwen.config._attn_implementation
+    qwen.set_attn_implementation(attention)
+    try:
+        _, bare = run(qwen, KV, ids, False, attention_mask=mask)
+    finally:
+        qwen.set_attn_implementation(was)
+    for a, b in zip(ours.packed_layers, bare.packed_layers, strict=True):
+        assert a.kv.pads.tolist() == b.kv.pads.tolist() == [9, 0]
+        assert torch.allclose(a.kv.statistics.scale, b.kv.statistics.scale, rtol=1e-4)
+
+
+def test_sinks_and_dense_rows_of_a_padded_batch_are_the_real_tokens(qwen):
+    ids = prompt()
+    with tqai.apply(qwen, KV) as handle:
+        cache = handle.cache()
+        qwen(ids, attention_mask=padded(ids), past_key_values=cache)
+        exact = DynamicCache(config=qwen.config)
+        qwen(ids, attention_mask=padded(ids), past_key_values=exact)
+    for layer, other in zip(cache.packed_layers, exact.layers, strict=True):
+        kv = layer.kv
+        assert kv.packed
+        dense = kv.dense("k").detach()
+        assert torch.equal(kv.keys[0, :, :2], other.keys[0, :, 9:11]), "sinks"
+        assert torch.equal(dense[0, :, 9:11], other.keys[0, :, 9:11]), "at their own positions"
+        assert torch.equal(dense[1, :, :2], other.keys[1, :, :2])
+        assert torch.equal(dense[:, :, -8:], other.keys[:, :, -8:])
+        assert float((dense[0, :, 9:] - other.keys[0, :, 9:]).norm() / other.keys[0, :, 9:].norm()) < 0.2
+        assert not dense[0, :, :9].sub(kv.statistics.mean[0]).abs().max() > 1e-4, "padding is stored as nothing"
+
+
+def test_a_padded_cache_is_cropped_selected_and_saved(qwen, tmp_path):
+    ids = prompt()
+    mask, more = padded(ids), torch.ones(2, 5, dtype=torch.long)
+    with tqai.apply(qwen, KV) as handle:
+        cache = handle.cache()
+        qwen(ids, attention_mask=mask, past_key_values=cache)
+        cache.save(tmp_path / "padded.safetensors")
+        want = qwen(ids[:, :5], attention_mask=torch.cat([mask, more], 1), past_key_values=copy.deepcopy(cache)).logits
+        again = handle.load(tmp_path / "padded.safetensors")
+        assert torch.equal(qwen(ids[:, :5], attention_mask=torch.cat([mask, more], 1), past_key_values=again).logits, want)
+        one = copy.deepcopy(cache)
+        one.batch_select_indices(torch.tensor([0]))
+        got = qwen(ids[:1, :5], attention_mask=torch.cat([mask, more], 1)[:1], past_key_values=one).logits
+        assert torch.allclose(got, want[:1], atol=1e-4)
+        dense = cache.layers[0].kv.dense("k")
+        for left in (60, 12, 10, 5):
+            cache.crop(left)
+            kv = cache.layers[0].kv
+            assert kv.length == left
+            assert torch.allclose(kv.dense("k")[1], dense[1, :, :left], atol=1e-5)
+            assert kv.pads.tolist() == [min(9, left), 0]
+
+
+# -- refused in a sentence, or right
+
+
+def test_a_prompt_with_no_new_token_says_what_the_cache_keeps(qwen):
+    cache = tqai.KVCache(qwen.config, KV)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        qwen.generate(prompt(1), past_key_values=cache, max_new_tokens=5, do_sample=False)
+    with pytest.raises(tqai.TqaiError, match=r"keeps 74 tokens .* cache\.reset\(\)"):
+        qwen.generate(prompt(1, 20), past_key_values=cache, max_new_tokens=5, do_sample=False)
+
+
+def test_a_positive_crop_reaches_layers_of_every_kind():
+    config = Gemma2Config(**{**SMALL, "head_dim": 16, "sliding_window": 200})
+    cache = tqai.KVCache(config, KV)
+    Gemma2ForCausalLM(config).eval()(prompt(1, 20), past_key_values=cache)
+    cache.crop(12)
+    assert [layer.get_seq_length() for layer in cache.layers] == [12, 12, 12]
+
+
+def test_a_cache_goes_through_pickle_and_torch_save(qwen, tmp_path):
+    ids = prompt()
+    with tqai.apply(qwen, KV) as handle:
+        cache = handle.cache()
+        qwen(ids, past_key_values=cache)
+        torch.save(cache, tmp_path / "cache.pt")
+        others = [pickle.loads(pickle.dumps(cache)), torch.load(tmp_path / "cache.pt", weights_only=False)]
+        want = qwen(ids[:, :1], past_key_values=cache).logits
+        for other in others:
+            assert torch.equal(qwen(ids[:, :1], past_key_values=other).logits, want)
+
+
+def test_export_with_a_cache_inside_is_refused(qwen):
+    class Inside(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = qwen
+
+        def forward(self, ids):
+            return self.model(ids, past_key_values=tqai.KVCache(qwen.config, KV)).logits
+
+    with pytest.raises(tqai.TqaiError, match=r"torch\.export .* DynamicCache"):
+        torch.export.export(Inside(), (prompt(),), strict=False)
+
+
+def test_flex_attention_gets_plain_tensors(qwen):
+    was = qwen.config._attn_implementation
+    cache = tqai.KVCache(qwen.config, KV)
+    qwen.config._attn_implementation_internal = "flex_attention"
+    try:
+        k, v = cache.update(torch.randn(1, 2, 60, 16), torch.randn(1, 2, 60, 16), 0)
+    finally:
+        qwen.config._attn_implementation_internal = was
+    assert type(k) is type(v) is torch.Tensor
+
+
+def test_mpt_past_its_length_says_how_many_positions_it_has():
+    config = MptConfig(d_model=64, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=128)
+    cache = tqai.KVCache(config, tqai.Config(level="kv", calibrate=0))
+    with pytest.raises(tqai.TqaiError, match="mpt has positions for 64 tokens, 70 are asked"):
+        MptForCausalLM(config).eval()(prompt(1), past_key_values=cache)
+
+
+def test_layers_that_share_keys_take_them_from_one_packed_layer():
+    """Gemma 3n: packed at 8 bits nearly the tokens of the exact cache, and nothing is decoded."""
+    model = tiny_lms.build("gemma3n_text")
+    ids = prompt(2, 70, 90)
+    config = tqai.Config(level="kv", codec="turbo:bits=8", recent=8, calibrate=32)
+    with torch.no_grad(), tqai.apply(model, config) as handle:
+        cache = handle.cache()
+        model(ids[:, :60], past_key_values=cache)
+        got = model(ids[:, 60:], past_key_values=cache).logits.log_softmax(-1)
+        exact = DynamicCache(config=model.config)
+        model(ids[:, :60], past_key_values=exact)
+        want = model(ids[:, 60:], past_key_values=exact).logits.log_softmax(-1)
+    assert any(layer.kv.packed for layer in cache.packed_layers)
+    assert cache.materialised == 0
+    assert float(F.kl_div(got, want, log_target=True, reduction="sum") / ids[:, 60:].numel()) < 0.05

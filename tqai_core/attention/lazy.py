@@ -56,7 +56,7 @@ class LazyKV(Tensor):
     def watched(self) -> Tensor:
         """The same; keys whose queries are asked for wait for them."""
         dense = self.dense()
-        if self.which == "k" and self.layer.kv.wants_queries:
+        if self.which == "k" and (self.layer.kv.wants_queries or not self.layer.kv.packed):
             dense = dense.as_subclass(Watched)
             dense.kv = self.layer.kv
         return dense
@@ -75,9 +75,11 @@ class LazyKV(Tensor):
 
 
 class Watched(Tensor):
-    """Dense keys that wait for the queries they meet: an attention that is not ours never shows them otherwise."""
+    """Dense keys that wait for the queries and the mask they meet: an attention that is not ours never shows them otherwise. Once
+    ``q`` is set it is the scores of these queries, which wait for the mask alone."""
 
     kv: PackedKV
+    q: Tensor | None = None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,15 +88,29 @@ class Watched(Tensor):
         flat = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-        kv = next((x.kv for x in flat if isinstance(x, Watched) and hasattr(x, "kv")), None)
-        if func.__name__ in PASSIVE or kv is None or kv.keys is None:
+        own = next((x for x in flat if isinstance(x, Watched) and hasattr(x, "kv")), None)
+        if func.__name__ in PASSIVE or own is None or (keys := own.kv.keys) is None:
             return out
-        b, h, _, d = kv.keys.shape
-        for x in flat:
-            if not isinstance(x, Watched) and x.ndim == 4 and x.shape[0] == b and x.shape[1] % h == 0 and x.shape[3] == d:
-                kv.observe(x)
+        kv, q, (b, h, _, d) = own.kv, own.q, keys.shape
+        others = [x for x in flat if not isinstance(x, Watched) and x.ndim == 4]
+        if q is None:
+            q = next((x for x in others if x.shape[0] == b and x.shape[1] % h == 0 and x.shape[3] == d), None)
+            if q is not None and func.__name__ != "matmul":  # a whole attention
+                kv.see(kwargs.get("attn_mask"), q.shape[2])
+                kv.observe(q)
                 return out
-        if isinstance(out, Tensor) and out.is_floating_point() and d in out.shape:  # still the keys: a view, a repeat
+            going = isinstance(out, Tensor) and out.is_floating_point() and (q is not None or d in out.shape)  # a view, a repeat
+        else:
+            count = q.shape[2]
+            mask = next((x for x in others if x.shape[3] == own.shape[-1] and x.shape[2] in (1, count)), None)
+            if mask is not None or func.__name__ == "softmax":
+                kv.see(
+                    ~mask if mask is not None and func.__name__.startswith("masked_fill") else mask, count
+                )  # before the queries, those of padding count for nothing
+                kv.observe(q)
+                return out
+            going = isinstance(out, Tensor) and out.shape == own.shape
+        if going:
             out = out.as_subclass(Watched)
-            out.kv = kv
+            out.kv, out.q = kv, q
         return out

@@ -42,7 +42,7 @@ def attend(
     (b, heads, count, d), h = query.shape, keys.shape[1]
     if heads % h or b != keys.shape[0]:
         raise TqaiError(f"query has batch {b} and {heads} heads, the cache {list(keys.shape[:2])}: heads must be a multiple")
-    out = query.new_empty(b, heads, count, values.shape[-1])
+    out, mask = query.new_empty(b, heads, count, values.shape[-1]), kv.in_rows(mask)
     tiers, sinks, packed = kv.tiers(ordered=mask is not None or count > 1), kv.sinks, kv.packed
     step = max(SCORES // (b * heads * kv.policy.score_width(kv.length)), 1)
     backends, scratch, precise = PACKED if native else PACKED[-1:], scratch_for(query), query.dtype == torch.float32

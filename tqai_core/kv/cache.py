@@ -9,6 +9,9 @@ to all scores of a query, and q.k is unchanged when q takes the scale. This take
 make plain quantisers fail (Qwen2 at 4 bits). The statistics need 256 tokens: with 64 they cost more than they gain. Until
 then everything is held exact. Values get axes of their own where that pays (:mod:`codecs.split`).
 
+Padding in front of a sequence counts for nothing: its positions, those that no query sees, go behind the sinks when the first
+tokens are packed, so that sinks are real tokens; statistics and the wait for them take real tokens alone.
+
 A policy (:mod:`kv.policy`) decides which tokens get finer rows, which then lie in segments of their own, what of the keys is
 predicted, and what a step reads.
 """
@@ -29,7 +32,7 @@ from ..files import check_tensor
 from ..types import nbytes
 from .policy import Policy, order
 from .segments import AGAIN, FLOATS, SEGMENT, BitTier, PackBatch, Plan, Segment, cut, encode, extend, rows_in
-from .statistics import KeyStatistics, sample
+from .statistics import SAMPLE, KeyStatistics, sample
 
 FLUSH = 32  # tokens that leave the recent window together
 STATISTICS = ("mean", "scale", "_q2")
@@ -61,6 +64,9 @@ class PackedKV:
         self._coder_v: Split | None = None
         self.exact_why: str | None = None  # set when this layer can no longer pack
         self.decoded = 0  # times dense values were made
+        self.pads: Tensor | None = None  # int64 [B]: leading positions of each sequence that are padding; None: of none
+        self.most_pads = 0  # at least the largest of them
+        self.moved = False  # whether the rows of the pads lie behind the sinks
         self.policy.clear()
 
     # -- sizes
@@ -86,7 +92,7 @@ class PackedKV:
     def nbytes(self) -> int:
         """Bytes of everything that is held, statistics included."""
         segments = [vars(segment) for segment in (*self.segments, *self.fine)]
-        return nbytes([segments, self.keys, self.values, self.basis, self.statistics, self.policy.tensors, self.policy.states])
+        return nbytes([segments, self.keys, self.values, self.basis, self.statistics, self.pads, self.policy.tensors, self.policy.states])
 
     def coders(self, fine: bool = False) -> tuple[Rows, Rows | Split]:
         """Coders of keys and values of a tier; fine rows are plain, they have bits enough."""
@@ -139,22 +145,85 @@ class PackedKV:
             return
         self.policy.observe(q)
         if self.wants_statistics:
-            self.statistics.observe(sample(q.detach()).float(), self.keys.shape[1])
+            self.statistics.observe(self._sample_queries(q.detach()).float(), self.keys.shape[1])
+
+    def see(self, mask: Tensor | None, count: int) -> None:
+        """The mask ``[B or 1, heads or 1, count or 1, tokens]``, bool or added, of the last ``count`` tokens. Leading tokens that no
+        query sees are padding. It is looked at until every sequence has a token, which is at the prompt: one wait for the device."""
+        before = self.length - count
+        if self.keys is None or mask is None or self.most_pads < before or mask.ndim != 4 or mask.shape[-1] != self.length:
+            return
+        own = mask[..., before:]
+        hidden = ~(own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).flatten(1, 2).any(1)
+        found = hidden.long().cumprod(1).sum(1).expand(self.keys.shape[0])
+        pads = found.clone() if self.pads is None else torch.where(self.pads == before, before + found, self.pads)
+        self._set_pads(pads if before == 0 or self.pads is not None else None)
+
+    def _set_pads(self, pads: Tensor | None) -> None:
+        self.most_pads = 0 if pads is None else int(pads.max())
+        self.pads = self.policy.pads = pads if self.most_pads else None
+
+    def _places(self) -> Tensor:
+        """The positions that the first rows hold where pads were moved, ``int64 [B, sinks + pads]``; later rows hold their own."""
+        assert self.pads is not None
+        sink, pads = self.plan.sink, self.pads[:, None]
+        row = torch.arange(sink + self.most_pads, device=pads.device)[None]
+        return torch.where(row < sink, pads + row, torch.where(row < sink + pads, row - sink, row))
+
+    def in_rows(self, mask: Tensor | None) -> Tensor | None:
+        """A mask over the positions as one over the rows."""
+        if mask is None or not self.moved:
+            return mask
+        place = self._places()[:, None, None]
+        mask = mask.expand(len(place), -1, -1, -1)
+        front = mask.gather(3, place.expand(-1, *mask.shape[1:3], -1))
+        return torch.cat([front, mask[..., place.shape[-1] :]], 3)
+
+    def _move_pads(self) -> None:
+        """Pads go behind the sinks, in the exact rows, before the first of them is packed."""
+        place, self.moved = self._places()[:, None, :, None], True
+        n = place.shape[2]
+        self.keys, self.values = (
+            torch.cat([x.gather(2, place.expand(-1, x.shape[1], -1, x.shape[3])), x[:, :, n:]], 2) for x in self.exact
+        )
+
+    def _sample(self, x: Tensor) -> Tensor:
+        """Some of the exact rows ``x`` behind the sinks, evenly spread, no padding among them; nothing is packed yet."""
+        start = min(self.plan.sink, self.length - 1)
+        if self.pads is None:
+            return sample(x[:, :, start:]).float()
+        first, count = start + self.pads[:, None], min(self.length - start - self.most_pads, SAMPLE)
+        place = first + torch.arange(count, device=x.device) * (self.length - first) // count
+        return x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])).float()
+
+    def _sample_queries(self, q: Tensor) -> Tensor:
+        """Some of the queries ``q`` of the last tokens, those of padding 0 or left out."""
+        first, n = self.length - q.shape[2], q.shape[2]
+        if self.pads is None or first >= self.most_pads:
+            return sample(q)
+        start, count = (self.pads[:, None] - first).clamp_min(0), min(self.length - self.most_pads, SAMPLE)
+        if count <= 0:  # a sequence has none
+            return sample(q.masked_fill((torch.arange(n, device=q.device) < start)[:, None, :, None], 0))
+        place = start + torch.arange(count, device=q.device) * (n - start) // count
+        return q.gather(2, place[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
 
     def settle(self) -> None:
         """Pack what has left the recent window, if the statistics are there and at least 32 tokens are due."""
         plan = self.plan
-        if self.exact_why or self.keys is None or self.values is None or self.length < plan.calibrate:
+        if self.exact_why or self.keys is None or self.values is None:
+            return
+        if self.length - self.most_pads < max(plan.calibrate, plan.sink + 1 if self.most_pads else 0):
             return
         due = self.policy.due(self.keys.shape[2] - plan.sink - plan.recent, self.packed)
         if due < FLUSH:
             return
+        if self.most_pads and not self.moved:
+            self._move_pads()
         if self.wants_statistics:
-            start = min(plan.sink, self.length - 1)
-            found = split.plan(sample(self.values[:, :, start:]).float(), plan.bits_v, self.length)
+            found = split.plan(self._sample(self.exact[1]), plan.bits_v, self.length)
             if found is not None:
                 self.bits_v, self.basis = found
-            self.statistics.take(sample(self.keys[:, :, start:]).float())
+            self.statistics.take(self._sample(self.exact[0]))
         done = 0
         while done < due:
             size = self.policy.size(due - done, self.packed)
@@ -174,6 +243,11 @@ class PackedKV:
         q = self.policy.queries(keys.shape[1], self.statistics.scale)
         exact_rows = lambda: (stored(keys.float()), values.float(), at)  # noqa: E731
         batch = PackBatch(k, v, q, self.plan.sink + self.packed, exact_rows, self.coders())
+        if self.pads is not None and self.packed < self.most_pads:
+            row = torch.arange(keys.shape[2], device=keys.device) - at
+            real = (row + at < self.plan.sink) | (row + self.packed >= self.pads[:, None])  # of the exact rows
+            batch.real, own = real, real[:, None, at : at + size, None]
+            batch.k, batch.v = k.where(own, 0), v.where(own, 0)
         if not self.policy.decide(batch):
             return False
         count = 0 if batch.fine is None else int(batch.fine[0].sum())
@@ -200,6 +274,8 @@ class PackedKV:
         self.settle()
         if count == 0 or self.keys is None:
             return
+        if self.moved and self.length - count < self.plan.sink + self.most_pads:
+            self._move_pads_back()
         recent = self.keys.shape[2] - (self.plan.sink if self.packed else 0)
         gone = min(max(count - recent, 0), self.packed)  # packed tokens; the others are exact ones, behind and before them
         self.length -= count
@@ -211,12 +287,22 @@ class PackedKV:
             k, v = self.exact
             self.clear()
             self.keys, self.values = k, v
+        elif self.pads is not None and self.length < self.most_pads:
+            self._set_pads(self.pads.clamp(max=self.length))
+
+    def _move_pads_back(self) -> None:
+        """All rows exact again, as far as they still are, in the order of the positions."""
+        keys, values = self.dense("k"), self.dense("v")
+        (length, pads, why), decoded = (self.length, self.pads, self.exact_why), self.decoded
+        self.clear()
+        self.keys, self.values, self.length, self.exact_why, self.decoded = keys, values, length, why, decoded
+        self._set_pads(pads)
 
     def _crop_packed(self, left: int) -> None:
         """Keep ``left`` packed tokens. Where the policy can cut only before that, the tokens between become exact rows again,
         decoded."""
         whole, front = self.policy.boundary(left), self.plan.sink
-        between = [self.dense(which)[:, :, front + whole : front + left] for which in "kv"] if whole < left else []
+        between = [self._dense_rows(which)[:, :, front + whole : front + left] for which in "kv"] if whole < left else []
         fine = self.policy.crop(whole)
         cut(self.segments, whole - fine)
         cut(self.fine, fine)
@@ -234,6 +320,8 @@ class PackedKV:
         for segment in (*self.segments, *self.fine):
             segment.map(change)
         self.policy.map_batch(change)
+        if self.pads is not None:
+            self.pads = self.policy.pads = change(self.pads)
         self.keys, self.values = (None if x is None else change(x) for x in (self.keys, self.values))
         self.statistics = KeyStatistics(*(None if x is None else change(x) for x in vars(self.statistics).values()))
 
@@ -251,6 +339,14 @@ class PackedKV:
 
     def dense(self, which: str) -> Tensor:
         """All keys (``"k"``) or values (``"v"``) ``[B, H, tokens, D]`` in the model's dtype, decoded."""
+        out = self._dense_rows(which)
+        if not self.moved:
+            return out
+        place = self._places()[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
+        return out.scatter(2, place, out[:, :, : place.shape[2]])
+
+    def _dense_rows(self, which: str) -> Tensor:
+        """The same in the order of the rows."""
         exact, packed, front = self.exact[which == "v"], self.packed, self.plan.sink
         if not packed:
             return exact
@@ -284,6 +380,7 @@ class PackedKV:
         self.settle()
         s = self.statistics
         named = {"keys": self.keys, "values": self.values, "mean": s.mean, "scale": s.scale, "basis": self.basis, "_q2": s.query_energy}
+        named["pads"] = self.pads  # of padded batches alone, as "moved" is
         tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
         for kind, segments in (("segments", self.segments), ("fine", self.fine)):
             for i, segment in enumerate(segments):
@@ -292,7 +389,7 @@ class PackedKV:
         header = {
             "length": self.length, "segments": len(self.segments), "fine": len(self.fine), "exact_why": self.exact_why,
             "plan": vars(self.plan), "bits_v": list(self.bits_v),
-        }  # fmt: skip
+        } | ({"moved": True} if self.moved else {})  # fmt: skip
         return tensors | {f"policy.{name}": tensor for name, tensor in own.items()}, header | ({"policy": policy} if policy else {})
 
     def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -316,9 +413,19 @@ class PackedKV:
             raise TqaiError(f"field 'mean' or the first {self.plan.sink} keys are missing, with {self.packed} tokens packed: {AGAIN}")
         own = {name.removeprefix("policy."): tensor for name, tensor in tensors.items() if name.startswith("policy.")}
         self.policy.restore(own, header.get("policy") or {}, keys, self.packed, self.packed - sum(map(len, self.segments)))
-        self.length, self.exact_why = header["length"], header["exact_why"]
+        self.length, self.exact_why, self.moved = header["length"], header["exact_why"], bool(header.get("moved"))
+        self._restore_pads(tensors.get("pads"))
         if self.packed + keys.shape[2] != self.length:
             raise TqaiError(f"field 'length' says {self.length}, the tensors hold {self.packed + keys.shape[2]}: {AGAIN}")
+
+    def _restore_pads(self, pads: Tensor | None) -> None:
+        """The padding of a file, checked; files of caches without padding have none."""
+        wrong = self.moved if pads is None else pads.dtype != torch.int64 or pads.shape != self.exact[0].shape[:1]
+        if wrong or (pads is not None and not 0 <= int(pads.min()) <= int(pads.max()) <= self.length):
+            raise TqaiError(f"field 'pads' is missing or counts what is not there: {AGAIN}")
+        self._set_pads(pads)
+        if self.moved and self.length < self.plan.sink + self.most_pads:
+            raise TqaiError(f"field 'pads' says {self.most_pads} of {self.length} tokens: {AGAIN}")
 
 
 def check_range(tensors: Mapping[str, Tensor]) -> None:

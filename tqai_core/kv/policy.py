@@ -78,6 +78,7 @@ class Policy:
         self.first_block_len = 0  # tokens of the first block, where it is a short one
         self.residual_energy: float | None = None  # part of the keys' energy that prediction leaves
         self.decisions: list[dict[str, Any]] = []
+        self.pads: Tensor | None = None  # int64 [B]: the first packed tokens of each sequence that are padding; None: of none
         self.read = self.readable = 0  # blocks that steps read, and that they could have read
 
     # -- in
@@ -140,6 +141,9 @@ class Policy:
             batch.scores = self.scorer.weigh(batch)
         if batch.scores is None and isinstance(self.strategy, TokenSorter):  # the tokens whose error is largest
             batch.scores = batch.rest.square().sum((1, 3))
+        if batch.scores is not None and self.pads is not None:
+            number = batch.first - self.plan.sink + torch.arange(n, device=self.pads.device)
+            batch.scores = batch.scores.masked_fill(number < self.pads[:, None], -1e30)  # finite: scores are averaged over blocks
         if not self.has_fine:
             return
         if isinstance(self.monitor, PackMonitor):
@@ -261,6 +265,9 @@ class Policy:
             scores = (scores if own is None else scores.gather(1, own))[:, None].float().expand(-1, q.shape[1], -1)
         if exact is not None and (logits := self._coefficient_scores(q)) is not None:
             logits = logits[..., 0]
+            if self.pads is not None:
+                block = torch.arange(1, logits.shape[3] + 1, device=q.device) * self.span
+                logits = logits.masked_fill((block <= self.pads[:, None])[:, None, None], -1e30)
             if own is not None:
                 logits = logits.gather(3, own[:, None, None].expand(-1, *logits.shape[1:3], -1))
             scores = torch.cat([logits.add_(math.log(self.span)), exact], 3)  # a query that looks at exact rows has little to say

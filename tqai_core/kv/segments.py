@@ -98,6 +98,7 @@ class PackBatch:
     first: int  # position of the first of them
     exact_rows: Callable[[], tuple[Tensor, Tensor, int]]  # all exact rows (k, v) and where these tokens begin in them
     coders: tuple[Rows, Rows | Split]  # of the base tier
+    real: Tensor | None = None  # bool [B, exact rows]: which of them are no padding; None: all
     state: dict[str, Any] = field(default_factory=dict)  # of the method that is asked; tensors in it begin with the batch
     # what a policy decides of them
     predicted: Tensor | None = None  # part of ``k`` that its block predictor gives; the rest is packed
@@ -117,7 +118,11 @@ class PackBatch:
     def attention(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Weights ``[B, H, queries, n]`` and output of the recent queries on rows ``k, v``."""
         assert self.q is not None
-        p = (self.q @ k.transpose(-1, -2)).softmax(-1)
+        scores = self.q @ k.transpose(-1, -2)
+        if self.real is not None:
+            scores = scores.masked_fill(~self.real[:, None, None], float("-inf"))
+            v = v.where(self.real[:, None, :, None], 0)  # padding may hold no numbers at all
+        p = scores.softmax(-1)
         return p, p @ v
 
     @cached_property

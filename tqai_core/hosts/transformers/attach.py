@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ...attention.lazy import LazyKV
 from ...attention.packed import attend
@@ -23,6 +25,7 @@ from ..language import CacheHandle, kv_config
 from .cache import KVCache, PackedLayer
 
 NAME = "tqai"
+ADDED = "tqai_added_masks"  # the same attention for models whose code takes masks to be added to the scores
 
 
 class LMHandle(CacheHandle):
@@ -52,14 +55,21 @@ def attach(model: Any, config: Config, steps: int | None = None) -> LMHandle:
         if method is not None:
             method.belongs(model)
     KVCache(model.config, config)  # says what cannot be packed before anything is touched
-    if hasattr(model, "_can_set_attn_implementation") and not model._can_set_attn_implementation():
+    sdpa, flex, others = (getattr(model, f"_supports_{name}", True) for name in ("sdpa", "flex_attn", "attention_backend"))
+    if not getattr(model, "_can_set_attn_implementation", lambda: True)() or not (sdpa or others):
         raise TqaiError(f"{type(model).__name__} has attention of its own that cannot be replaced: pass tqai.KVCache(model.config) alone")
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    if asking := sorted(name for name, kind in _attentions(model).items() if _asks_for_sdpa(kind)):
+        raise TqaiError(
+            f"{', '.join(asking)} of {type(model).__name__} does something else where the attention is called neither 'eager' nor 'sdpa', "
+            "and tqai's has a name of its own: pass tqai.KVCache(model.config) alone"
+        )
+    for name, mask in ((NAME, sdpa_mask), (ADDED, eager_mask)):
+        AttentionInterface.register(name, packed_attention)
+        AttentionMaskInterface.register(name, mask)
     handle = LMHandle(model, config)
     for part in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         handle.on_remove(_replaced(part))
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(NAME if sdpa or flex else ADDED)  # DeepSeek-V4 joins a bias to its mask
     return handle
 
 
@@ -92,6 +102,7 @@ def packed_attention(
         layer.claim(module)
         if module.training and torch.is_grad_enabled():
             layer.usage.warn("no gradient flows through a packed cache: train with past_key_values=None")
+    kv.see(attention_mask, query.shape[2])
     kv.observe(query)
     if plain and key.fresh is not None and value.fresh is not None:
         out = torch_attention(key.fresh, value.fresh)
@@ -104,6 +115,21 @@ def packed_attention(
         out = attention(kv, attention_mask)
     kv.settle()
     return out, None
+
+
+def _attentions(model: Any) -> dict[str, type]:
+    """The classes of the modules that hold no decoder layers: what a model computes within a layer."""
+    return {type(m).__name__: type(m) for m in model.modules() if not isinstance(m, PreTrainedModel)}
+
+
+def _asks_for_sdpa(kind: type) -> bool:
+    """Whether the code of a class compares the name of the attention with 'sdpa'. A branch for 'eager' alone does no harm: ours takes the
+    way of 'sdpa' there."""
+    try:
+        code = inspect.getsource(kind)
+    except (OSError, TypeError):  # no source: made at run time
+        return False
+    return any('"sdpa"' in line for line in re.findall(r"_attn_implementation *(?:==|!=|in|not in) *[^\n]*", code))
 
 
 _USERS: dict[int, tuple[list[Any], Any]] = {}  # by the id of a configuration: itself once for each handle, its own attention

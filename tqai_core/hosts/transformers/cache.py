@@ -57,8 +57,13 @@ class PackedLayer(DynamicLayer):
             LazyKV(self, "v", value_states, self.kv.length, value_states if fresh else None),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": None}  # a copy, or what a file gives back, belongs to the next model that reads it
+
     def claim(self, module: Any) -> None:
-        """TqaiError where another model's attention reads this layer."""
+        """TqaiError where another model's attention reads this layer; layers of one model may share it (Gemma 3n and 4)."""
+        if getattr(module, "is_kv_shared_layer", False):
+            return
         known = self._module() if self._module is not None else None
         if known is None:
             self._module = weakref.ref(module)
@@ -129,8 +134,11 @@ class KVCache(Cache):
         self.weights = ""  # a hash of the model's weights, where a handle knows it
         self.plans = layer_plans(config, ["" if type(layer) is DynamicLayer else type(layer).__name__ for layer in layers])
         packed = [(i, plan) for i, plan in enumerate(self.plans) if isinstance(plan, Plan)]
-        for plan in dict.fromkeys(plan for _, plan in packed):
-            _check(text, plan)
+        self._text = text
+        if packed and getattr(text, "num_attention_heads", None) is None:
+            raise TqaiError(f"{text.model_type} has no attention heads, so no keys and values to pack: use its own cache")
+        for head_dim, plan in dict.fromkeys((_of_layer(text, "head_dim", i), plan) for i, plan in packed):
+            _check(text, head_dim or text.hidden_size // text.num_attention_heads, plan)
         for i, plan in packed:
             methods, plan = policy(config, plan, i, len(layers))
             layers[i] = PackedLayer(PackedKV(plan, methods))
@@ -149,19 +157,39 @@ class KVCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if layer_idx >= len(self.layers):
             raise TqaiError(f"layer {layer_idx} asked, this cache has {len(self.layers)}: it was made for another model's config")
+        if getattr(torch.compiler, "is_exporting", bool)():
+            raise TqaiError(
+                "torch.export met a KVCache: packing depends on the tokens that come, which an exported graph cannot hold; "
+                "export the model with transformers' DynamicCache or StaticCache"
+            )
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer := self.layers[layer_idx], PackedLayer):
             first = self.usage.count(layer_idx)
             # walking every tensor at every token would cost more than it tells
             if first and (key_states.shape[2] > 1 or layer.kv.length % FLUSH == 0):
                 self.usage.peak = max(self.usage.peak, self.nbytes)
+            if self._text._attn_implementation == "flex_attention":  # it is compiled, and takes plain tensors alone
+                out = tuple(x.dense() for x in out)  # type: ignore[attr-defined]
         return out
 
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        if (query_length if isinstance(query_length, int) else len(query_length)) == 0:  # generate() cut the whole prompt off
+            raise TqaiError(
+                f"the cache keeps {self.get_seq_length()} tokens and the prompt has none after them: give the whole text so far and what "
+                "follows, crop the cache with cache.crop(-count), or empty it with cache.reset()"
+            )
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        if self._text.model_type == "mpt" and length > self._text.max_seq_len:  # its table of position biases ends there
+            raise TqaiError(f"mpt has positions for {self._text.max_seq_len} tokens, {length} are asked: give a shorter text")
+        return length, offset
+
     def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens; a positive number is the length to keep, as in older transformers."""
         length = self.get_seq_length()
-        if -tokens_to_remove > length:  # before any layer is touched
-            raise TqaiError(f"cannot crop {-tokens_to_remove} tokens: the cache keeps {length}; crop at most that many, or reset() it")
-        super().crop(tokens_to_remove)
+        gone = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
+        if gone > length:  # before any layer is touched
+            raise TqaiError(f"cannot crop {gone} tokens: the cache keeps {length}; crop at most that many, or reset() it")
+        super().crop(-gone)
 
     def reset(self) -> None:
         """Empty, for another prompt or another model of the same shape."""
@@ -270,13 +298,26 @@ class KVCache(Cache):
 def _key(text: Any) -> dict[str, Any]:
     """What two models must share for one to read the other's cache."""
     names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    return {name: getattr(text, name, None) for name in names}
+    return {name: _of_model(text, name) for name in names}
 
 
-def _check(text: Any, plan: Plan) -> None:
+def _of_model(text: Any, name: str) -> Any:
+    """An attribute of a configuration, or None; a list where layers differ in it."""
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError of transformers >= 5
+        return [_of_layer(text, name, i) for i in range(text.num_hidden_layers)]
+
+
+def _of_layer(text: Any, name: str, layer: int) -> Any:
+    """The same of one layer."""
+    own = getattr(text, "per_layer_config", None)  # transformers >= 5
+    return getattr(text if own is None else own[layer], name, None)
+
+
+def _check(text: Any, head_dim: int, plan: Plan) -> None:
     """TqaiError for a model whose keys and values cannot be packed so."""
-    d = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    PackedKV(plan).start(torch.empty(1, 1, 0, d), torch.empty(1, 1, 0, d))
+    PackedKV(plan).start(torch.empty(1, 1, 0, head_dim), torch.empty(1, 1, 0, head_dim))
     rotary = any(name.startswith(("rope_", "rotary_", "partial_rotary")) for name in text.to_dict()) and not getattr(text, "alibi", False)
     if plan.calibrate and not rotary:
         raise TqaiError(

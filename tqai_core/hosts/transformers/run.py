@@ -25,6 +25,7 @@ from ...errors import TqaiError
 from ...peak import Peak
 from ...text import MAX_TOKENS, first_line, output_of
 from ...types import nbytes, tensors_in
+from ..language import PAYS, packing_starts
 from . import minis as mini
 
 BLOCK = 64  # tokens read at once when distributions are compared
@@ -160,6 +161,8 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> dict[
             mine, _ = generate(cache, output_of(args))
             report = handle.report()
         sites = report.per_site.values()
+        if cache.packed_layers and cache.get_seq_length() < PAYS:
+            notes.append(f"packing starts at {packing_starts(config)} tokens and saves time from some {PAYS:,} on: shorter texts cost time")
         result = {
             "kind": "lm", "model": loaded.name, "prompt": args.prompt, "seed": args.seed, "temperature": temperature,
             "dtype": str(model.dtype).removeprefix("torch."), "device": str(device), "config": config.to_dict(), **mine,
