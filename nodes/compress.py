@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from tqai_core.config import LEVELS, PRESETS
 from tqai_core.config import preset as ready
 
+from .files import contained
 from .patch import Settings, kind_of, patch
 from .pipeline import Pipeline
 from .widgets import CATEGORY, dropdown, pipeline_input
@@ -72,5 +73,5 @@ class TQAICompress(io.ComfyNode):
         stages = pipeline or Pipeline.of(ready(preset, family.name if family else None))
         if codec is None or codec["codec"] != KEEP:
             stages = stages.with_stage("codec", codec)
-        settings = Settings(stages.config(level), cls.hidden.unique_id, memory_budget * 2**20)
+        settings = Settings(contained(stages).config(level), cls.hidden.unique_id, memory_budget * 2**20)
         return io.NodeOutput(patch(model, settings))

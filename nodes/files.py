@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
 
 from tqai_core.errors import TqaiError
+from tqai_core.files import read_text, write_text
+from tqai_core.registry import ROLES, build
+
+from .pipeline import Pipeline
 
 FOLDER = "tqai"
-MOST = 1_000_000  # bytes; a pipeline takes a few hundred
 
 
 def inside(root: str, name: str) -> Path:
     """``name`` as a file under ``root``. ValueError for one that leads out of it, links included."""
     base = Path(root).resolve()
-    path = (base / name).resolve()
+    try:
+        path = (base / name).resolve()
+    except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, links in a circle
+        raise TqaiError(f"{name[:200]!r} is no file name ({error}): give a plain name") from None
     if not name or path == base or base not in path.parents:
         raise TqaiError(f"{name!r} lies outside ComfyUI's folder {base}: give a plain name")
     return path
@@ -30,10 +37,7 @@ def write(name: str, text: str) -> Path:
     if not re.fullmatch(r"[\w][\w .-]*(/[\w][\w .-]*)*", name):
         raise TqaiError(f"file name {name!r}: use letters, digits, spaces, dots, dashes and / for folders")
     path = inside(os.path.join(folder_paths.get_output_directory(), FOLDER), f"{name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
+    write_text(path, text)
     return path
 
 
@@ -64,9 +68,7 @@ def listing() -> list[str]:
 def read(choice: str) -> str:
     """The text of a file of :func:`listing`."""
     path = chosen(choice, _folders(), "pipeline", listing(), "TQAI Save Pipeline writes one")
-    if path.stat().st_size > MOST:
-        raise TqaiError(f"{choice!r} is larger than a pipeline can be ({MOST:,} bytes)")
-    return path.read_text()
+    return read_text(path, what="pipeline", again="save it again with TQAI Save Pipeline")
 
 
 def tables() -> list[str]:
@@ -82,6 +84,20 @@ def table(name: str) -> str:
         known = ", ".join(tables()) or f"none yet; put what `tqai calibrate` writes into {path.parent}"
         raise TqaiError(f"no calibration {name!r} in models/{FOLDER}; there are: {known}")
     return str(path)
+
+
+def contained(pipeline: Pipeline) -> Pipeline:
+    """``pipeline`` with the files that its stages name (a table, bases) as paths in models/tqai. TqaiError for files elsewhere: a shared
+    workflow must not make ComfyUI read what its folders do not hold."""
+    changed = {}
+    for role in ROLES:
+        method = build(role, spec) if (spec := getattr(pipeline, role)) else None
+        for name, option in method.options().items() if method else ():
+            if option["file"] and (value := getattr(method, name)) != option["default"]:
+                method = replace(method, **{name: table(value)})
+        if method:
+            changed[role] = method.spec
+    return replace(pipeline, **changed)
 
 
 def _folders() -> dict[str, str]:

@@ -26,7 +26,7 @@ class TQAILoadPipeline(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
         """Instead of the built-in check, which knows only the files that were there when the page was loaded."""
-        return verdict(lambda: Pipeline.from_json(files.read(file)))
+        return verdict(lambda: files.contained(Pipeline.from_json(files.read(file))))
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
@@ -34,4 +34,4 @@ class TQAILoadPipeline(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(Pipeline.from_json(files.read(file)))
+        return io.NodeOutput(files.contained(Pipeline.from_json(files.read(file))))

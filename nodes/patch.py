@@ -192,6 +192,8 @@ def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> An
         lambda forward: executor(x, t, *args, **kwargs) if forward is None else _with_forward(executor, x, t, args, kwargs, forward),
         velocity,
         lambda velocity: sampling.calculate_denoised(t, velocity.to(x.dtype), x),
+        dict(zip(("c_concat", "c_crossattn", "control"), args, strict=False))
+        | {k: v for k, v in kwargs.items() if k != "transformer_options"},
     )
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from tqai_core.config import Config
 from tqai_core.families.base import Family
 from tqai_core.flow import Flow
+from tqai_core.inputs import Inputs
 from tqai_core.report import Recorder
 from tqai_core.roles import EntropyMonitor
 from tqai_core.sampler_noise import NoiseMeter
@@ -87,6 +89,7 @@ class Run:
         self._names: dict[tuple[int, Hashable], str] = {}
         self._seen: Counter[str] = Counter()
         self._device: torch.device | None = None
+        self._inputs = Inputs(batched=False)
         self._noise = NoiseMeter(None if mask is None else mask >= 1)
         self._reached = 0  # attention calls that came through us
         self._warn()
@@ -130,11 +133,12 @@ class Run:
         compute: Callable[[Forward | None], Tensor],
         velocity: Callable[[Tensor], Tensor],
         restore: Callable[[Tensor], Tensor],
+        inputs: Mapping[str, Any] = MappingProxyType({}),
     ) -> Tensor:
         """One forward of the model on ``x [chunks * n, ...]``: its own output, or the forecast of every chunk.
 
         ``compute`` runs the model with what its blocks need to know, ``velocity`` turns its output into what is forecast,
-        ``restore`` turns a forecast back.
+        ``restore`` turns a forecast back. ``inputs`` are the conditions that the model gets besides.
         """
         if not self.inside:
             self._fallback("the model was called outside the sampler's evaluations, so the step is unknown")
@@ -150,6 +154,9 @@ class Run:
                     self.recorder.call(self.kind.name, where, skipped=False)
         if self.flow.bypass_reason is not None:
             return compute(None)
+        with self._lock:
+            if why := self._inputs.change("+".join(sorted(where.branch for where in wheres)), inputs):
+                self.flow.restart(why)
         if self.level != "model":
             return self._run_blocks(x, wheres, compute)
         n = len(wheres)

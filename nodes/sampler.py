@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tqai_core.calibrate.sampler import FORMAT, CalibratedSampler
 from tqai_core.errors import TqaiError
+from tqai_core.files import read_text
 
 from . import files
 from .widgets import CATEGORY, EMPTY, verdict
@@ -52,7 +53,7 @@ class TQAISampler(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, model: Any = None) -> str:
-        return locate(file).read_text()
+        return read_text(locate(file), what="sampler file", again="calibrate again")
 
     @classmethod
     def execute(cls, model: Any, file: str) -> io.NodeOutput:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
+from .files import contained
 from .pipeline import DEFAULT, Pipeline
 from .widgets import CATEGORY, PIPELINE, dropdown, pipeline_input
 
@@ -33,10 +34,5 @@ class StageNode(io.ComfyNode):
         )
 
     @classmethod
-    def chosen(cls, choice: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The value of the combo, as :meth:`Pipeline.with_stage` takes it."""
-        return choice
-
-    @classmethod
     def execute(cls, pipeline: Pipeline | None = None, **inputs: dict[str, Any] | None) -> io.NodeOutput:
-        return io.NodeOutput((pipeline or DEFAULT).with_stage(cls.role, cls.chosen(inputs.get(cls.role))))
+        return io.NodeOutput(contained((pipeline or DEFAULT).with_stage(cls.role, inputs.get(cls.role))))

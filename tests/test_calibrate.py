@@ -234,7 +234,7 @@ def test_command_on_folders(tmp_path, capsys, byte_tokenizer):
     command = ["calibrate", "-m", str(folder), "-o", str(tmp_path / "lm.safetensors"), "--seeds", "1", "--probes", "1"]
     assert main(command) == 2
     assert "--text" in capsys.readouterr().err
-    assert main([*command, "--text", str(tmp_path / "text"), "--json", str(tmp_path / "o.json")]) == 0
+    assert main([*command, "--text", str(tmp_path / "text"), f"--json={tmp_path / 'o.json'}"]) == 0
     found = json.loads((tmp_path / "o.json").read_text())
     assert found["verdicts"]["bases"]["of"] == 16
     keys = Calibration.load(tmp_path / "lm.safetensors").tensors
@@ -245,7 +245,7 @@ def test_command_on_folders(tmp_path, capsys, byte_tokenizer):
 
 def test_command_on_a_pipeline_without_one_of_its_encoders(tmp_path, capsys, picture_folder):
     command = ["calibrate", "-m", str(picture_folder), "-o", str(tmp_path / "sd3.safetensors"), "--seeds", "1", "--probes", "1"]
-    assert main([*command, "--json", str(tmp_path / "o.json")]) == 0
+    assert main([*command, f"--json={tmp_path / 'o.json'}"]) == 0
     assert json.loads((tmp_path / "o.json").read_text())["verdicts"]["bases"]["of"] > 0
     assert Calibration.load(tmp_path / "sd3.safetensors").tensors
     assert main(["report", str(tmp_path / "sd3.safetensors"), "-o", str(tmp_path / "page.html")]) == 0

@@ -368,3 +368,24 @@ def test_the_report_tells_what_happened(pipe_of, generate):
     import json
 
     assert json.loads(report.to_json())["calls"] == 24
+
+
+def test_schedulers_that_are_no_flow_schedulers_are_left_exact_with_the_reason(pipe_of, generate):
+    """DDIM has no step_index; EulerDiscrete has sigmas up to 14."""
+    import diffusers
+
+    pipe = pipe_of("sd3")
+    for made, why in ((diffusers.DDIMScheduler(), "tells no sigma"), (diffusers.EulerDiscreteScheduler(), "no flow-matching schedule")):
+        pipe.scheduler = made
+        exact = generate(pipe, "sd3", 20)
+        with tqai.apply(pipe) as handle:
+            assert torch.equal(generate(pipe, "sd3", 20), exact)
+            report = handle.report()
+        assert report.evaluations == 20
+        assert [why in f["why"] for f in report.fallbacks] == [True]
+
+
+def test_a_transformer_compiled_as_a_whole_is_refused_with_the_cure(pipe_of):
+    pipe = pipe_of("sd3")
+    with pytest.raises(ValueError, match="compile_repeated_blocks"):
+        tqai.apply(torch.compile(pipe.transformer))

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import figures
@@ -109,7 +110,7 @@ def test_figures_are_written_into_sentences_whatever_their_line_breaks(monkeypat
 
 
 def test_the_wheel_has_the_minis_of_the_demo_and_no_laboratory():
-    tools = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert tools["packages"]["find"]["include"] == ["tqai_core", "tqai_core.*"]
     weights = {Path(name).stem for name in tools["package-data"]["tqai_core"] if name.endswith(".safetensors")}
     assert weights == {"flux", "wan", "lm"}

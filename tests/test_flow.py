@@ -420,7 +420,7 @@ def test_a_branch_that_comes_later_is_computed_until_a_line_goes_through_it():
         for where in branches:
             flow.apply(where, lambda i=i: line(GRID[i]))
     decisions = [(d["action"], d["why"]) for d in recorder.report.decisions[3:]]
-    short = ("compute", "a branch that came later has too short a history")
+    short = ("compute", "a branch has too short a history")
     forecast = ("forecast", "one in 100")
     alone = ("compute", "a branch has no history at this step")
     assert decisions == [forecast] * 3 + [alone, short] + [forecast] * 4

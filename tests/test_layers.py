@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,16 @@ def test_node_mapping_is_a_literal_that_static_scanners_can_read():
 
 
 def test_import_is_lean_and_silent():
-    code = "import sys, tqai_core; print(sorted({m.split('.')[0] for m in sys.modules}))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stderr == ""
-    loaded = set(ast.literal_eval(run.stdout))
-    assert "torch" in loaded
-    assert not loaded & (COMFY | FRAMEWORKS | {"sklearn", "rich", "PIL", "matplotlib", "tqdm_"})
+    code = "import sys, tqai_core; {}; print(sorted({{m.split('.')[0] for m in sys.modules}}))"
+    loaded = {}
+    for use in ("tqai_core.__version__", "tqai_core.Config(), tqai_core.methods()"):
+        run = subprocess.run([sys.executable, "-c", code.format(use)], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert run.stderr == ""
+        loaded[use] = set(ast.literal_eval(run.stdout))
+    first, then = loaded.values()
+    assert not first & {"torch", "numpy"}, "tqai --help would wait for it"
+    assert "torch" in then
+    assert not then & (COMFY | FRAMEWORKS | {"sklearn", "rich", "PIL", "matplotlib", "tqdm_"})
 
 
 def test_the_door_loads_beside_comfyui_and_shadows_nothing(tmp_path):
@@ -114,7 +119,6 @@ def test_a_family_a_token_scorer_and_a_forecaster_are_one_file_each(tmp_path):
 
 
 def test_the_registry_finds_its_fields_and_the_manager_nothing_to_install():
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())
     comfy = data["tool"]["comfy"]
     assert {"PublisherId", "DisplayName", "Icon", "requires-comfyui"} <= comfy.keys()

@@ -313,6 +313,28 @@ def test_saved_and_loaded_it_goes_on_alike(qwen, tmp_path, length):
     state[3][0] += 1
     with pytest.raises(ValueError, match="its arrays hold"):
         PackedKVCache.from_state(state)
+    (tmp_path / "deep.safetensors").write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)
+    with pytest.raises(ValueError, match="nested"):
+        load_prompt_cache(tmp_path / "deep.safetensors")
+
+
+@pytest.mark.parametrize(
+    "place, change",
+    [
+        ((0, 2), lambda x: x * float("nan")), ((0, 3), lambda x: x[:, :, :-1]), ((0, 4), lambda x: x * float("inf")),
+        ((0, 5), lambda x: None),
+        ((1, 0), lambda x: x[..., :-1]), ((1, 1), lambda x: x * float("nan")), ((2, 2), lambda x: x[:, :1]), ((3, 1), lambda x: x + 1),
+        ((3, 2), lambda x: 99), ((3, 5), lambda x: 2**40), ((0, 2), lambda x: x[0]), ((2, 0), lambda x: x.astype(mx.float32)),
+    ],
+)  # fmt: skip
+def test_a_damaged_state_is_refused(qwen, place, change):
+    cache = make_prompt_cache(qwen, kv(3, 4, sink=3))
+    mx.eval(qwen(tokens(length=150), cache=cache))
+    state = [list(part) for part in cache[0].state]
+    PackedKVCache.from_state(state)
+    state[place[0]][place[1]] = change(state[place[0]][place[1]])
+    with pytest.raises(ValueError, match="save the cache again"):
+        PackedKVCache.from_state(state)
 
 
 # -- the hook, choices, bad input

@@ -25,10 +25,15 @@ compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory):
+def library_files(tmp_path_factory):
     """The library for this CPU, and the one in plain C that any CPU runs."""
     folder = tmp_path_factory.mktemp("native")
-    return {name: native.load(native.build(folder, flags)) for name, flags in KINDS.items()}
+    return {name: native.build(folder, flags) for name, flags in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def libraries(library_files):
+    return {name: native.load(path) for name, path in library_files.items()}
 
 
 @pytest.fixture(params=KINDS)
@@ -168,6 +173,11 @@ def test_what_it_leaves_to_torch(kernel, monkeypatch):
 def fresh(monkeypatch, tmp_path):
     monkeypatch.delenv("TQAI_NATIVE", raising=False)
     monkeypatch.setenv("TQAI_CACHE", str(tmp_path))
+    forget(monkeypatch)
+
+
+def forget(monkeypatch):
+    """The next call looks for the library again, as a fresh process would."""
     monkeypatch.setattr(native, "_library", None)
     monkeypatch.setattr(native, "_why", "")
 
@@ -207,6 +217,154 @@ def test_any_failure_leaves_torch_and_one_line(what, monkeypatch, tmp_path):
     assert native.status().startswith("native kernel not used (")
     assert "\n" not in native.status()
     assert not native.ready()
+
+
+# -- whose library it is
+
+
+@pytest.fixture
+def built(library_files, monkeypatch, tmp_path):
+    """Makes a cache folder that holds the library of this machine, as a call before would have left it."""
+
+    def make(folder):
+        folder.mkdir(parents=True, mode=0o700)
+        fresh(monkeypatch, folder)
+        path = Path(shutil.copy2(library_files["tuned"], folder))
+        assert native.build() == path, "it is not built again"
+        return path
+
+    return make
+
+
+def refused(monkeypatch, words):
+    """Nothing is loaded, torch computes, the reason is told."""
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda name: pytest.fail(f"{name} is loaded"))
+    kv, q = filled(Plan(recent=32), 400), torch.randn(1, 4, 1, 64)
+    assert torch.equal(attend(q, kv, scaling=1.0), attend(q, kv, scaling=1.0, native=False))
+    assert native.status().startswith("native kernel not used (")
+    for word in words:
+        assert word in native.status()
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes of files are POSIX's")
+root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+
+
+@compiler
+@posix
+@pytest.mark.parametrize("cut", [0, 100, 4096, -1])
+def test_a_truncated_library_is_not_loaded(built, monkeypatch, tmp_path, cut):
+    path = built(tmp_path / "c")
+    path.write_bytes(path.read_bytes()[:cut])
+    refused(monkeypatch, (str(path), "changed or cut off", "delete it"))
+
+
+@compiler
+@posix
+def test_a_planted_library_is_not_loaded(built, monkeypatch, tmp_path):
+    path = built(tmp_path / "c")
+    path.write_bytes(path.read_bytes() + b"planted")
+    refused(monkeypatch, ("changed or cut off",))
+
+
+@compiler
+@posix
+@root
+def test_a_library_or_a_folder_of_another_user_is_not_used(built, monkeypatch, tmp_path):
+    path = built(tmp_path / "a" / "c")
+    for owned, word in ((path, "library"), (path.parent, "cache folder"), (path.parent.parent, "above it")):
+        os.chown(owned, 12345, -1)
+        refused(monkeypatch, (word, "belongs to user 12345"))
+        os.chown(owned, 0, -1)
+        forget(monkeypatch)
+
+
+@compiler
+@posix
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
+def test_what_others_can_write_is_not_used(built, monkeypatch, tmp_path, mode):
+    path = built(tmp_path / "a" / "c")
+    for open_to_all, word in ((path, "library"), (path.parent, "cache folder"), (path.parent.parent, "above it")):
+        open_to_all.chmod(mode)
+        refused(monkeypatch, (word, "can be written by others"))
+        open_to_all.chmod(0o700)
+        forget(monkeypatch)
+
+
+@compiler
+@posix
+def test_symbolic_links_are_not_followed(built, monkeypatch, tmp_path):
+    path = built(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setenv("TQAI_CACHE", str(tmp_path / "link"))
+    refused(monkeypatch, ("symbolic link",))
+    forget(monkeypatch)
+    monkeypatch.setenv("TQAI_CACHE", str(tmp_path / "real"))
+    path.rename(tmp_path / "elsewhere.so")
+    path.symlink_to(tmp_path / "elsewhere.so")
+    refused(monkeypatch, (str(path), "symbolic link"))
+
+
+@compiler
+@posix
+def test_a_sticky_folder_above_is_no_reason_to_refuse(built, monkeypatch, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    native.load(built(tmp_path / "tmp" / "c"))
+
+
+@compiler
+def test_the_process_lives_with_a_cut_library(built, tmp_path):
+    """In a process of its own: the system's loader ends it with SIGBUS otherwise."""
+    path = built(tmp_path / "c")
+    code = "from tqai_core.attention.backends import native; print(native.ready(), native.status())"
+    env = {**os.environ, "TQAI_CACHE": str(path.parent), "PYTHONPATH": str(ROOT)}
+    ask = lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
+    assert ask() == "True \n"
+    path.write_bytes(path.read_bytes()[:4096])
+    assert ask().startswith("False native kernel not used (library ")
+
+
+@compiler
+@posix
+def test_without_a_home_one_private_folder_is_made_and_used_again(monkeypatch, tmp_path):
+    fresh(monkeypatch, tmp_path)
+    for name in ("TQAI_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(native.Path, "home", homeless)
+    monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert native.ready(), native.status()
+    folder = tmp_path / f"tqai-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (made,) = folder.iterdir()
+    before = made.stat().st_mtime_ns
+    forget(monkeypatch)
+    assert native.ready()
+    assert list(tmp_path.iterdir()) == [folder], "nothing else is left behind"
+    assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [before], "it is not built again"
+    forget(monkeypatch)
+    folder.chmod(0o777)
+    refused(monkeypatch, ("can be written by others", "TQAI_CACHE"))
+
+
+@compiler
+@posix
+def test_a_compiler_of_several_words_is_found(monkeypatch, tmp_path):
+    wrapper = tmp_path / "my wrapper"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o700)
+    fresh(monkeypatch, tmp_path / "c")
+    monkeypatch.setenv("CC", f"'{wrapper}' cc -DTQAI_PLAIN")
+    assert native.ready(), native.status()
+    assert native.kind() == "plain C"
+    forget(monkeypatch)
+    monkeypatch.setenv("CC", "'cc")
+    assert not native.ready()
+    assert "is no command" in native.status()
 
 
 def test_import_builds_nothing(tmp_path):

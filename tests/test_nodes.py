@@ -463,7 +463,7 @@ def test_broken_files_say_what_is_wrong(host):
     for text, word in (
         ("{", "JSON"),
         ("[]", "a config is a dict"),
-        ("[" * 9999, "nested too deep"),
+        ("[" * 9999, "nested deeper"),
         ('{"monitor": "nope"}', "unknown monitor"),
         ('{"x": 1}', "unknown x"),
     ):
@@ -589,3 +589,29 @@ def test_the_scorer_offers_calibrations_of_the_models_folder(host, tmp_path, mon
         host.run("TQAIScorer", scorer={"scorer": "fisher", "file": "gone.safetensors"})
     with pytest.raises(ValueError, match="outside"):
         host.run("TQAIScorer", scorer={"scorer": "fisher", "file": "../x.safetensors"})
+
+
+def test_a_shared_pipeline_names_no_file_outside_of_comfyuis_folders(host, tmp_path):
+    """A table or bases that a pipeline file, or an option of a node, names: those of models/tqai alone are opened."""
+    from safetensors.torch import save_file
+
+    outside = tmp_path / "outside.safetensors"
+    save_file({"fisher": torch.rand(2, 2, 2, 3), "sigmas": torch.tensor([0.9, 0.5, 0.1])}, str(outside))
+    files = host.part("nodes.files")
+    for stage in ({"scorer": f"fisher:file={outside}"}, {"codec": f"turbo:basis={outside}"}, {"scorer": "fisher:file=../../x\0y"}):
+        path = files.write("evil", json.dumps({"strategy": "delta2", "monitor": "lyapunov", **stage}))
+        assert path.is_file()
+        assert "plain name" in host.part("nodes.load_pipeline").TQAILoadPipeline.validate_inputs(file="evil.json [output]")
+        with pytest.raises(ValueError, match=r"lies outside|no file name"):
+            host.run("TQAILoadPipeline", file="evil.json [output]")
+    with pytest.raises(ValueError, match="outside"):
+        host.run("TQAIScorer", scorer={"scorer": "fisher", "file": str(outside)})
+    with pytest.raises(ValueError, match="outside"):
+        host.compress(host.load("flux"), None, codec={"codec": "turbo", "basis": str(outside)})
+
+
+def test_a_shared_workflow_builds_no_endless_range_of_layers(host):
+    node = host.part("nodes.skip_layers").TQAISkipLayers
+    assert "numbers below 10,000" in node.validate_inputs(layers="0-999999999")
+    with pytest.raises(ValueError, match="numbers below 10,000"):
+        host.run("TQAISkipLayers", layers="0-999999999")

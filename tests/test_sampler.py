@@ -202,14 +202,14 @@ def test_files_go_round_and_damage_is_noticed(sampler_file, tmp_path):
         ({"format": "other"}, "no calibrated sampler"),
         ({"version": 99}, "upgrade"),
         ({"theta": whole["theta"][:-1]}, "finite weights"),
-        ({"theta": [[float("nan")] * 4] * 6}, "finite weights"),
+        ({"theta": [[float("nan")] * 4] * 6}, "no finite number"),
         ({"nodes": whole["nodes"][::-1]}, "do not fall"),
     ):
         path.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=says):
             CalibratedSampler.load(path)
     path.write_text(json.dumps(whole)[:-40])
-    with pytest.raises(ValueError, match="no whole JSON"):
+    with pytest.raises(ValueError, match="damaged or no JSON"):
         CalibratedSampler.load(path)
     path.write_text(json.dumps({k: v for k, v in whole.items() if k != "nodes"}))
     with pytest.raises(ValueError, match="lacks nodes"):
@@ -380,7 +380,7 @@ def test_a_pipeline_is_calibrated_and_left_as_it_was():
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "flux.json"
     small = ["--steps", "6", "--teacher", "32", "--samples", "1", "--held-out", "1"]
-    assert main(["calibrate", "--sampler", "--demo", "flux", "-o", str(path), *small, "--json", str(tmp_path / "told.json")]) == 0
+    assert main(["calibrate", "--sampler", "--demo", "flux", "-o", str(path), *small, f"--json={tmp_path / 'told.json'}"]) == 0
     assert "calibrated" in capsys.readouterr().out
     sampler = CalibratedSampler.load(path)
     assert sampler.steps == 6
@@ -388,8 +388,8 @@ def test_the_command(tmp_path, capsys):
     assert json.loads((tmp_path / "told.json").read_text())["seconds_cpu"] > 0
     for words, says in (
         (["--sampler"], "either -m MODEL or --demo"),
-        (["--sampler", "--demo", "sdxl"], "unknown mini"),
-        (["--sampler", "--demo", "flux", "--samples", "0"], "1 or more"),
+        (["--sampler", "--demo", "sdxl"], "invalid choice: 'sdxl'"),
+        (["--sampler", "--demo", "flux", "--samples", "0"], "--samples 0: give a whole number, 1 to 1000"),
         (["--sampler", "-m", str(tmp_path / "nowhere")], "cannot load"),
     ):
         assert main(["calibrate", "-o", str(tmp_path / "none.json"), *words]) == 2

@@ -8,18 +8,20 @@ import pytest
 import torch
 
 import tqai_core as tqai
+from tqai_core.arguments import comma_list, lines_in
 from tqai_core.errors import TqaiError
 from tqai_core.files import once_per_version, read_tensors, write_tensors
 from tqai_core.layers import exact_layers
-from tqai_core.text import comma_list, first_line, lines_in
+from tqai_core.text import first_line
 
 
-def test_lists_and_lines():
+def test_lists_and_lines(tmp_path):
     assert comma_list(str)("flux, wan,") == ("flux", "wan")
     assert comma_list(float)("1,2.5") == (1.0, 2.5)
     with pytest.raises(argparse.ArgumentTypeError, match="'1,x' is not a list of int"):
         comma_list(int)("1,x")
-    assert lines_in(" a \n\n b\n") == ["a", "b"]
+    (tmp_path / "t").write_text("\ufeff a \n\n b\n", encoding="utf-8")
+    assert lines_in(str(tmp_path / "t")) == ["a", "b"]
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
 

@@ -166,4 +166,4 @@ def test_commands(tmp_path, capsys):
     assert main(["report", str(study), "-o", str(tmp_path / "p.html")]) == 0
     assert (tmp_path / "p.html").read_text().startswith("<!doctype html>")
     assert main(["tune", "--demo", "lm", "--study", str(tmp_path / "l.db")]) == 2
-    assert "diffusion" in capsys.readouterr().err
+    assert "invalid choice: 'lm' (choose from" in capsys.readouterr().err

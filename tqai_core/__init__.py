@@ -8,27 +8,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from . import codecs, monitors, scorers, strategies
-from .config import Config, preset
 from .errors import TqaiError
-from .handle import Handle
-from .registry import ROLES, build, discover, names
-from .report import Report
-from .roles import Codec
-from .stream import StreamCoder
-from .types import Packed
+from .registry import ROLES, build, names
 from .version import VERSION
+
+if TYPE_CHECKING:
+    from .config import Config, preset
+    from .handle import Handle
+    from .report import Report
+    from .roles import Codec
+    from .stream import StreamCoder
+    from .types import Packed
 
 __version__ = VERSION
 __all__ = [
     "CalibratedScheduler", "Codec", "Config", "Handle", "KVCache", "Packed", "Report", "StreamCoder", "apply", "attn_processors", "codec",
     "methods", "preset",
 ]  # fmt: skip
-
-for _package in (scorers, strategies, monitors, codecs):
-    discover(_package)
+# where the names are that are imported when they are asked for: torch takes a second, transformers and diffusers many
+HOMES = {
+    "Codec": "roles", "Config": "config", "Handle": "handle", "Packed": "types", "Report": "report", "StreamCoder": "stream",
+    "preset": "config", "KVCache": "hosts.transformers.cache", "CalibratedScheduler": "hosts.diffusers.sampler",
+}  # fmt: skip
 
 
 def apply(target: Any, config: Config | None = None, *, steps: int | None = None) -> Handle:
@@ -39,6 +44,7 @@ def apply(target: Any, config: Config | None = None, *, steps: int | None = None
     known. Raises ValueError, with the model untouched, for what it cannot patch.
     """
     from . import hosts
+    from .config import Config
 
     if config is not None and not isinstance(config, Config):
         raise TqaiError(f"config must be a tqai.Config, got {type(config).__name__}: use Config.from_dict or tqai.preset")
@@ -67,12 +73,12 @@ def methods() -> dict[str, list[str]]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "KVCache":  # transformers is imported when it is asked for
-        from .hosts.transformers.cache import KVCache
-
-        return KVCache
-    if name == "CalibratedScheduler":  # diffusers, too
-        from .hosts.diffusers.sampler import CalibratedScheduler
-
-        return CalibratedScheduler
+    if name in HOMES:
+        return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,17 +6,19 @@ import argparse
 import importlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import run
+from .arguments import Parser, comma_list, json_target, out_file, out_folder, seed, words_of, write_out
 from .calibrate.cli import add_arguments, add_tune
 from .calibrate.sampler_cli import add_sampler_arguments
 from .errors import TqaiError
-from .report import dumps
-from .text import comma_list, output_of
+from .text import output_of
+from .version import VERSION
 
 MINIS = ("flux", "sd3", "wan")
 BENCHES = {
@@ -28,52 +30,86 @@ BENCHES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. A user's error is one line on stderr and exit status 2; any other error keeps its traceback."""
-    args = _parser().parse_args(argv)
     try:
-        return int(args.run(args) or 0)
-    except TqaiError as error:
+        try:
+            return _main(words_of(sys.argv[1:] if argv is None else argv))
+        finally:
+            if sys.stdout is not None:  # it is where the caller closed it
+                sys.stdout.flush()
+    except (TqaiError, argparse.ArgumentTypeError) as error:
         print(f"tqai: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)  # else the interpreter says at its end that it cannot flush
+        return 141
     except KeyboardInterrupt:
         print("\ntqai: stopped", file=sys.stderr)
         return 130
 
 
+def _main(words: list[str]) -> int:
+    parser = _parser()
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        cure = "a file for the figures is given as --json=FILE" if "--json=-" in words else f"see {parser.prog} {args.command or ''} --help"
+        raise TqaiError(f"unknown: {' '.join(unknown)}; {cure}")
+    if args.command is None:
+        parser.print_help()
+        return 0
+    _check_places(args)
+    return int(args.run(args) or 0)
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """TqaiError where two files of a command are the same one, which the second would overwrite."""
+    seen: dict[Path, str] = {}
+    for name in ("file", "study", "json", "plot", "out", "output"):
+        given = getattr(args, name, None)
+        if given in (None, "-") or ((path := Path(given).resolve()).exists() and not path.is_file()):  # a device takes both
+            continue
+        if path in seen:
+            raise TqaiError(f"{given} is asked for twice, as {seen[path]} and as {name}: give two names")
+        seen[path] = name
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tqai", description="Attention compression for diffusion transformers, measured.")
-    sub = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = Parser(prog="tqai", description="Attention compression for diffusion transformers, measured.")
+    parser.add_argument("--version", action="version", version=f"tqai-core {VERSION}")
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, help: str, call: Any) -> argparse.ArgumentParser:
         p = sub.add_parser(name, help=help, description=help)
-        p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the figures as JSON, to FILE or stdout")
-        p.set_defaults(run=call)
+        to = "write the figures as JSON: --json to stdout, --json=FILE to a file"
+        p.add_argument("--json", type=json_target, metavar="[=FILE]", help=to)
+        p.set_defaults(run=call, parser=p)
         return p
 
     p = command("demo", "run the trained minis with and without tqai and draw the results", _demo)
-    p.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the page and the pictures")
+    p.add_argument("--out", type=out_folder, default="out/demo", help="folder of the page and the pictures")
     p.add_argument("--kinds", type=comma_list(str), help="minis to run, as in flux,wan; left out: all that are here")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed, default=0)
     command("methods", "list every scorer, strategy, monitor and codec with its options", _methods)
     p = command("calibrate", "measure a model once and write what improves it into a file tied to that model", _calibrate)
     p.add_argument("-m", "--model", help="a diffusers pipeline: its folder or name; without --sampler also a language model's folder")
-    p.add_argument("--demo", metavar="MINI", help="flux, sd3, wan (without --sampler also lm) instead of a model")
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    p.add_argument("--demo", choices=(*MINIS, "lm"), help="a mini instead of a model; lm without --sampler alone")
+    p.add_argument("-o", "--output", type=out_file, required=True, metavar="FILE", help="the file to write")
     add_sampler_arguments(p)
     add_arguments(p)
     add_tune(command("tune", "search for the pipeline with the least error within a budget, and prove it", _tune))
     p = command("report", "one HTML page for a calibration or a study", _report)
     p.add_argument("file", type=Path, help="a file of tqai calibrate, a study of tqai tune, or its --json")
-    p.add_argument("-o", "--out", type=Path, default=Path("out/report.html"), metavar="FILE", help="the page")
+    p.add_argument("-o", "--out", type=out_file, default="out/report.html", metavar="FILE", help="the page")
     p = command("bench", "measure tqai and what it is compared with (in a checkout of the project)", _bench)
     p.add_argument("what", choices=tuple(BENCHES), help="; ".join(f"{name}: {what}" for name, what in BENCHES.items()))
     peers = "codec, stream, llm: beside other codecs (default); dit: other step caches instead"
     p.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
-    p.add_argument("--report", action="store_true", help="stream: ten pipelines on seven model shapes, bytes counted")
-    p.add_argument("--methods", action="store_true", help="llm: scorers, strategies and monitors on the packed cache instead")
+    p.add_argument("--report", action="store_const", const=True, help="stream: ten pipelines on seven model shapes, bytes counted")
+    p.add_argument("--methods", action="store_const", const=True, help="llm: scorers, strategies and monitors on the packed cache instead")
     plots = "as SVG; codec: NMSE against bits with the Shannon line; llm: KL against bits held; attention: speed against tokens"
-    p.add_argument("--plot", type=Path, metavar="FILE", help=plots)
-    p.add_argument("--kinds", type=comma_list(str), default=MINIS, help="minis to run, as in flux,wan")
-    p.add_argument("--seeds", type=comma_list(int), default=(0, 1, 2), help="seeds, as in 0,1,2")
+    p.add_argument("--plot", type=out_file, metavar="FILE", help=plots)
+    p.add_argument("--kinds", type=comma_list(str, (*MINIS, "lm")), help="minis to run, as in flux,wan; left out: flux, sd3, wan")
+    p.add_argument("--seeds", type=comma_list(seed), help="seeds, as in 0,1,2, which is the default")
     run.arguments(command("run", "one prompt through a language model or a diffusers pipeline, and what tqai saved and changed", _run))
     return parser
 
@@ -92,9 +128,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from .report import dumps
+
     result = run.run(args)
     if args.json:
-        _write(args.json, dumps(result))
+        write_out(args.json, dumps(result))
     print("", *run.lines_of(result), sep="\n", file=output_of(args))
     return 0
 
@@ -112,7 +150,7 @@ def _methods(args: argparse.Namespace) -> int:
         if not args.json:
             _print_table(role, ["name", "what it does", "options"], rows)
     if args.json:
-        _write(args.json, json.dumps(data, indent=1))
+        write_out(args.json, json.dumps(data, indent=1))
     return 0
 
 
@@ -121,10 +159,10 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     if (args.model is None) == (args.demo is None):
         raise TqaiError("give either -m MODEL or --demo MINI to calibrate")
-    if args.sampler:
-        return _finish(args.json, result := sampler_cli.run(args), sampler_cli.tables_of(result))
-    result = cli.summary(cli.run(args))
-    return _finish(args.json, result, cli.tables_of(result))
+    which: Any = sampler_cli if args.sampler else cli
+    which.check(args)
+    found = which.run(args)
+    return _finish(args.json, found, which.tables_of(found))
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -136,9 +174,9 @@ def _tune(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from .calibrate.page import page
 
-    _write(str(args.out), page(args.file))
+    write_out(args.out, page(args.file))
     if args.json:
-        _write(args.json, json.dumps({"page": str(args.out)}))
+        write_out(args.json, json.dumps({"page": str(args.out)}))
     if args.json != "-":
         print(f"page: {args.out}")
     return 0
@@ -146,16 +184,22 @@ def _report(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     """Calls the ``bench`` of a module of ``benchmarks/bench`` with those of ``kinds, seeds, peers, tell`` that it takes."""
-    instead = {"dit": ("dit_peers", args.peers), "stream": ("stream_report", args.report), "llm": ("llm_methods", args.methods)}
-    name, asked = instead.get(args.what, ("", False))
+    instead = {"dit": ("dit_peers", "peers"), "stream": ("stream_report", "report"), "llm": ("llm_methods", "methods")}
+    name, switch = instead.get(args.what, (args.what, ""))
+    asked = bool(switch and getattr(args, switch))
     bench = _laboratory(name if asked else args.what)
-    if args.plot and not hasattr(bench, "plot"):
-        raise TqaiError(f"bench {args.what} draws no plot: leave --plot out, or take codec, llm or attention")
+    takes = inspect.signature(bench.bench).parameters
+    given = {name: value for name in ("kinds", "seeds", "peers", "report", "methods", "plot") if (value := getattr(args, name)) is not None}
+    used = {*takes, switch, *(["plot"] if hasattr(bench, "plot") else [])}
+    if ignored := [f"--{name}" for name in given if name not in used]:
+        raise TqaiError(f"bench {args.what}{f' --{switch}' if asked else ''} takes no {', '.join(ignored)}: leave it out")
+    if "lm" in given.get("kinds", ()) and args.what != "calibrate":
+        raise TqaiError(f"bench {args.what} --kinds lm: the language model is in bench calibrate alone: give some of {', '.join(MINIS)}")
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
-    given = {"kinds": args.kinds, "seeds": args.seeds, "peers": args.peers is not False, "tell": tell}
-    result = bench.bench(**{name: value for name, value in given.items() if name in inspect.signature(bench.bench).parameters})
+    given = {"kinds": MINIS, "seeds": (0, 1, 2), "peers": True, "tell": tell} | given
+    result = bench.bench(**{name: value for name, value in given.items() if name in takes})
     if args.plot:
-        _write(str(args.plot), bench.plot(result))
+        write_out(args.plot, bench.plot(result))
     _finish(args.json, result, bench.tables_of(result))
     return 0 if all(v["ok"] for v in result.get("verdicts", [])) else 1
 
@@ -174,25 +218,23 @@ def _laboratory(name: str) -> Any:
 
 def _finish(target: str | None, result: Any, tables: Iterable[tuple[str, list[str], list[list[str]]]]) -> int:
     """The figures as JSON into ``target`` if there is one, and as tables unless it is stdout."""
+    from .report import dumps
+
     if target:
-        _write(target, dumps(result))
+        write_out(target, dumps(result))
     if target != "-":
         for title, head, rows in tables:
             _print_table(title, head, rows)
     return 0
 
 
-def _write(target: str, text: str) -> None:
-    if target == "-":
-        print(text)
-    else:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(text + "\n")  # not in one step: it may be a pipe
-
-
 def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process here
+            raise BrokenPipeError
 
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(head):
@@ -200,8 +242,8 @@ def _print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="right" if figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    console = Pipe()
+    (console if console.is_terminal else Pipe(width=140)).print(table)
 
 
 if __name__ == "__main__":

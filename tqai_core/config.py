@@ -10,6 +10,7 @@ from typing import Any
 
 from .errors import TqaiError
 from .families import FAMILIES
+from .files import checked, parse_json
 from .registry import ROLES, Method, build, parse
 from .roles import Codec, Monitor, Scorer, Strategy
 
@@ -18,6 +19,8 @@ LEVELS = ("model", "block", "attention", "kv")
 STAGES = {"strategy": "delta2", "monitor": "lyapunov", "codec": "turbo:bits=8"}  # what is left out; at level kv: a plain packed cache
 STAGES_KV = {"strategy": None, "monitor": None, "codec": "turbo"}
 CACHE = {"sink": 4, "recent": 64, "protect": 2, "calibrate": 256}
+MOST_LAYERS = 10_000  # numbers of blocks lie below this, and so many may be named
+AGAIN = "write the file with config.to_json()"
 Spec = str | Mapping[str, Any] | Method | None
 
 
@@ -51,7 +54,7 @@ class Config:
             if getattr(self, role) == "default":
                 object.__setattr__(self, role, spec)
         if not isinstance(self.version, int) or self.version > VERSION or self.version < 1:
-            raise TqaiError(f"config version {self.version!r}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
+            raise TqaiError(f"config version {str(self.version)[:80]!r}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
         if self.level not in LEVELS:
             raise TqaiError(f"level={self.level!r} is unknown; known: {', '.join(LEVELS)}")
         for role in ROLES:
@@ -73,8 +76,8 @@ class Config:
     def _check_cache(self) -> None:
         for name, default in CACHE.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise TqaiError(f"{name}={value!r}: give a number of {'layers' if name == 'protect' else 'tokens'}, 0 or more")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+                raise TqaiError(f"{name}={str(value)[:80]}: give a number of {'layers' if name == 'protect' else 'tokens'}, 0 or more")
             if self.level != "kv" and value != default:
                 raise TqaiError(f"{name} is an option of caches, asked at level {self.level!r}: give level='kv'")
         if self.level != "kv" and "bits_" in self.codec:
@@ -101,43 +104,57 @@ class Config:
         version = data.get("version", VERSION)
         if isinstance(version, int) and version > VERSION:  # before its unknown keys are blamed
             raise TqaiError(f"config version {version}: this tqai reads 1 to {VERSION}; upgrade tqai-core")
+        kwargs_of = [f"{role}_kwargs" for role in ROLES]
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(map(str, data.keys() - {*known, *kwargs_of})):
+            raise TqaiError(f"config has unknown {', '.join(unknown)[:300]}; known: {', '.join(known)} and <stage>_kwargs")
+        plain = {key: value.spec if isinstance(value, Method) else _listed(value) for key, value in data.items()}
+        checked("Pipeline", plain, what="config", again=AGAIN)
         for role in ROLES:
             if kwargs := data.pop(f"{role}_kwargs", None):
                 if not data.get(role):
                     raise TqaiError(f"{role}_kwargs without a {role}: name the {role} too")
                 name, options = parse(data[role])
                 data[role] = {"name": name, **options, **kwargs}
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(data.keys() - set(known)):
-            raise TqaiError(f"config has unknown {', '.join(unknown)}; known: {', '.join(known)} and <stage>_kwargs")
         return cls(**data)
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise TqaiError(f"this is no JSON ({error}); write the file with config.to_json()") from None
-        return cls.from_dict(data)
+        return cls.from_dict(parse_json(text, what="config", again=AGAIN))
+
+
+def _listed(value: Any) -> Any:
+    """Sequences and mappings of every kind as JSON has them."""
+    if isinstance(value, Mapping):
+        return {key: _listed(part) for key, part in value.items()}
+    return list(value) if isinstance(value, (tuple, set, frozenset)) else value
 
 
 def _layers(given: Any) -> tuple[int | str, ...]:
     """Numbers, ranges and module names, in one order however they were given."""
     layers: set[int | str] = set()
     pieces = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
+    number, named = r"\d{1,4}", 0  # below MOST_LAYERS: a range is made number by number
     try:
         for piece in pieces:
             text = str(piece).strip()
-            if span := re.fullmatch(r"(\d+)\s*-\s*(\d+)", text):
-                layers.update(range(int(span[1]), int(span[2]) + 1))
-            elif re.fullmatch(r"-?\d+", text):
+            named += 1
+            if span := re.fullmatch(rf"({number})\s*-\s*({number})", text):
+                layers.update(numbers := range(int(span[1]), int(span[2]) + 1))
+                named += len(numbers)
+            if named > 2 * MOST_LAYERS:
+                raise ValueError
+            if span:
+                continue
+            if re.fullmatch(rf"-?{number}", text):
                 layers.add(int(text))
             elif isinstance(piece, str) and re.fullmatch(r"[A-Za-z_][\w.]*", text):
                 layers.add(text)
             elif text:
                 raise ValueError
     except (TypeError, ValueError):
-        raise TqaiError(f'skip_layers={given!r}: give numbers, ranges or module names, as in (0, "2-4", -1, "blocks.3")') from None
+        cure = f'give numbers, ranges or module names, as in (0, "2-4", -1, "blocks.3"), numbers below {MOST_LAYERS:,}'
+        raise TqaiError(f"skip_layers={repr(given)[:200]}: {cure}") from None
     return tuple(sorted(layers, key=lambda layer: (isinstance(layer, str), layer)))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import preset
 from .errors import TqaiError
 from .measure import Mini, Run, compare, machine, one_thread
-from .minis.names import KINDS, present
+from .minis.names import KINDS, present, weights
 from .plot import BLUE, ORANGE, Svg
 from .progress import progress_bar
 
@@ -32,6 +32,8 @@ def run(out: Path, kinds: Sequence[str] | None = None, seed: int = 0) -> dict[st
     kinds = present() if kinds is None else kinds
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise TqaiError(f"unknown mini {', '.join(unknown)}; known: {', '.join(KINDS)}")
+    for kind in kinds:
+        weights(kind)
     one_thread()
     out.mkdir(parents=True, exist_ok=True)
     methods = ("exact", "tqai balanced", "tqai fast", "fewer steps")

@@ -125,15 +125,21 @@ class Flow:
                 self._check_scorer(of_tokens=score is None)
             self.gate_state.state["fresh_noise"] = self.fresh_noise if self.fresh_noise > LEAST else 0.0
             self.decision = self.monitor.decide(step, importance, self.strategy.order, self.gate_state.state)
-            if (
-                self.allow_new_streams
-                and not self.decision.compute
-                and any(s.count <= self.strategy.order for s in self.memory.streams.values())
-            ):
-                self.decision = Decision(True, "a branch that came later has too short a history", self.decision.error_estimate)
+            if not self.decision.compute and any(s.kind and s.count <= self.strategy.order for s in self.memory.streams.values()):
+                self.decision = Decision(True, "a branch has too short a history", self.decision.error_estimate)
         self.guidance.enter(step, self.decision)
         self._entry = self.recorder.decision(self.model, step, self.decision)
         return self.decision
+
+    def restart(self, why: str) -> None:
+        """The model is called with other inputs than those that the history comes from: it is dropped, and the step is computed."""
+        for where in [where for where, stream in self.memory.streams.items() if stream.step is not self.step]:
+            self.memory.drop(where)
+        self.monitor.restart(self.gate_state.state)
+        self.skipped_steps = []
+        self.recorder.fallback(self.model, f"{why}: computed from here until there is a new history")
+        if not self.decision.compute:
+            self.revise(why)
 
     def revise(self, why: str) -> None:
         """The host cannot take forecasts at this step after all: from here on it is computed."""

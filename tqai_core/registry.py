@@ -1,34 +1,38 @@
 """Subclassing is registering: one idea is one file with one frozen dataclass and one name.
 
-A file put into ``scorers/``, ``strategies/``, ``monitors/`` or ``codecs/`` is found at import; from its dataclass
-fields follow the spec strings, ``tqai methods``, the docs, the node widgets and the matrix test.
+A file put into ``scorers/``, ``strategies/``, ``monitors/`` or ``codecs/`` is found when the first method is asked for; from
+its dataclass fields follow the spec strings, ``tqai methods``, the docs, the node widgets and the matrix test.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, ClassVar
 
 from .errors import TqaiError
 
 ROLES = ("scorer", "strategy", "monitor", "codec")
-REGISTRY: dict[str, dict[str, type[Method]]] = {role: {} for role in ROLES}
+PACKAGES = ("scorers", "strategies", "monitors", "codecs")
+REGISTRY: dict[str, dict[str, type[Method]]]  # all methods by role and name; see __getattr__
+_known: dict[str, dict[str, type[Method]]] = {role: {} for role in ROLES}
 ALIASES: dict[str, dict[str, str]] = {role: {} for role in ROLES}  # other names that configs may use
 
 
 def param(
     default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = (), level: str | None = None,
-    kw_only: bool = False,
+    kw_only: bool = False, file: bool = False,
 ) -> Any:  # fmt: skip
     """A dataclass field that spec strings, the command, the docs and the node widgets all read. ``level`` is the only one where
-    it acts, if there is one."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "level": level}, kw_only=kw_only)
+    it acts, if there is one; ``file``: whether another value than the default names a file."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "level": level, "file": file}
+    return field(default=default, metadata=metadata, kw_only=kw_only)
 
 
 class Method:
@@ -49,17 +53,19 @@ class Method:
             cls.role = role
         cls.levels = levels or tuple(dict.fromkeys(level for base in cls.__bases__ for level in getattr(base, "levels", ())))
         if name:
-            taken = REGISTRY[cls.role].get(name)
+            taken = _known[cls.role].get(name)
             if taken is not None and taken.__module__ != cls.__module__:
                 raise TqaiError(f"{cls.role} {name!r} is already taken by {taken.__module__}: choose another name")
             cls.name, cls.paper = name, paper
-            REGISTRY[cls.role][name] = cls
+            _known[cls.role][name] = cls
             ALIASES[cls.role].update(dict.fromkeys(aliases, name))
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
             value, low, high = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("high")
-            asked = f"{self.role} {self.name!r}: {f.name}={value!r}"
+            asked = f"{self.role} {self.name!r}: {f.name}={repr(value)[:200]}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise TqaiError(f"{asked} is no finite number; default is {f.default!r}")
             if f.metadata.get("choices") and value not in f.metadata["choices"]:
                 raise TqaiError(f"{asked} is no choice; choose one of {', '.join(map(str, f.metadata['choices']))}")
             if (low is not None or high is not None) and not isinstance(value, (int, float)):
@@ -99,8 +105,22 @@ def discover(package: ModuleType) -> None:
         importlib.import_module(f"{package.__name__}.{info.name}")
 
 
+@cache
+def _found() -> dict[str, dict[str, type[Method]]]:
+    """Every method, once their files are imported: they need torch, which ``tqai --help`` does not wait for."""
+    for package in PACKAGES:
+        discover(importlib.import_module(f"{__package__}.{package}"))
+    return _known
+
+
+def __getattr__(name: str) -> Any:
+    if name == "REGISTRY":
+        return _found()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def names(role: str) -> list[str]:
-    return sorted(REGISTRY[role])
+    return sorted(_found()[role])
 
 
 def parse(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -134,8 +154,9 @@ def _build(role: str, spec: Any) -> Any:
             raise TqaiError(f"{spec.name!r} is a {spec.role}, asked for a {role}; known: {', '.join(names(role))}")
         return spec
     name, given = parse(spec)
+    methods = _found()[role]
     name = ALIASES[role].get(name, name)
-    cls = REGISTRY[role].get(name)
+    cls = methods.get(name)
     if cls is None:
         raise TqaiError(f"unknown {role} {name!r}; known: {', '.join(names(role))}")
     known = cls.options()
@@ -153,14 +174,16 @@ def _cast(role: str, name: str, key: str, value: Any, default: Any) -> Any:
             if text not in ("true", "false", "1", "0"):
                 raise ValueError
             return text in ("true", "1")
+        if wanted is str and not isinstance(value, (str, int, float)):
+            raise ValueError
         if wanted is tuple:
             parts = value.split("+") if isinstance(value, str) else value
             return tuple(type(default[0])(part) for part in parts) if default else tuple(parts)
         if wanted is int and not isinstance(value, str) and int(value) != value:
             raise ValueError
         return wanted(value)
-    except (TypeError, ValueError):
-        raise TqaiError(f"{role} {name!r}: {key}={value!r} is no {wanted.__name__}; default is {default!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise TqaiError(f"{role} {name!r}: {key}={repr(value)[:200]} is no {wanted.__name__}; default is {default!r}") from None
 
 
 def _text(value: Any) -> str:

@@ -225,6 +225,9 @@ class StepMonitor(Monitor, levels=STEPS):
             return f"{step.total} steps are too few to forecast (min_steps={self.min_steps})"
         return None
 
+    def restart(self, state: dict[str, Any]) -> None:
+        """The streams' history was dropped: what was measured on it holds no longer."""
+
     def gives_up(self, state: dict[str, Any]) -> str | None:
         """Why the rest of this generation is computed exactly, or None: nothing is watched or held from then on."""
         return None
@@ -273,6 +276,9 @@ class Codec(Method, role="codec", levels=STEPS):
 
     def decode(self, packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
         raise NotImplementedError
+
+    def verify(self, packed: Packed) -> None:
+        """TqaiError unless the tensors that a file gave are what the shape in its header wants, and decode to finite numbers."""
 
 
 class CacheCodec(Codec, levels=(*STEPS, "kv")):

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .config import Config
+from .arguments import number, out_folder, whole
 from .errors import TqaiError
 from .registry import ROLES, parse
 from .text import MAX_TOKENS, first_line
 
+if TYPE_CHECKING:
+    import torch
+
+    from .config import Config
+
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 CACHE_OPTIONS = ("sink", "recent", "protect", "calibrate")
 LM_ONLY = ("bits_k", "bits_v", *CACHE_OPTIONS, "max_tokens", "temperature", "chat")
-PIPE_ONLY = ("level", "steps", "guidance", "negative", "height", "width", "frames", "video")
+PIPE_ONLY = ("level", "steps", "guidance", "negative", "height", "width", "frames", "video", "out")
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         p.add_argument(f"--{role}", metavar="SPEC", help=f"{role}: a name, name:key=value,..., or none (see `tqai methods`)")
     p.add_argument("--skip-layers", metavar="LAYERS", help="blocks that stay exact, as in 0,1,-1 or 2-4")
     p.add_argument("--pipeline", metavar="FILE", help="the stages from JSON: a file, or the text itself; options above win over it")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
     p.add_argument("--dtype", choices=DTYPES, default="auto")
     p.add_argument("--device", help="as torch names it: cpu, cuda, cuda:1, mps; left out: a GPU where there is one")
     p.add_argument("--compare", action="store_true", help="run the exact model too, and say what differs")
@@ -42,23 +43,31 @@ def arguments(p: argparse.ArgumentParser) -> None:
     lm.add_argument("--recent", type=int, help="last tokens that stay exact")
     lm.add_argument("--protect", type=int, help="first and last layers at 8 bits, at most an eighth of all each")
     lm.add_argument("--calibrate", type=int, help="tokens waited for before keys are scaled and packed; 0: never scaled, packed at once")
-    lm.add_argument("--max-tokens", type=int, help=f"most tokens to write; default {MAX_TOKENS['model']}, with --demo {MAX_TOKENS['demo']}")
-    lm.add_argument("--temperature", type=float, help="0 is greedy; left out: what the model's own settings say, with --demo .8")
+    lm.add_argument(
+        "--max-tokens", type=whole(1), help=f"most tokens to write; default {MAX_TOKENS['model']}, with --demo {MAX_TOKENS['demo']}"
+    )
+    lm.add_argument(
+        "--temperature",
+        type=number(0, what="0 (greedy) or a temperature"),
+        help="0 is greedy; left out: what the model's own settings say, with --demo .8",
+    )
     lm.add_argument("--chat", action=argparse.BooleanOptionalAction, help="the tokenizer's chat template; left out: where it has one")
     pipe = p.add_argument_group("diffusers pipelines (without stages: the balanced preset of the family)")
     pipe.add_argument("--level", choices=("model", "block", "attention"), help="where the stages act; left out: model")
-    pipe.add_argument("--steps", type=int, help="sampler steps; left out: the pipeline's own number, as for those below")
-    pipe.add_argument("--guidance", type=float)
+    pipe.add_argument("--steps", type=whole(1), help="sampler steps; left out: the pipeline's own number, as for those below")
+    pipe.add_argument("--guidance", type=number(0))
     pipe.add_argument("--negative", metavar="PROMPT")
-    pipe.add_argument("--height", type=int)
-    pipe.add_argument("--width", type=int)
-    pipe.add_argument("--frames", type=int)
+    pipe.add_argument("--height", type=whole(1))
+    pipe.add_argument("--width", type=whole(1))
+    pipe.add_argument("--frames", type=whole(1))
     pipe.add_argument("--video", choices=("auto", "mp4", "gif", "webp"), help="auto: mp4 where imageio has ffmpeg, else gif")
-    pipe.add_argument("--out", type=Path, default=Path("out/run"), help="folder of the pictures or the video")
+    pipe.add_argument("--out", type=out_folder, help="folder of the pictures or the video; left out: out/run")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The figures. TqaiError for what cannot be run, before anything large is loaded where that can be known."""
+    import torch
+
     if not args.prompt.strip():
         raise TqaiError("the prompt is empty: give some text, as in `tqai run 'Once upon' -m MODEL`")
     pipe = not args.demo and _is_pipeline(args.model)
@@ -69,11 +78,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if util.find_spec(library) is None:
         raise TqaiError(f"{library} is not installed: pip install 'tqai-core[{library}]'")
     config = config_of(args, "model" if pipe else "kv")
-    device = _device(args.device)
-    if args.max_tokens is not None and args.max_tokens < 1:
-        raise TqaiError(f"--max-tokens {args.max_tokens}: give 1 or more")
-    if args.temperature is not None and not 0 <= args.temperature < math.inf:
-        raise TqaiError(f"--temperature {args.temperature}: give 0 (greedy) or more")
+    device = device_of(args.device)
+    args.out = out_folder("out/run") if args.out is None and pipe else args.out
     host: Any
     if pipe:
         from .hosts.diffusers import run as host
@@ -87,6 +93,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def config_of(args: argparse.Namespace, level: str) -> Config | None:
     """The pipeline that the options describe; None for a diffusers pipeline without any, which has its family's preset."""
+    from .config import Config
+
     data = _pipeline(args.pipeline) if args.pipeline else {}
     was = data.setdefault("level", args.level or level)
     if (was == "kv") != (level == "kv"):
@@ -108,16 +116,13 @@ def config_of(args: argparse.Namespace, level: str) -> Config | None:
 
 
 def _pipeline(given: str) -> dict[str, Any]:
+    from .config import AGAIN
+    from .files import parse_json, read_text
+
     text = given
     if not given.lstrip().startswith("{"):
-        try:
-            text = Path(given).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise TqaiError(f"--pipeline {given}: {getattr(error, 'strerror', None) or 'no text'}: give a JSON file, or its text") from None
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise TqaiError(f"--pipeline {given}: no JSON ({error}); write the file with config.to_json()") from None
+        text = read_text(given, what="pipeline", again="give --pipeline a JSON file, or its text")
+    data = parse_json(text, what=f"pipeline {given[:60]}", again=AGAIN)
     if not isinstance(data, dict):
         raise TqaiError(f'--pipeline {given}: a {type(data).__name__}, expected an object such as {{"strategy": "delta2"}}')
     return data
@@ -139,12 +144,15 @@ def _is_pipeline(model: str) -> bool:
     return False
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of ``--device``, once it has given back a number."""
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise TqaiError(f"--device {name}: {first_line(error)}; this torch ({torch.__version__}) can always use cpu") from None
     return device

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from .codecs.bases import NMSE, Bases, hadamard, klt
-from .codecs.packing import pack, unpack
+from .codecs.packing import pack, row_bytes, unpack
 from .codecs.vector import VectorCodec
 from .errors import TqaiError
+from .files import check_tensor, checked
 from .registry import build
-from .types import Packed, nbytes
+from .types import AGAIN, Packed, nbytes
 
 PREDICTORS = ("none", "delta", "delta2", "ls", "choice")
 
@@ -126,10 +127,22 @@ class StreamCoder:
         for packed in steps:
             if not out and not packed.meta.get("key", False):
                 raise TqaiError("the first packed step needs the ones before it: start at the first or at a key step")
+            self._check(packed, out)
             guess = None if packed.meta["key"] else self._predict(past, packed.meta["at"], None, dict(packed.tensors))
             value = self._advance(past, packed, guess)
             out.append(value.to(getattr(torch, packed.meta["dtype"])))
         return out
+
+    def _check(self, packed: Packed, before: Sequence[Tensor]) -> None:
+        """TqaiError unless ``packed`` can be the step after ``before``: it may come from a file."""
+        checked("StepMeta", packed.meta, what="packed step", again=AGAIN)
+        key, bits, count = packed.meta["key"], packed.meta["bits"], math.prod(packed.shape[:-1])
+        if before[-1].shape != packed.shape if before else bits == 0:
+            raise TqaiError(f"field 'shape' or 'bits' is {list(packed.shape)}, {bits}: no step of this stream; {AGAIN}")
+        if not key and self.predictor in ("ls", "choice"):
+            check_tensor(packed.tensors, "weights", (2,), (torch.float16,), AGAIN)
+        if not key and self.predictor == "choice":
+            check_tensor(packed.tensors, "choice", (1, row_bytes(count, 2)), (torch.uint8,), AGAIN)
 
     def _width(self, past: _Past) -> tuple[int, bool]:
         key = past.count == 0 or (self.key_every > 0 and past.count % self.key_every == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from .errors import TqaiError
-from .files import parse_tensors, read_tensors, write_tensors
+from .files import check_finite, checked, header_of, parse_tensors, read_tensors, write_tensors
+from .registry import build
 
 FORMAT = 1  # of a saved Packed; a reader refuses newer ones
+MOST = 2**40  # numbers of a packed tensor
+AGAIN = "save the tensor again"
 
 
 @dataclass(frozen=True)
@@ -91,18 +95,17 @@ class Packed:
         """The reverse of :meth:`save`. Raises ValueError naming the field that is missing or wrong."""
         if not metadata or "tqai" not in metadata:
             raise TqaiError("metadata field 'tqai' is missing: this is no tensor packed by tqai; save it with Packed.save()")
-        try:
-            header = json.loads(metadata["tqai"])
-            version, codec, shape, meta = (header[k] for k in ("format", "codec", "shape", "meta"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise TqaiError(f"metadata field 'tqai' is damaged ({error}): save the tensor again") from None
-        if not isinstance(version, int) or version > FORMAT:
+        header = header_of(metadata, "tqai", what="packed tensor", again=AGAIN)
+        version = header.get("format") if isinstance(header, dict) else None
+        if isinstance(version, int) and version > FORMAT:
             raise TqaiError(f"field 'format' is {version!r}, this tqai reads up to {FORMAT}: upgrade tqai-core")
-        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-            raise TqaiError(f"field 'shape' is {shape!r}: expected a list of sizes; save the tensor again")
-        if not isinstance(codec, str) or not isinstance(meta, dict):
-            raise TqaiError("field 'codec' or 'meta' has the wrong type: save the tensor again")
-        return Packed(codec, tuple(shape), dict(tensors), meta)
+        checked("Packed", header, what="packed tensor", again=AGAIN)
+        packed = Packed(header["codec"], tuple(header["shape"]), dict(tensors), header["meta"])
+        if math.prod(n or 1 for n in packed.shape) > MOST:
+            raise TqaiError(f"field 'shape' is {list(packed.shape)}, more than {MOST:,} numbers: {AGAIN}")
+        check_finite(packed.tensors, what="packed tensor", again=AGAIN)
+        build("codec", packed.codec).verify(packed)
+        return packed
 
     def write(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -111,13 +114,13 @@ class Packed:
     @staticmethod
     def read(path: str | Path) -> Packed:
         """Read a file of :meth:`write`; TqaiError for a truncated, corrupted or foreign one."""
-        metadata, tensors = read_tensors(path, what="packed tensor", again="save the tensor again")
+        metadata, tensors = read_tensors(path, what="packed tensor", again=AGAIN)
         return Packed.load(tensors, metadata)
 
     @staticmethod
     def from_bytes(blob: bytes) -> Packed:
         """The content of a file of :meth:`write`."""
-        metadata, tensors = parse_tensors(blob, what="packed tensor", again="save the tensor again")
+        metadata, tensors = parse_tensors(blob, what="packed tensor", again=AGAIN)
         return Packed.load(tensors, metadata)
 
 

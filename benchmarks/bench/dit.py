@@ -157,7 +157,7 @@ def interval_for(calls: int, steps: int = STEPS) -> float:
     """The interval at which the ``fixed`` monitor computes ``calls`` of ``steps`` evaluations (or one more)."""
     for tenth in range(10, 200):
         monitor, state = Fixed(interval=tenth / 10), {}  # type: ignore[var-annotated]
-        count = sum(monitor.decide(Step(i, 0.0, steps, i == steps - 1), None, 0, state).compute for i in range(steps))
+        count = sum(monitor.decide(Step(i, 1 - i / steps, steps, i == steps - 1), None, 0, state).compute for i in range(steps))
         if count <= calls:
             return tenth / 10
     return 20.0

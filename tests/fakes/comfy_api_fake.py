@@ -94,7 +94,7 @@ def kind(name: str, base: type[Input]) -> SimpleNamespace:
     return SimpleNamespace(Input=type(f"{name}Input", (base,), {"type": name}), Output=type(f"{name}Output", (Output,), {"type": name}))
 
 
-class Hidden(str, Enum):
+class Hidden(str, Enum):  # noqa: UP042 - as ComfyUI has it
     unique_id = "UNIQUE_ID"
     prompt = "PROMPT"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 
 from ..codecs.bases import BasesFile
 from ..errors import TqaiError
-from ..files import read_with_header, write_tensors
+from ..files import check_tensor, checked, read_with_header, write_tensors
 from ..modelhash import check_model
 from ..registry import build
 from ..roles import Codec
 
-FORMAT = 1
+FIELD, FORMAT = "tqai-calibration", 1
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)  # bits whose damage is measured
 UNFINISHED = ".partial"  # of the file that a stopped calibration leaves beside the target
-SHAPES = {"fisher": 4, "sigmas": 1, "error": 5, "damage": 5, "bits": 4, "mean": 3, "scale": 3}
+NAMES = ("fisher", "sigmas", "error", "damage", "bits", "mean", "scale")
+AGAIN = "calibrate again"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Calibration:
         tensors, bases = self.bases.content()
         tensors |= {name: x.contiguous() for name, x in self.tensors.items()}
         header = json.dumps({"format": FORMAT, "complete": True, **self.header})
-        write_tensors(path, tensors, {"tqai-calibration": header, "tqai-bases": json.dumps(bases)})
+        write_tensors(path, tensors, {FIELD: header, "tqai-bases": json.dumps(bases)})
 
     @staticmethod
     def load(path: str | Path, model: nn.Module | None = None) -> Calibration:
@@ -55,16 +57,24 @@ class Calibration:
         header, tensors = read(path)
         if not header.get("complete"):
             raise TqaiError(f"{path} is a calibration that was stopped: run the same tqai calibrate command again to finish it")
+        checked("Calibration", header, what=f"{path}: calibration", again=AGAIN)
+        units = tensors["fisher"].shape if "fisher" in tensors else ()
+        if len(units) != 4 or units[2] != 2 or 0 in units:
+            raise TqaiError(f"{path}: field 'fisher' is missing or damaged, it is no table [layers, heads, 2, bands]: {AGAIN}")
         found = {}
-        for name, ndim in SHAPES.items():
-            x = tensors.get(name)
-            if x is None and name in ("mean", "scale"):
+        for name in NAMES:
+            if name not in tensors and name in ("mean", "scale"):
                 continue
-            if x is None or x.ndim != ndim or (x.is_floating_point() and not bool(torch.isfinite(x).all())):
-                raise TqaiError(f"{path}: field {name!r} is missing or damaged: calibrate again")
-            found[name] = x
-        if any(found[name].shape[:4] != found["fisher"].shape for name in ("error", "damage", "bits")):
-            raise TqaiError(f"{path}: fields 'fisher', 'error', 'damage' and 'bits' are of different units: calibrate again")
+            shape = {"sigmas": units[3:], "error": (*units, len(WIDTHS)), "mean": (*units[:2], None)}
+            shape |= {"damage": shape["error"], "scale": shape["mean"]}
+            dtype = torch.uint8 if name == "bits" else torch.float32
+            try:
+                found[name] = check_tensor(tensors, name, shape.get(name, units), (dtype,), AGAIN)
+            except TqaiError as error:
+                raise TqaiError(f"{path}: {error}") from None
+            low, high = {"mean": (-inf, inf), "bits": (1, 8)}.get(name, (0, inf))
+            if not bool(((found[name] >= low) & (found[name] <= high)).all()):
+                raise TqaiError(f"{path}: field {name!r} is damaged, it has numbers out of range: {AGAIN}")
         made = Calibration(header, found, BasesFile.load(path))
         if model is not None:
             made.check(model)
@@ -77,7 +87,7 @@ def codecs_of(name: str) -> dict[int, Codec]:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a calibration, finished or not. ValueError says what is wrong with the file."""
+    """Header, not checked by a schema yet, and tensors of a calibration, finished or not."""
     if not Path(path).is_file():
         raise TqaiError(f"calibration {str(path)!r} is not there: run `tqai calibrate -m MODEL -o {path}`")
-    return read_with_header(path, "tqai-calibration", FORMAT, what="calibration", make="run tqai calibrate", again="calibrate again")
+    return read_with_header(path, FIELD, FORMAT, what="calibration", make="run tqai calibrate", again=AGAIN)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import TqaiError
+from ..files import MOST_HEADER, read_json
 from ..plot import BLUE, INK, ORANGE, Svg
 from . import tune
 from .file import Calibration
@@ -25,17 +26,15 @@ def page(path: Path) -> str:
     """HTML of a file of ``tqai calibrate``, a study of ``tqai tune`` (.db) or its ``--json``. ValueError for anything else."""
     if not path.is_file():
         raise TqaiError(f"{path} is not there: give a file of tqai calibrate or tqai tune")
-    head = path.read_bytes()[:16]
+    with path.open("rb") as file:
+        head = file.read(16).removeprefix(b"\xef\xbb\xbf")
     if head.startswith(b"SQLite format"):
         return _page(f"tqai tune: {path.name}", _study(tune.load_study(path)))
     if head.lstrip().startswith(b"{"):
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise TqaiError(f"{path} is no JSON ({error}): give what tqai tune --json wrote") from None
-        if found.get("what") != "study":
+        found = read_json(path, what="study", again="give what tqai tune --json wrote", most=MOST_HEADER)
+        if not isinstance(found, dict) or found.get("what") != "study":
             raise TqaiError(f"{path} is JSON, but no study: give what tqai tune --json wrote")
-        return _page(f"tqai tune: {path.name}", _study(found))
+        return _page(f"tqai tune: {path.name}", _study(tune.check_study(found, str(path))))
     return _page(f"tqai calibrate: {path.name}", _calibration(Calibration.load(path)))
 
 
@@ -48,10 +47,11 @@ def _calibration(made: Calibration) -> list[str]:
         parts.append(_maps(t["fisher"][..., band], f"{{}}, sigma {sigma:.2f}"))
     verdict = h["verdicts"]["bits"]
     losing = "" if verdict["kept"] == "fisher" else ", so that the file has uniform bits"
+    seeds, ours, plain = ", ".join(map(str, verdict["seeds"])), verdict["fisher"], verdict["uniform"]
     parts.append(
-        f"<h2>Bits</h2><p>{verdict['average']} on average, {html.escape(verdict['how'])}. Loss on seeds {verdict['seeds']}: "
-        f"{verdict['fisher']['loss']:.3g} ({verdict['fisher']['bytes']:,} bytes), uniform {verdict['uniform']['loss']:.3g} "
-        f"({verdict['uniform']['bytes']:,} bytes): {_mark(verdict['kept'], 'fisher')} kept{losing}.</p>"
+        f"<h2>Bits</h2><p>{verdict['average']:g} on average, {html.escape(verdict['how'])}. Loss on seeds {seeds}: {ours['loss']:.3g} "
+        f"({ours['bytes']:,} bytes), uniform {plain['loss']:.3g} ({plain['bytes']:,} bytes): "
+        f"{_mark(verdict['kept'], 'fisher')} kept{losing}.</p>"
     )
     for band, sigma in enumerate(sigmas):
         parts.append(_maps(t["bits"][..., band].float(), f"bits of {{}}, sigma {sigma:.2f}", log=False))
@@ -60,7 +60,7 @@ def _calibration(made: Calibration) -> list[str]:
         for name, heads in h["verdicts"]["bases"].items()
         for i, v in enumerate(heads)
     ]
-    parts.append(f"<h2>Bases</h2><p>NMSE at {h['basis_bits']} bits on seed {h['held_out']}, which nothing was fitted on.</p>")
+    parts.append(f"<h2>Bases</h2><p>NMSE at {h['basis_bits']:d} bits on seed {h['held_out']:d}, which nothing was fitted on.</p>")
     parts.append(_table(["stream", "head", "KLT", "rotation", "kept"], rows, raw=(4,)))
     return parts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +14,18 @@ import torch
 from torch import Tensor
 
 from ..errors import TqaiError
-from ..files import write_tensors
+from ..files import check_tensor, checked, write_tensors
 from ..hosts.attention_interceptor import blocks_of
 from ..hosts.calibration_targets import CalibrationTarget, Diffusion
 from ..modelhash import model_hash
 from ..progress import Progress, silent
 from . import basis, policy
-from .file import FORMAT, UNFINISHED, Calibration, codecs_of, read
+from .file import FIELD, FORMAT, UNFINISHED, WIDTHS, Calibration, codecs_of, read
 from .fisher import Sums, probe
 
 SEEDS = (100, 101, 102, 103)
 HELD_OUT = 104  # verdicts on bases
+MOMENT = re.compile(r"\d{1,4}/(?:[kv](?:/count)?|mean|k2|q2|n)")  # names of running sums
 CHOICE, VALIDATION = (105,), (106, 107)  # of an allocation, and its verdict
 
 
@@ -42,10 +44,7 @@ def calibrate(
     ``probes`` backward passes a call; ``bits`` of the KLT bases; ``average`` bits of the allocation; ``codec`` the quantiser
     whose errors are weighed. Raises ValueError for settings that cannot be, and a model whose attention is not found.
     """
-    if len(set(seeds)) != len(seeds) or not seeds:
-        raise TqaiError(f"seeds {list(seeds)}: give one or more, each once")
-    if taken := set(seeds) & {HELD_OUT, *CHOICE, *VALIDATION}:
-        raise TqaiError(f"seeds {sorted(taken)} are kept for the verdicts: give others")
+    check_seeds(seeds)
     probes = target.probes if probes is None else probes
     if probes < 1:
         raise TqaiError(f"probes={probes}: give 1 or more")
@@ -81,6 +80,14 @@ def calibrate(
     return made
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """TqaiError for seeds that are given twice or are those of the verdicts."""
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise TqaiError(f"seeds {list(seeds)}: give one or more, each once")
+    if taken := set(seeds) & {HELD_OUT, *CHOICE, *VALIDATION}:
+        raise TqaiError(f"seeds {sorted(taken)} are kept for the verdicts: give others")
+
+
 def _measure(
     target: CalibrationTarget, seed: int, probes: int, codec: str, moments: basis.Moments, sums: Sums | None, progress: Progress
 ) -> Sums:
@@ -107,11 +114,12 @@ def _keep(partial: Path, settings: dict[str, Any], moments: basis.Moments, sums:
     tensors: dict[str, Tensor] = {f"moments/{name}": x.contiguous() for name, x in moments.sums.items()}
     tensors |= {f"sums/{name}": x for name, x in vars(sums).items()}
     header = {"format": FORMAT, "complete": False, "done": done, "sigmas": list(sigmas), **settings}
-    write_tensors(partial, tensors, {"tqai-calibration": json.dumps(header)})
+    write_tensors(partial, tensors, {FIELD: json.dumps(header)})
 
 
 def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) -> tuple[basis.Moments, Sums, int]:
     header, tensors = read(partial)
+    checked("Unfinished", header, what=f"{partial}: calibration", again="delete it and calibrate again")
     if differing := [key for key, value in settings.items() if header.get(key) != value]:
         raise TqaiError(
             f"{partial} was begun with other settings ({', '.join(f'{k}={header.get(k)!r}' for k in differing)}): "
@@ -119,10 +127,11 @@ def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) 
         )
     moments = basis.Moments()
     moments.sums = {name.removeprefix("moments/"): x for name, x in tensors.items() if name.startswith("moments/")}
-    sums = Sums(1, 1, 1)
-    for name in list(vars(sums)):
-        if f"sums/{name}" not in tensors:
-            raise TqaiError(f"{partial}: field {name!r} is missing: delete it and calibrate again")
-        setattr(sums, name, tensors[f"sums/{name}"])
+    if any(x.dtype != torch.float32 or not MOMENT.fullmatch(name) for name, x in moments.sums.items()):
+        raise TqaiError(f"{partial}: a field of 'moments' is damaged: delete it and calibrate again")
+    sums, again = Sums(1, 1, 1), "delete it and calibrate again"
+    units = (None, None, 2, len(header["sigmas"]), len(WIDTHS))
+    for name, shape in (("error", units), ("damage", units), ("samples", units[3:4])):
+        setattr(sums, name, check_tensor(tensors, f"sums/{name}", shape, (torch.float64,), again))
     target.sigmas = tuple(header["sigmas"])
     return moments, sums, header["done"]

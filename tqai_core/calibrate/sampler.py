@@ -19,9 +19,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..config import Config
 from ..errors import TqaiError
 from ..families import FAMILIES
-from ..files import write_text
+from ..files import checked, read_json, write_text
 from ..metrics import nmse
 from ..modelhash import model_hash, signs
 from ..progress import Progress, silent
@@ -34,7 +35,7 @@ SHIFTS = (1.0, 2.0, 3.0)  # grids that the stock solvers may take
 MARGIN = 0.75  # of the best stock solver's error: a smaller gain may be chance on a few seeds
 NEAR = 1.25  # a guidance within this factor of the calibrated one needs no proof of its own
 STOCK = ("ab2", "unipc", "dpm++")
-MOST = 1_000_000  # bytes a file may have; one takes a few thousand
+AGAIN = "calibrate again"
 ENTRIES = tuple(dict.fromkeys(name for f in FAMILIES.values() for name in (f.diffusers.entry, f.comfyui.entry)))
 Solver = TypeVar("Solver", bound=Multistep)
 
@@ -128,13 +129,15 @@ class CalibratedSampler:
                 f"sampler file version {data.get('version')!r}: this tqai reads {VERSION}; upgrade tqai-core or calibrate again"
             )
         content = {k: v for k, v in data.items() if k not in ("format", "version")}
-        names = set(cls.__dataclass_fields__)
-        if missing := sorted(names - {"difference"} - set(content)):
+        if missing := sorted(set(cls.__dataclass_fields__) - {"difference"} - set(content)):
             raise TqaiError(f"sampler file lacks {', '.join(missing)}: it is damaged, calibrate again")
-        try:
-            return cls(**{k: v for k, v in content.items() if k in names})
-        except TypeError as error:
-            raise TqaiError(f"sampler file is damaged ({error}): calibrate again") from error
+        checked("Sampler", data, what="damaged sampler file", again=AGAIN)
+        g = content["guidance"]
+        if not g["low"] <= g["made"] <= g["high"]:
+            raise TqaiError(f"sampler file: field 'guidance' allows {g['low']} to {g['high']}, without {g['made']}: {AGAIN}")
+        if content.get("difference") is not None:
+            Config.from_json(content["difference"])
+        return cls(**content)
 
     def save(self, path: str | Path) -> None:
         """Write the file in one step: a stopped save leaves the old one."""
@@ -145,13 +148,7 @@ class CalibratedSampler:
         path = Path(path)
         if not path.is_file():
             raise TqaiError(f"no sampler file {str(path)!r}: make one with tqai calibrate --sampler -o {path}")
-        if path.stat().st_size > MOST:
-            raise TqaiError(f"{str(path)!r} is larger than a sampler can be ({MOST:,} bytes)")
-        try:
-            data = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise TqaiError(f"{str(path)!r} is no whole JSON file ({error}): calibrate again") from error
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(path, what="sampler file", again=AGAIN))
 
 
 def guidance_range(name: str, made: float) -> dict[str, Any]:
@@ -271,7 +268,7 @@ def calibrate(
     where the sampler does not win by ``MARGIN``.
     """
     seeds, held_out = list(seeds), list(held_out)
-    _check(steps, seeds, held_out, form, reference_calls)
+    check_settings(steps, seeds, held_out, form, reference_calls)
     few, count = seeds[:tune], len(seeds) + len(held_out)
     coarse = len(stock) * (len(SHIFTS) * len(few) + len(held_out)) + (3 if form == "all" else 1) * count
     clock = Clock(reference_calls * count + steps * coarse, progress)
@@ -362,7 +359,8 @@ def _grids(exact: Reference, steps: int, form: str, shift: float) -> dict[str, t
     return {"equidistributed": equal, "half-way": between, **stock}
 
 
-def _check(steps: int, seeds: Sequence[int], held_out: Sequence[int], form: str, calls: int) -> None:
+def check_settings(steps: int, seeds: Sequence[int], held_out: Sequence[int], form: str, calls: int) -> None:
+    """TqaiError for what no sampler can be made from."""
     if form not in ("all", "last"):
         raise TqaiError(f"form={form!r}: give 'all' (every step) or 'last' (the step to 0 alone)")
     if steps < 3:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..arguments import comma_list, lines_in, number, refuse_ignored, size, whole
 from ..errors import TqaiError
 from ..progress import progress_bar
-from ..text import comma_list, lines_in
 
 PROMPTS = (
     "a portrait of an old fisherman, studio light",
@@ -25,27 +22,53 @@ PROMPTS = (
     "a page with the words HELLO WORLD in large letters",
 )
 FIRST, FIRST_HELD_OUT = 7700, 8800
+DTYPES = ("bfloat16", "float16", "float32")
+# options that calibrate takes with --sampler only, and without it only
+SAMPLER_ONLY = ("form", "shift", "difference", "teacher", "samples", "held_out", "guidance", "reach", "size", "device", "dtype")
+PLAIN_ONLY = ("text", "part", "seeds", "bands", "probes", "bits", "average", "codec")
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``--sampler`` adds to ``tqai calibrate``, which has -m, -o and --demo itself."""
     group = parser.add_argument_group("with --sampler")
     group.add_argument("--sampler", action="store_true", help="fit a sampler of few steps to a fine run of the model")
-    group.add_argument("--steps", type=int, help="steps of the sampler (default 12); without --sampler of a run (default 24)")
+    group.add_argument("--steps", type=whole(1), help="steps of the sampler (default 12); without --sampler of a run (default 24)")
     group.add_argument("--form", choices=("all", "last"), default="all", help="fit every step, or only the step to 0 on your own grid")
-    group.add_argument("--shift", type=float, help="your own grid's shift; always the grid of --form last")
+    group.add_argument("--shift", type=number(0.01, 100), help="your own grid's shift; always the grid of --form last")
     group.add_argument("--difference", action="store_true", help="with guidance: forecast cond - uncond on half of the steps")
-    group.add_argument("--teacher", type=int, default=100, help="model calls of the fine reference run that the sampler is fitted to")
-    group.add_argument("--samples", type=int, default=4, help="seeds to fit on")
-    group.add_argument("--held-out", type=int, default=3, help="other seeds, on which it must beat the stock solvers")
-    group.add_argument("--batch", type=int, help="seeds in one call of the model; default: 1, and all for a demo")
-    group.add_argument("--guidance", type=float, help="guidance to calibrate at; default: the pipeline's own, and 2 for a demo")
+    group.add_argument("--teacher", type=whole(1), default=100, help="model calls of the fine reference run that the sampler is fitted to")
+    group.add_argument("--samples", type=whole(1, 1000), default=4, help="seeds to fit on")
+    group.add_argument("--held-out", type=whole(1, 1000), default=3, help="other seeds, on which it must beat the stock solvers")
+    group.add_argument("--batch", type=whole(1), help="seeds in one call of the model; default: 1, and all for a demo")
+    group.add_argument("--guidance", type=number(0), help="guidance to calibrate at; default: the pipeline's own, and 2 for a demo")
     reach = "other guidance values to try it at; each is allowed if it wins there"
-    group.add_argument("--reach", type=comma_list(float), default=(), metavar="W,...", help=reach)
-    group.add_argument("--prompts", type=Path, metavar="TEXTFILE", help="one prompt a line; default: eight built-in prompts")
-    group.add_argument("--size", help="WIDTHxHEIGHT, and xFRAMES for video; default: the pipeline's own")
+    group.add_argument("--reach", type=comma_list(number(0)), default=(), metavar="W,...", help=reach)
+    group.add_argument("--prompts", type=lines_in, metavar="TEXTFILE", help="one prompt a line; default: eight built-in prompts")
+    group.add_argument("--size", type=size, help="WIDTHxHEIGHT, and xFRAMES for video; default: the pipeline's own")
     group.add_argument("--device", default="cpu", help="device of the model, as in cuda")
-    group.add_argument("--dtype", default="bfloat16", help="dtype of the weights of -m")
+    group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights of -m")
+
+
+def check(args: argparse.Namespace) -> None:
+    """TqaiError for what cannot be, before the model is loaded."""
+    from ..run import device_of
+    from .sampler import check_settings
+
+    refuse_ignored(args, PLAIN_ONLY, "it is no option of --sampler")
+    if args.demo == "lm":
+        raise TqaiError("--demo lm: a sampler is fitted to a diffusion model: give flux, sd3 or wan")
+    if args.demo:
+        refuse_ignored(args, ("prompts", "size", "device", "dtype"), f"{args.demo} is a mini with data of its own on the CPU")
+    device_of(args.device)
+    check_settings(*_settings(args), args.form, args.teacher)
+
+
+def _settings(args: argparse.Namespace) -> tuple[int, range, range]:
+    """Steps, seeds to fit on and seeds to prove it on."""
+    return (
+        12 if args.steps is None else args.steps, range(FIRST, FIRST + args.samples),
+        range(FIRST_HELD_OUT, FIRST_HELD_OUT + args.held_out),
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -53,16 +76,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..hosts.diffusers.sampler import PipelineModel
     from .sampler import calibrate, extend_guidance_range
 
-    args.steps = 12 if args.steps is None else args.steps
-    if args.samples < 1 or args.held_out < 1:
-        raise TqaiError(f"--samples {args.samples} --held-out {args.held_out}: give 1 or more")
+    steps, seeds, held_out = _settings(args)
     pipe, inputs = _demo(args) if args.demo else _pipeline(args)
     model = PipelineModel(pipe, inputs, batch=args.batch or (args.samples if args.demo else 1), difference=args.difference)
     began = time.process_time()
     with progress_bar("calibrating") as progress:
         sampler = calibrate(
-            model, args.steps, seeds=range(FIRST, FIRST + args.samples), held_out=range(FIRST_HELD_OUT, FIRST_HELD_OUT + args.held_out),
-            form=args.form, shift=args.shift, reference_calls=args.teacher, progress=progress,
+            model, steps, seeds=seeds, held_out=held_out, form=args.form, shift=args.shift, reference_calls=args.teacher,
+            progress=progress,
         )  # fmt: skip
         for guidance in args.reach:
             sampler = extend_guidance_range(model, sampler, guidance, progress=progress)
@@ -90,22 +111,13 @@ def _demo(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict
 
 
 def _pipeline(args: argparse.Namespace) -> tuple[Any, Callable[[Sequence[int]], dict[str, Any]]]:
+    import torch
+
     from ..hosts.diffusers.load import pipeline
 
-    prompts: Sequence[str] = PROMPTS
-    if args.prompts is not None:
-        prompts = lines_in(args.prompts.read_text())
-        if not prompts:
-            raise TqaiError(f"{args.prompts} has no prompts: write one a line")
-    fixed: dict[str, Any] = {}
-    if args.size is not None:
-        try:
-            fixed = dict(zip(("width", "height", "num_frames"), map(int, args.size.lower().split("x")), strict=False))
-        except ValueError:
-            raise TqaiError(f"--size {args.size}: give WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, as in 1024x1024") from None
-    if not isinstance(dtype := getattr(torch, args.dtype, None), torch.dtype):
-        raise TqaiError(f"dtype {args.dtype!r} is unknown: give bfloat16, float16 or float32")
-    pipe = pipeline(args.model, dtype)
+    prompts: Sequence[str] = args.prompts or PROMPTS
+    fixed: dict[str, Any] = dict(zip(("width", "height", "num_frames"), args.size or (), strict=False))
+    pipe = pipeline(args.model, getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     pipe.to(args.device)
     if args.guidance is not None:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from urllib.parse import quote
 
 from torch import Tensor
 
 from ..config import Config, preset
 from ..errors import TqaiError
 from ..families import FAMILIES
+from ..files import checked
 from ..hosts.calibration_targets import Diffusion
 from ..modelhash import model_hash
 from ..progress import Progress, silent
@@ -30,6 +34,9 @@ from ..roles import STEPS
 SEEDS, CHOICE, PROOF = (100, 101), (102, 103), (104, 105, 106)  # of the search, of the pick among its best, of the proof
 BUDGETS = ("calls", "bytes", "time")
 FINALISTS = 3
+OTHER = "give a study of tqai tune, or the name of a new file"
+MOST = 64_000_000  # bytes of a study; a trial takes two thousand
+TABLES = {"studies", "trials", "study_user_attributes", "trial_user_attributes", "trial_values", "trial_params", "version_info"}
 Row = dict[str, Any]
 
 
@@ -195,6 +202,8 @@ def _open(file: Path, sampler: str, settings: Row) -> Any:
     if sampler not in makers:
         raise TqaiError(f"sampler {sampler!r} is unknown; known: {', '.join(makers)}")
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and file.stat().st_size:  # never changed unless it is ours
+        load_study(file)
     study = optuna.create_study(
         storage=f"sqlite:///{file}", study_name="tqai", sampler=makers[sampler](), load_if_exists=True, directions=["minimize", "minimize"]
     )
@@ -273,15 +282,56 @@ def front(rows: Sequence[Mapping[str, Any]], what: str) -> list[int]:
     return out
 
 
+def check_study_file(path: Path) -> None:
+    """TqaiError unless ``path`` is a study, or no file yet, and Optuna is here."""
+    _optuna()
+    if path.exists() and path.stat().st_size:
+        load_study(path)
+
+
 def load_study(path: Path) -> Row:
     """What a study file holds, finished or not. TqaiError for a file that is no study."""
-    optuna = _optuna()
     if not path.is_file():
         raise TqaiError(f"study {path} is not there: tqai tune --study {path} makes it")
+    _check_database(path)
+    optuna = _optuna()
+    storage = f"sqlite:///file:{quote(str(path.resolve()))}?mode=ro&uri=true"
     try:
-        return summary(optuna.load_study(study_name="tqai", storage=f"sqlite:///{path}"))
-    except Exception as error:  # SQLAlchemy has many
-        raise TqaiError(f"{path} is no study of tqai tune ({type(error).__name__})") from None
+        found = summary(optuna.load_study(study_name="tqai", storage=storage))
+    except Exception as error:  # of Optuna, SQLAlchemy and json there are many; what they meet is a file that somebody else may have made
+        raise TqaiError(f"{path} is no study of tqai tune ({type(error).__name__}): {OTHER}") from None
+    return check_study(found, f"study {path}")
+
+
+def _check_database(path: Path) -> None:
+    """TqaiError unless ``path``, opened to be read alone, is a sound database with the tables of Optuna and nothing that acts."""
+    if path.stat().st_size > MOST:
+        raise TqaiError(f"study {path} is larger than {MOST:,} bytes, the most that one has: {OTHER}")
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)) as database:
+            database.execute("PRAGMA trusted_schema=OFF")
+            kinds = dict(database.execute("SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"))
+            sound = not set(kinds.values()) - {"table", "index"} and kinds.keys() >= TABLES
+            sound = sound and database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except (sqlite3.Error, ValueError, TypeError) as error:
+        raise TqaiError(f"{path} is no study of tqai tune ({error}): {OTHER}") from None
+    if not sound:
+        raise TqaiError(f"{path} is no study of tqai tune, its tables are others or damaged: {OTHER}")
+
+
+def check_study(found: Any, what: str) -> Row:
+    """What a study file or a ``--json`` gave. TqaiError names the field that is wrong."""
+    checked("Study", json.loads(json.dumps(found)) if isinstance(found, dict) else found, what=what, again=OTHER)
+    for row in found["trials"]:
+        row["config"] = Config.from_dict(row["config"]).to_dict()
+    if not set(found["front"]) <= {row["trial"] for row in found["trials"]}:
+        raise TqaiError(f"{what}: field 'front' names trials that are not there: {OTHER}")
+    if "proof" in found and not {"proof_seeds", "kept"} <= found.keys():
+        raise TqaiError(f"{what}: fields 'proof_seeds' and 'kept' go with 'proof': {OTHER}")
+    for name in ("tuned", "config"):
+        if found.get(name):
+            Config.from_dict(found[name])
+    return dict(found)
 
 
 def _known(steps: int, budget: Budget) -> list[Row]:

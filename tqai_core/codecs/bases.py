@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TqaiError
-from ..files import once_per_version, read_with_header, write_tensors
+from ..files import check_tensor, checked, once_per_version, read_with_header, write_tensors
 from ..modelhash import check_model
 from . import rotation
 from .scalar import run_bytes
 
 FIELD, FORMAT = "tqai-bases", 1  # of the file's header
+MOST = 4096  # numbers that one matrix rotates
 BAND = 8  # coordinates that share a width
 # NMSE of a unit-variance coordinate by width: what a bit buys. Measured with the trellis (benchmarks/trellis_levels.py)
 NMSE = (1.0, 0.316, 0.0884, 0.0242, 0.00656, 0.0018, 0.000454, 0.000114, 0.000029)
@@ -110,6 +111,8 @@ def hadamard(d: int, bits: int, seed: int) -> Bases:
     """The random rotation for vectors of ``d``, made once."""
     if (key := (d, bits, seed)) not in _HADAMARD:
         block = rotation.block_size(d)
+        if block > MOST:
+            raise TqaiError(f"vectors of {d} numbers cannot be rotated: beyond {MOST}, give a size that 16 divides")
         matrix = rotation.matrix(block, seed)
         fast = block == d and d & (d - 1) == 0 and d >= 4 * rotation.SMALL
         signs = matrix[0].sign() if fast else None  # the first row of Sylvester's matrix is all ones
@@ -210,28 +213,26 @@ class BasesFile:
         """Read a file of :meth:`save`. TqaiError names the field that is missing or wrong."""
         again = "calibrate again"
         header, tensors = read_with_header(path, FIELD, FORMAT, what="file of tqai bases", make="run tqai calibrate", again=again)
-        try:
-            streams = {
-                name: tuple(
-                    None if runs is None else _basis(tensors[f"{name}/{i}/matrix"], tensors[f"{name}/{i}/scale"], runs)
-                    for i, runs in enumerate(heads)
-                )
-                for name, heads in header["streams"].items()
-            }
-            return BasesFile(streams, int(header["bits"]), str(header["model"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise TqaiError(f"{path}: not a readable file of tqai bases ({error}): {again}") from None
+        checked("Bases", header, what=f"{path}: file of tqai bases", again=again)
+        streams = {
+            name: tuple(None if runs is None else _basis(tensors, f"{name}/{i}", runs) for i, runs in enumerate(heads))
+            for name, heads in header["streams"].items()
+        }
+        return BasesFile(streams, header["bits"], header["model"])
 
 
-def _basis(matrix: Tensor, scale: Tensor, runs: Any) -> Basis:
+def _basis(tensors: Mapping[str, Tensor], name: str, given: list[list[int]]) -> Basis:
+    again, runs = "calibrate again", tuple((a, b, bits) for a, b, bits in given)
+    scale = check_tensor(tensors, f"{name}/scale", (None,), (torch.float32,), again)
     d = len(scale)
-    runs = tuple((int(a), int(b), int(bits)) for a, b, bits in runs)
-    joined = all(left[1] == right[0] for left, right in pairwise(runs))
-    if matrix.shape != (d, d) or not runs or runs[0][0] != 0 or runs[-1][1] != d or not joined:
-        raise TqaiError(f"field 'runs' does not cover the {d} coordinates of the basis: calibrate again")
-    if any(not 0 <= bits <= 8 for _, _, bits in runs):
-        raise TqaiError("field 'runs' has bits outside 0 to 8: calibrate again")
-    return Basis(matrix.float(), runs, scale.float())
+    matrix = check_tensor(tensors, f"{name}/matrix", (d, d), (torch.float16,), again).float()
+    joined = all(left[1] == right[0] for left, right in pairwise(runs)) and all(a < b for a, b, _ in runs)
+    if not joined or runs[0][0] != 0 or runs[-1][1] != d or not any(bits for _, _, bits in runs) or any(bits > 8 for _, _, bits in runs):
+        raise TqaiError(f"field 'runs' of {name} does not cover the {d} coordinates of the basis with 0 to 8 bits: {again}")
+    norms = matrix.square().sum(1)
+    if not bool((scale > 0).all()) or not bool(((norms > 0.9) & (norms < 1.1)).all()):
+        raise TqaiError(f"field 'matrix' or 'scale' of {name} is no basis, its axes have not length 1: {again}")
+    return Basis(matrix, runs, scale)
 
 
 _load = once_per_version(BasesFile.load)

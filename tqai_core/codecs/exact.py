@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import TqaiError
+from ..files import check_tensor
 from ..roles import CacheCodec
-from ..types import Packed
+from ..types import AGAIN, Packed
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,11 @@ class Exact(CacheCodec, name="exact"):
 
     def encode(self, x: Tensor) -> Packed:
         return Packed(self.spec, tuple(x.shape), {"x": x.detach().clone()})
+
+    def verify(self, packed: Packed) -> None:
+        if packed.tensors.keys() != {"x"}:
+            raise TqaiError(f"an exact tensor has the field 'x' alone, this has {', '.join(packed.tensors)[:200]}: {AGAIN}")
+        check_tensor(packed.tensors, "x", packed.shape, (packed.tensors["x"].dtype,), AGAIN)
 
     def decode(self, packed: Packed, dtype: Any = None) -> Tensor:
         x = packed.tensors["x"]

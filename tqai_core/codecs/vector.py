@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import TqaiError
+from ..files import check_tensor
 from ..registry import param
 from ..roles import Codec
-from ..types import Packed
+from ..types import AGAIN, Packed
 from ..workspace import Workspace
 from . import gain, rotation
 from .bases import Bases, Basis, hadamard, load
@@ -24,6 +25,7 @@ from .scalar import run_bytes
 
 MEAN_FROM = 256  # vectors a head from which its mean costs less than a sixteenth of a bit a coordinate
 KINDS = ("lm", "tcq")
+REACH = 8.0  # no level is larger, in standard deviations
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
 
@@ -42,7 +44,7 @@ class VectorCodec(Codec):
 
     bits: int = param(4, "bits a coordinate", low=1, high=8)
     mean: str = param("auto", "remove each head's token mean: auto = from 256 vectors a head", choices=("auto", "always", "never"))
-    basis: str = param("hadamard", "hadamard, or the file of calibrated bases (per-head KLT)")
+    basis: str = param("hadamard", "hadamard, or the file of calibrated bases (per-head KLT)", file=True)
     seed: int = param(0, "seed of the rotation", low=0, high=2**31 - 1)
 
     def quantiser(self, bits: int, d: int | None, device: torch.device, kind: str) -> Quantiser:
@@ -137,6 +139,21 @@ class VectorCodec(Codec):
         fit = torch.clamp(above / below.clamp_min(1e-30), rms * 0.25, rms * 4)
         return code, fit if top is None else fit * top
 
+    def verify(self, packed: Packed) -> None:
+        if packed.meta.get("bits") == 0:  # a step of a stream that sends its prediction alone
+            return
+        n, _, _, d = _check(packed)
+        if "at" not in packed.meta and self.basis == "hadamard" and packed.tensors["codes"].shape[1] != run_bytes(d, self.bits):
+            rows = packed.tensors["codes"].shape[1]
+            raise TqaiError(f"field 'codes' has rows of {rows} bytes, {d} codes take {run_bytes(d, self.bits)}: {AGAIN}")
+        if n == 0:
+            return
+        low, step = packed.tensors["span"].tolist()
+        top = float(gain.decode(packed.tensors["gain"], packed.tensors["span"]).max())
+        mean = float(packed.tensors["mean"].float().abs().max()) if "mean" in packed.tensors else 0.0
+        if step < 0 or not top * REACH * d**0.5 + mean < torch.finfo(torch.float32).max:
+            raise TqaiError(f"field 'span' is {low:g}, {step:g} and the mean goes to {mean:g}: gains that no tensor has; {AGAIN}")
+
     def decode_rotated(self, packed: Packed, dtype: torch.dtype | None = None, bases: Bases | None = None) -> Tensor:
         """The vectors in the basis' own domain, without the mean. Faster than :meth:`decode`.
 
@@ -160,17 +177,12 @@ class VectorCodec(Codec):
         """The tensor again, in ``dtype`` or its own; ``rotated`` as :meth:`decode_rotated` says."""
         if packed.codec != self.spec:
             raise TqaiError(f"packed by {packed.codec!r}, this codec is {self.spec!r}: decode with tqai.codec(packed.codec)")
-        if not packed.shape:
-            raise TqaiError("field 'shape' is empty: vectors have at least one dimension")
-        *lead, d = packed.shape
-        n, tokens = math.prod(lead), lead[-1] if lead else 1
-        heads = max(n // max(tokens, 1), 1)
-        _check(packed, n, heads, d)
+        n, tokens, heads, d = _check(packed)
         kind, codes = packed.meta["kind"], packed.tensors["codes"]
         dtype = dtype or DTYPES[packed.meta["dtype"]]
         plan = self._plan(bases, packed.meta.get("stream"), d, heads, codes.device)
         if codes.shape[1] != plan[0].row_bytes:
-            raise TqaiError(f"field 'codes' has rows of {codes.shape[1]} bytes, expected {plan[0].row_bytes}: save the tensor again")
+            raise TqaiError(f"field 'codes' has rows of {codes.shape[1]} bytes, expected {plan[0].row_bytes}: {AGAIN}")
         gains = gain.decode(packed.tensors["gain"], packed.tensors["span"])[:, None]
         mean = None if rotated else packed.tensors.get("mean")
         work = Workspace(codes.device)
@@ -281,23 +293,19 @@ def _onto(basis: Basis, x: Tensor, mu: Tensor | None, top: Tensor | float | None
     return y, torch.mul(live, live, out=work.take("scaled", live.T.shape).T).sum(-1, keepdim=True).sqrt_() / root
 
 
-def _check(packed: Packed, n: int, heads: int, d: int) -> None:
-    """What a damaged or foreign file may have wrong, by field."""
-    wanted: dict[str, Any] = {
-        "codes": ((n, ...), (torch.uint8,)),
-        "gain": ((n,), (torch.uint8, torch.uint16)),
-        "span": ((2,), (torch.float32,)),
-    }
+def _check(packed: Packed) -> tuple[int, int, int, int]:
+    """What a damaged or foreign file may have wrong, by field. Vectors, tokens, heads and the size of a vector."""
+    if not packed.shape:
+        raise TqaiError(f"field 'shape' is empty, vectors have at least one dimension: {AGAIN}")
+    *lead, d = packed.shape
+    n, tokens = math.prod(lead), lead[-1] if lead else 1
+    heads = max(n // max(tokens, 1), 1)
+    check_tensor(packed.tensors, "codes", (n, None), (torch.uint8,), AGAIN)
+    check_tensor(packed.tensors, "gain", (n,), (torch.uint8, torch.uint16), AGAIN)
+    check_tensor(packed.tensors, "span", (2,), (torch.float32,), AGAIN)
     if "mean" in packed.tensors:
-        wanted["mean"] = ((heads, d), (torch.bfloat16,))
-    for name, (shape, dtypes) in wanted.items():
-        tensor = packed.tensors.get(name)
-        if tensor is None:
-            raise TqaiError(f"field {name!r} is missing: save the tensor again")
-        sizes = tuple(b if a is ... else a for a, b in zip(shape, tensor.shape, strict=False))
-        if tuple(tensor.shape) != sizes or tensor.dtype not in dtypes:
-            raise TqaiError(f"field {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtypes[0]} {shape}: save the tensor again")
-    if packed.meta.get("kind") not in KINDS or packed.meta.get("dtype") not in DTYPES:
-        raise TqaiError(
-            f"field 'kind' or 'dtype' is unknown ({packed.meta.get('kind')!r}, {packed.meta.get('dtype')!r}): save the tensor again"
-        )
+        check_tensor(packed.tensors, "mean", (heads, d), (torch.bfloat16,), AGAIN)
+    kind, dtype = packed.meta.get("kind"), packed.meta.get("dtype")
+    if kind not in KINDS or dtype not in DTYPES:
+        raise TqaiError(f"field 'kind' or 'dtype' is unknown ({kind!r}, {dtype!r}): {AGAIN}")
+    return n, tokens, heads, d

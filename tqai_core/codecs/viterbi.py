@@ -10,7 +10,6 @@ so that the decoder needs the code and two bits of its neighbours only: it is pa
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files import read_json
 from ..workspace import Workspace
 from . import packing
 from .levels import Grid
@@ -31,7 +31,7 @@ LEVELS = Path(__file__).with_name("trellis_levels.json")  # positive halves, by 
 @lru_cache(maxsize=8)
 def trellis_levels(bits: int) -> Tensor:
     """The ``2 ** (bits + 1)`` levels, ascending and symmetric, trained for a Gaussian of unit variance."""
-    half = torch.tensor(json.loads(LEVELS.read_text())[str(bits)], dtype=torch.float32)
+    half = torch.tensor(read_json(LEVELS, what="table of levels", again="install tqai-core again")[str(bits)], dtype=torch.float32)
     return torch.cat([-half.flip(0), half])
 
 

@@ -26,8 +26,9 @@ class Host:
     targets: str  # what it takes, in words, for the error that lists all hosts
 
     def takes(self, target: Any) -> bool:
-        """Whether the class of ``target``, or one of its bases, is the library's."""
-        return any(cls.__module__.partition(".")[0] == self.library for cls in type(target).__mro__)
+        """Whether the class of ``target``, or one of its bases, is the library's; also under the wrapper of torch.compile."""
+        kind = type(getattr(target, "_orig_mod", target))
+        return any(cls.__module__.partition(".")[0] == self.library for cls in kind.__mro__)
 
     def attach(self, target: Any, config: Config | None, steps: int | None) -> Handle:
         module = importlib.import_module(self.module, __package__)

@@ -18,23 +18,26 @@ predicted, and what a step reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..codecs import split
-from ..codecs.rows import Rows, rows
-from ..codecs.split import Split
+from ..codecs.rows import BITS, Rows, rows
+from ..codecs.split import UNIT, Split
 from ..errors import TqaiError
+from ..files import check_tensor
 from ..types import nbytes
 from .policy import Policy, order
-from .segments import BitTier, PackBatch, Plan, Segment, cut, encode, extend, rows_in
+from .segments import AGAIN, FLOATS, SEGMENT, BitTier, PackBatch, Plan, Segment, cut, encode, extend, rows_in
 from .statistics import SAMPLE, KeyStatistics, sample
 
-AGAIN = "save the cache again"
 FLUSH = 32  # tokens that leave the recent window together
+STATISTICS = ("mean", "scale", "_q2")
+LEAST = (("scale", 1e-12), ("_q2", -1e-30))  # energies may be 0
+LARGEST = 1e12  # of all numbers in a file: no model has such keys, and products of two stay within fp32
 
 
 class PackedKV:
@@ -392,27 +395,28 @@ class PackedKV:
     def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
         """What :meth:`state` gave, checked field by field; TqaiError names what does not fit."""
         self.clear()
-        if header["plan"] != vars(self.plan):
-            raise TqaiError(f"the file was written with {header['plan']}, this cache is {vars(self.plan)}: give the same config")
-        self.basis, self.bits_v = tensors.get("basis"), tuple(header["bits_v"])
-        self.statistics = KeyStatistics(tensors.get("mean"), tensors.get("scale"), tensors.get("_q2"))
-        if (self.basis is None) != (len(self.bits_v) == 1):
-            raise TqaiError(f"field 'basis' does not go with 'bits_v': {AGAIN}")
-        if "keys" not in tensors or "values" not in tensors:
-            if header["length"]:
-                raise TqaiError(f"field 'keys' or 'values' is missing: {AGAIN}")
+        if header.get("plan") != vars(self.plan):
+            raise TqaiError(f"the file was written with {header.get('plan')}, this cache is {vars(self.plan)}: give the same config")
+        if header["length"] == 0 and not {"keys", "values"} & tensors.keys():
             return
-        self.start(tensors["keys"], tensors["values"])
-        self.keys, self.values = tensors["keys"], tensors["values"]
+        keys = check_tensor(tensors, "keys", (None,) * 4, FLOATS, AGAIN)
+        values = check_tensor(tensors, "values", (*keys.shape[:3], None), (keys.dtype,), AGAIN)
+        exact = ("keys", "values") if header.get("exact_why") else ()  # a layer may be held exact because of NaN or inf
+        check_range({name: tensor for name, tensor in tensors.items() if name not in exact})
+        self.start(keys, values)
+        self.keys, self.values = keys, values
+        _side(self, tensors, tuple(header["bits_v"]))
         for kind, segments in (("segments", self.segments), ("fine", self.fine)):
             for i in range(header[kind]):
                 segments.append(_segment(tensors, f"{kind}.{i}", self.keys.shape[:2], *self.coders(kind == "fine")))
+        if self.packed and (keys.shape[2] < self.plan.sink or (self.statistics.mean is None) != (self.plan.calibrate == 0)):
+            raise TqaiError(f"field 'mean' or the first {self.plan.sink} keys are missing, with {self.packed} tokens packed: {AGAIN}")
         own = {name.removeprefix("policy."): tensor for name, tensor in tensors.items() if name.startswith("policy.")}
-        self.policy.restore(own, header.get("policy", {}), len(self.keys), self.packed, self.packed - sum(map(len, self.segments)))
+        self.policy.restore(own, header.get("policy") or {}, keys, self.packed, self.packed - sum(map(len, self.segments)))
         self.length, self.exact_why, self.moved = header["length"], header["exact_why"], bool(header.get("moved"))
         self._restore_pads(tensors.get("pads"))
-        if self.packed + self.keys.shape[2] != self.length:
-            raise TqaiError(f"field 'length' says {self.length}, the tensors hold {self.packed + self.keys.shape[2]}: {AGAIN}")
+        if self.packed + keys.shape[2] != self.length:
+            raise TqaiError(f"field 'length' says {self.length}, the tensors hold {self.packed + keys.shape[2]}: {AGAIN}")
 
     def _restore_pads(self, pads: Tensor | None) -> None:
         """The padding of a file, checked; files of caches without padding have none."""
@@ -424,15 +428,40 @@ class PackedKV:
             raise TqaiError(f"field 'pads' says {self.most_pads} of {self.length} tokens: {AGAIN}")
 
 
+def check_range(tensors: Mapping[str, Tensor]) -> None:
+    """TqaiError names a tensor with NaN, inf, or numbers from which attention overflows."""
+    for name, x in tensors.items():
+        if x.is_floating_point() and x.numel() and not bool((x.abs() < LARGEST).all()):
+            raise TqaiError(f"field {name!r} is damaged, it has NaN, inf or numbers beyond {LARGEST:g}: {AGAIN}")
+
+
+def _side(kv: PackedKV, tensors: dict[str, Tensor], bits_v: tuple[int, ...]) -> None:
+    """Statistics of the keys and axes of the values."""
+    (keys, values), again = kv.exact, AGAIN
+    b, h, d = keys.shape[0], keys.shape[1], keys.shape[3]
+    known = {name: check_tensor(tensors, name, (b, h, 1, d), (torch.float32,), again) for name in STATISTICS if name in tensors}
+    if ("mean" in known) != ("scale" in known) or any(not bool((known[name] > low).all()) for name, low in LEAST if name in known):
+        raise TqaiError(f"field 'mean', 'scale' or '_q2' is missing or damaged: {again}")
+    kv.statistics = KeyStatistics(*(known.get(name) for name in STATISTICS))
+    if ("basis" in tensors) != (len(bits_v) == 2) or (len(bits_v) == 1 and bits_v != (kv.plan.bits_v,)):
+        raise TqaiError(f"field 'basis' does not go with 'bits_v': {again}")
+    if "basis" in tensors:
+        basis = check_tensor(tensors, "basis", (h, None, values.shape[3]), (torch.int8,), again)
+        r = basis.shape[1]
+        if r % UNIT or not 0 < r <= values.shape[3] // 2 or not set(bits_v) <= set(BITS) or not bool(basis.any(-1).all()):
+            raise TqaiError(f"field 'basis' {list(basis.shape)} of {list(bits_v)} bits is damaged: {again}")
+        kv.basis, kv.bits_v = basis, bits_v
+
+
 def _segment(tensors: dict[str, Tensor], name: str, shape: torch.Size, coder_k: Rows, coder_v: Rows | Split) -> Segment:
     """The segment of a file, checked field by field."""
-    parts = []
-    for part, coder in (("codes_k", coder_k), ("gain_k", coder_k), ("codes_v", coder_v), ("gain_v", coder_v)):
-        tensor = tensors.get(f"{name}.{part}")
-        if tensor is None:
-            raise TqaiError(f"field '{name}.{part}' is missing: {AGAIN}")
-        dtype, last = (torch.uint8, coder.row_bytes) if part.startswith("codes") else (torch.bfloat16, tensor.shape[-1])
-        if tensor.dtype != dtype or tensor.shape[:2] != shape or tensor.shape[-1] != last:
-            raise TqaiError(f"field '{name}.{part}' is {tensor.dtype} {tuple(tensor.shape)}: {AGAIN}")
-        parts.append(tensor)
+    parts: list[Tensor] = []
+    for part, coder in (("k", coder_k), ("v", coder_v)):
+        size = parts[0].shape[2] if parts else None
+        codes = check_tensor(tensors, f"{name}.codes_{part}", (*shape, size, coder.row_bytes), (torch.uint8,), AGAIN)
+        runs = (2,) if isinstance(coder, Split) else ()
+        gain = check_tensor(tensors, f"{name}.gain_{part}", (*shape, codes.shape[2], *runs), (torch.bfloat16,), AGAIN)
+        if not 0 < codes.shape[2] <= SEGMENT:
+            raise TqaiError(f"field '{name}.codes_{part}' is of {codes.shape[2]} tokens, a segment has {SEGMENT} at most: {AGAIN}")
+        parts += [codes, gain]
     return Segment(*parts)

@@ -28,8 +28,9 @@ from torch import Tensor
 from ..codecs.rows import Rows, rows
 from ..config import Config
 from ..errors import TqaiError
+from ..files import check_tensor
 from ..roles import BlockPredictor, BlockReader, BlockScorer, LayerScorer, Monitor, PackMonitor, Scorer, Strategy, TokenScorer, TokenSorter
-from .segments import SEGMENT, UNCHANGED, Adjustment, BitTier, PackBatch, Plan
+from .segments import AGAIN, FLOATS, SEGMENT, UNCHANGED, Adjustment, BitTier, PackBatch, Plan
 
 FLUSH = 256  # most tokens that are judged together
 COEFFICIENT = 4  # bits of the coefficients that predict keys, and of centroids: their error comes back in the residual
@@ -341,10 +342,12 @@ class Policy:
             "lead": self.first_block_len, "read": [self.read, self.readable],
         }  # fmt: skip
 
-    def restore(self, tensors: dict[str, Tensor], header: dict[str, Any], batch: int, packed: int, fine: int) -> None:
-        """What :meth:`state` gave, for a cache of ``batch`` sequences with ``packed`` tokens, ``fine`` of them fine. TqaiError names
+    def restore(self, tensors: dict[str, Tensor], header: dict[str, Any], keys: Tensor, packed: int, fine: int) -> None:
+        """What :meth:`state` gave, for a cache like ``keys [B, H, n, D]`` with ``packed`` tokens, ``fine`` of them fine. TqaiError names
         what does not belong together."""
         self.clear()
+        if self.plain != (not header) or (self.plain and tensors):
+            raise TqaiError(f"field 'policy' does not go with the config: {AGAIN}")
         if self.plain:
             return
         self.predicts, self.residual_energy, self.decisions = header["gate"], header["residual"], list(header["decisions"])
@@ -354,14 +357,32 @@ class Policy:
         for name, tensor in tensors.items():
             role, dot, own = name.partition(".")
             (self.states[role] if dot else self.tensors)[own or name] = tensor
-        for name, dim, size in self._sizes(packed):
-            held = self.tensors.get(name)
-            if held is not None and (held.shape[0] != batch or held.shape[dim] != size):
-                raise TqaiError(f"field 'policy.{name}' is {tuple(held.shape)}, it should be of {size}: save the cache again")
-        if self.predicts and packed and "codes" not in self.tensors:
-            raise TqaiError("field 'policy.codes' is missing: save the cache again")
-        if fine != (int(self.tensors["tier"][0].sum()) if "tier" in self.tensors else 0):
-            raise TqaiError("field 'policy.tier' is missing or names rows that are not there: save the cache again")
+        b, h, d = keys.shape[0], keys.shape[1], keys.shape[3]
+        if not 0 <= self.first_block_len < self.strategy.span or (self.terms == 0 and self.predicts) or self.read > self.readable:
+            raise TqaiError(f"field 'policy' does not go with strategy {self.strategy.name!r}: {AGAIN}")
+        blocks = self._sizes(packed)[1][2]
+        terms = self.terms or 1
+        shapes: dict[str, tuple[tuple[int | None, ...], torch.dtype]] = {
+            "tier": ((b, packed), torch.uint8), "codes": ((b, h, blocks, terms, d * COEFFICIENT // 8), torch.uint8),
+            "gain": ((b, h, blocks, terms), torch.bfloat16), "scores": ((b, blocks), torch.bfloat16),
+        }  # fmt: skip
+        needed = {"codes", "gain"} if packed and (self.predicts or self.reads_by_query) else set()
+        named = {f"policy.{name}": tensor for name, tensor in self.tensors.items()}
+        for name in sorted(self.tensors.keys() | needed):
+            if name == "queries":
+                q = check_tensor(named, f"policy.{name}", (b, None, None, d), FLOATS, AGAIN)
+                if q.shape[1] % h or not 0 < q.shape[2] <= self.recent_queries:
+                    raise TqaiError(f"field 'policy.queries' is {list(q.shape)}: {AGAIN}")
+            elif name not in shapes:
+                raise TqaiError(f"field 'policy.{name[:80]}' is unknown: {AGAIN}")
+            else:
+                check_tensor(named, f"policy.{name}", shapes[name][0], (shapes[name][1],), AGAIN)
+        if any(x.ndim == 0 or len(x) != b for store in self.states.values() for x in store.values() if isinstance(x, Tensor)):
+            raise TqaiError(f"field 'policy.scorer' or 'policy.monitor' is not of {b} sequences: {AGAIN}")
+        tier = self.tensors.get("tier")
+        counts = {0} if tier is None else {*tier.long().sum(1).tolist()}
+        if counts != {fine} or (tier is not None and int(tier.max()) > 1):
+            raise TqaiError(f"field 'policy.tier' is missing or names rows that are not there: {AGAIN}")
 
     def report(self, tiers: Sequence[BitTier]) -> dict[str, Any]:
         """What the methods did to ``tiers``: exact average bits, share of fine tokens, prediction, share of the blocks read."""

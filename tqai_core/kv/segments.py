@@ -13,6 +13,8 @@ from torch import Tensor
 from ..codecs.rows import Rows
 from ..codecs.split import Split
 
+AGAIN = "save the cache again"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SEGMENT = 1024  # tokens of a full segment
 
 

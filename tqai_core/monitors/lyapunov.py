@@ -70,6 +70,10 @@ class Lyapunov(
             return Decision(False, "estimate within the tolerance", estimate)
         return Decision(True, why, estimate)
 
+    def restart(self, state: dict[str, Any]) -> None:
+        for name in ("nodes", "error", "remainder", "repeat_error"):
+            state.pop(name, None)
+
     def gives_up(self, state: dict[str, Any]) -> str | None:
         error, most = state.get("error"), NOISY * self.tau
         waited = state.get("fresh_noise") and len(state["sigmas"]) >= LOOK and "forecasts" not in state

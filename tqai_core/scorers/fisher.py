@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TqaiError
-from ..files import once_per_version, read_tensors
+from ..files import checked, header_of, once_per_version, read_tensors
 from ..modelhash import check_model
 from ..registry import param
 from ..roles import History, LayerScorer, StepScorer
@@ -25,7 +24,7 @@ class Fisher(StepScorer, LayerScorer, name="fisher", paper="Gauss-Newton Fisher 
     At level kv the keys or values of the layers that matter most get one size more.
     """
 
-    file: str = param("", "the table that tqai calibrate wrote")
+    file: str = param("", "the table that tqai calibrate wrote", file=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,21 +73,26 @@ def _content(file: str) -> tuple[dict[str, Any], Tensor, list[float], Tensor]:
     damage at 4 bits, or summed sensitivity. TqaiError names the field that is wrong."""
     again = f"it is missing or damaged, run `tqai calibrate -m MODEL -o {file}`"
     metadata, tensors = read_tensors(file, what="fisher table", again=again)
-    try:
-        header = json.loads(metadata.get("tqai-calibration", "{}"))
-    except ValueError as error:
-        raise TqaiError(f"{file}: field 'tqai-calibration' is no JSON ({error}): {again}") from None
+    header = header_of(metadata, "tqai-calibration", what=f"{file}: fisher table", again=again) or {}
+    checked("TableHeader", header, what=f"{file}: fisher table", again=again)
     if header and not header.get("complete"):
         raise TqaiError(f"{file!r} is a calibration that was stopped: run the same tqai calibrate command again to finish it")
     table, sigmas, damage = (tensors.get(name) for name in ("fisher", "sigmas", "damage"))
-    if table is None or table.ndim != 4 or table.shape[2] != 2 or not bool(torch.isfinite(table).all()) or not bool((table >= 0).all()):
+    if table is None or table.ndim != 4 or table.shape[2] != 2 or table.numel() == 0 or not _weights(table):
         raise TqaiError(f"field 'fisher' of {file!r} is no table [layers, heads, 2, bands] of finite sensitivities: calibrate again")
-    if sigmas is None or sigmas.shape != table.shape[3:]:
+    if sigmas is None or sigmas.shape != table.shape[3:] or not sigmas.is_floating_point():
         raise TqaiError(f"field 'sigmas' of {file!r} must give the sigma of each of the {table.shape[3]} bands: calibrate again")
     units = table.float().sum((1, 3))
-    if damage is not None and damage.ndim == 5 and damage.shape[:4] == table.shape and damage.shape[4] >= 4:
+    if damage is not None:
+        if damage.ndim != 5 or damage.shape[:4] != table.shape or damage.shape[4] < 4 or not _weights(damage):
+            raise TqaiError(f"field 'damage' of {file!r} is no table {list(table.shape)} of 4 or more widths: calibrate again")
         units = damage[..., 3].float().sum((1, 3))
     return header, table.float(), sigmas.tolist(), units
+
+
+def _weights(table: Tensor) -> bool:
+    """Whether all are numbers from 0 on, and their sum is one that can be divided by."""
+    return table.is_floating_point() and bool((table >= 0).all()) and 0 < float(table.float().sum()) < float("inf")
 
 
 def origin(file: str, field: str = "model") -> str | None:

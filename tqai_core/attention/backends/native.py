@@ -1,9 +1,10 @@
 """The packed attention of a few queries in C: ``packed.c``, built once by the system's compiler and loaded by ctypes.
 
 Nothing is built at import. The first decode step on a CPU builds (seconds) or finds the library under
-``~/.cache/tqai`` (``TQAI_CACHE`` names another folder), in a file named by the source, the compiler, its options and the
-CPU's flags. Before it is trusted its results are compared with torch's. Whatever fails leaves the torch path, and
-:func:`status` says why. ``TQAI_NATIVE=0`` switches it off.
+``~/.cache/tqai`` (``TQAI_CACHE`` names another folder), in a file named by a hash of the source, the compiler, its options and
+the CPU's flags, and by a hash of its own content. A library runs as code of the user: it is loaded only from a folder and a
+file that nobody else can write, and only if its content has the hash of its name. Then its results are compared with torch's.
+Whatever fails leaves the torch path, and :func:`status` says why. ``TQAI_NATIVE=0`` switches it off.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -107,31 +110,46 @@ def build(folder: Path | None = None, flags: Sequence[str] = ()) -> Path:
 
     Raises RuntimeError or OSError where there is no compiler, or none that works.
     """
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    compiler = next((found for name in names if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise RuntimeError(f"no C compiler: looked for {', '.join(names)}")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    command = compiler()
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout
     source = SOURCE.read_bytes()
-    parts = [source.decode(), version, *OPTIONS, *flags, platform.machine(), platform.system(), _cpu()]
+    parts = [source.decode(), version, *command, *OPTIONS, *flags, platform.machine(), platform.system(), _cpu()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = cache() if folder is None else folder
-    path = folder / f"packed-{key}.so"
-    if path.is_file():
-        return path
-    with tempfile.TemporaryDirectory(dir=folder) as there:  # same disk: the finished file appears at once or not at all
+    _check_private(folder)
+    if found := sorted(folder.glob(f"packed-{key}-*.so")):
+        return found[0]
+    with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as there:  # the same disk: the finished file appears at once
         out = Path(there) / "out.so"
         for tune in TUNE:
-            command = [compiler, *OPTIONS, *tune, *flags, str(SOURCE), "-o", str(out), "-lm"]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            run = subprocess.run(
+                [*command, *OPTIONS, *tune, *flags, str(SOURCE), "-o", str(out), "-lm"], capture_output=True, text=True, timeout=300
+            )
             if run.returncode == 0 and out.is_file():
+                with open(out, "rb+") as f:
+                    os.fsync(f.fileno())  # a power cut must not leave the name without the content
+                    path = folder / f"packed-{key}-{_hash(f.read())}.so"
+                os.chmod(out, 0o700)
                 os.replace(out, path)
                 return path
-    raise RuntimeError(f"{compiler} failed: {run.stderr.strip() or f'exit status {run.returncode}'}")
+    raise RuntimeError(f"{shlex.join(command)} failed: {run.stderr.strip() or f'exit status {run.returncode}'}")
+
+
+def compiler() -> list[str]:
+    """The words of the command that compiles: those of ``CC``, or the first of cc, gcc and clang that is here."""
+    asked = os.environ.get("CC", "")
+    try:
+        commands = [shlex.split(asked, posix=os.name == "posix")] if asked.strip() else [["cc"], ["gcc"], ["clang"]]
+    except ValueError as error:
+        raise RuntimeError(f"CC={asked!r} is no command ({error})") from None
+    for name, *options in commands:
+        if path := shutil.which(name):
+            return [path, *options]
+    raise RuntimeError(f"no C compiler: looked for {', '.join(words[0] for words in commands)}")
 
 
 def cache() -> Path:
-    """The user's cache folder, made if it is missing; a folder of this process alone where none can be written."""
+    """The user's cache folder, made if it is missing; where there is none to write to, one folder a user among temporary files."""
     named = os.environ.get("TQAI_CACHE")
     try:
         folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqai"
@@ -141,7 +159,48 @@ def cache() -> Path:
     except (OSError, RuntimeError):
         if named:
             raise
-        return Path(tempfile.mkdtemp(prefix="tqai-"))  # never a shared, guessable name
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        folder = Path(tempfile.gettempdir()) / f"tqai-{user}"  # anybody can guess the name: _check_private says whether it is ours
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+
+def _check_private(folder: Path) -> None:
+    """RuntimeError unless ``folder`` is one that nobody but this user and root can write to, replace, or lead elsewhere."""
+    cure = "make it yours alone (chmod 700), or set TQAI_CACHE to a folder that is"
+    if stat.S_ISLNK(os.lstat(folder).st_mode):
+        raise RuntimeError(f"cache folder {folder} is a symbolic link: set TQAI_CACHE to the folder itself")
+    if why := _others(os.lstat(folder)):
+        raise RuntimeError(f"cache folder {folder} {why}: {cure}")
+    for parent in folder.resolve().parents:
+        if why := _others(parent.stat(), parent=True):
+            raise RuntimeError(f"cache folder {folder}: {parent} above it {why}: {cure}")
+
+
+def _others(found: os.stat_result, parent: bool = False) -> str:
+    """How somebody else could write here, or "". Who owns a parent can swap what is in it; a sticky one protects it."""
+    if os.name != "posix":  # no owners and modes; the folders of a user are closed to others there
+        return ""
+    if found.st_uid != os.geteuid() and not (parent and found.st_uid == 0):
+        return f"belongs to user {found.st_uid}"
+    sticky = parent and found.st_mode & stat.S_ISVTX
+    return "can be written by others" if found.st_mode & 0o022 and not sticky else ""
+
+
+def _check_library(path: Path) -> None:
+    """RuntimeError for a link, another user's file, or content that has not the hash of its name."""
+    cure = "delete it, and it is built again"
+    if not stat.S_ISREG((found := os.lstat(path)).st_mode):
+        raise RuntimeError(f"library {path} is a symbolic link or no file: {cure}")
+    if why := _others(found):
+        raise RuntimeError(f"library {path} {why}: {cure}")
+    with open(path, "rb") as f:  # nobody else can swap it in a folder that _check_private passed
+        if _hash(f.read()) != path.stem.rpartition("-")[2]:
+            raise RuntimeError(f"library {path} was changed or cut off after it was built: {cure}")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _cpu() -> str:
@@ -154,6 +213,9 @@ def _cpu() -> str:
 
 
 def load(path: Path) -> ctypes.CDLL:
+    """The library of :func:`build`, checked before the system maps it: a truncated one would end the process."""
+    _check_private(path.parent)
+    _check_library(path)
     library = ctypes.CDLL(str(path))
     library.tqai_attend.argtypes, library.tqai_attend.restype = [ctypes.POINTER(_Job)], ctypes.c_int
     library.tqai_kind.argtypes, library.tqai_kind.restype = [], ctypes.c_char_p

@@ -103,6 +103,11 @@ def _set_processor(attn: Any, processor: Any, handle: Handle) -> None:
 
 def _check(name: str, model: Any, config: Config) -> tuple[Family, set[str]]:
     """The model's family and the names of its modules that must stay exact; TqaiError for what the model does not have."""
+    if hasattr(model, "_orig_mod"):
+        raise TqaiError(
+            f"this {name} is compiled as a whole, and a forecast is made outside of it: call tqai.apply first, then compile its blocks "
+            "(transformer.compile_repeated_blocks())"
+        )
     family = family_of(model)
     if is_attached(model):
         raise TqaiError(f"tqai is already applied to this {name}: call handle.remove() first")

@@ -46,6 +46,9 @@ class SchedulerClock:
 
     def reset(self) -> None:
         self.timesteps: Any = None
+        self.bypass: str | None = None
+        self.calls = -1
+        self.seen: float | None = None  # the last timestep, in runs that are computed exactly
 
     def tick(self, timestep: Any, family: Family, context: Any) -> Tick:
         scheduler = self.pipe.scheduler
@@ -54,17 +57,35 @@ class SchedulerClock:
             self.timesteps = scheduler.timesteps
             sigmas = getattr(scheduler, "sigmas", None)
             self.sigmas = [] if sigmas is None else torch.as_tensor(sigmas).float().cpu().tolist()
-            self.start = self._position(timestep, family, first=True)
+            self.bypass = self._unusable()
+            self.calls, self.seen = -1, None
+            self.start = 0 if self.bypass else self._position(timestep, family, first=True)
+        if self.bypass:
+            return self._counted(timestep, fresh)
         at = self._position(timestep, family)
-        bypass = None
-        if getattr(scheduler, "order", 1) != 1:
-            bypass = f"{type(scheduler).__name__} evaluates a step {scheduler.order} times: skipping is proven for one evaluation a step"
-        elif len(self.sigmas) < len(self.timesteps):
-            bypass = f"{type(scheduler).__name__} has no sigmas: use a flow-matching scheduler"
         sigma = self.sigmas[at] if at < len(self.sigmas) else 0.0
         after = self.sigmas[at + 1] if not adds_noise(scheduler) and at + 1 < len(self.sigmas) else None
         last = at == len(self.timesteps) - 1
-        return Tick(at, Step(at, sigma, len(self.timesteps) - self.start, last, self._width(at), after), fresh, bypass)
+        return Tick(at, Step(at, sigma, len(self.timesteps) - self.start, last, self._width(at), after), fresh)
+
+    def _unusable(self) -> str | None:
+        """Why runs with this scheduler are computed exactly, or None."""
+        scheduler, name = self.pipe.scheduler, type(self.pipe.scheduler).__name__
+        if len(self.sigmas) < len(self.timesteps) or not hasattr(scheduler, "step_index"):
+            return f"{name} tells no sigma of a step: use a flow-matching scheduler"
+        if max(self.sigmas) > 1 + 1e-3:
+            return f"{name} has sigmas up to {max(self.sigmas):.3g}, which is no flow-matching schedule (0 to 1): use one of these"
+        if getattr(scheduler, "order", 1) != 1:
+            return f"{name} evaluates a step {scheduler.order} times: skipping is proven for one evaluation a step"
+        return None
+
+    def _counted(self, timestep: Any, fresh: bool) -> Tick:
+        """The evaluation by a new value of ``timestep``, for a run that is computed exactly."""
+        now = float(torch.as_tensor(timestep).flatten()[-1])
+        self.calls += now != self.seen
+        self.seen = now
+        total = len(self.timesteps)
+        return Tick(self.calls, Step(self.calls, 0.0, total, self.calls == total - 1), fresh, self.bypass)
 
     def _width(self, at: int) -> float:
         """The step from here relative to the mean step of the schedule."""

@@ -15,11 +15,13 @@ from ...config import Config
 from ...families.base import Family
 from ...flow import Flow
 from ...handle import Handle
+from ...inputs import Inputs
 from ...types import Where
 from .clock import EXPERTS, CallClock, Clock, SchedulerClock, pipelines_on_the_stack
 from .sites import ModuleSite
 from .token_order import TokenOrder
 
+PASSING = ("timestep", "return_dict")  # arguments that say nothing of the history
 TEXT = ("encoder_hidden_states", "encoder_hidden_states_image", "attention_kwargs")  # arguments that hold the text
 
 
@@ -67,6 +69,7 @@ class RootHook(ModelHook):
         self.branches: Counter[str] = Counter()
         self.sibling: str | None = None  # the branch that ran before in this step
         self.output: Any = None  # class of the transformer's output
+        self.inputs = Inputs(moving=("hidden_states",))
         self._forget_text()
 
     def _forget_text(self) -> None:
@@ -108,6 +111,8 @@ class RootHook(ModelHook):
         nth = self.branches[name]
         branch = name if nth == 1 and context is not None else f"{name}{nth - 1}"
         sibling, self.sibling = self.sibling, branch
+        if flow.bypass_reason is None and (why := self.inputs.change(branch, {k: v for k, v in kwargs.items() if k not in PASSING})):
+            flow.restart(why)
         if self.patch.config.level != "model":
             return self._armed(branch, sibling, compute, args, kwargs)
         outputs: list[Any] = []
@@ -143,6 +148,7 @@ class RootHook(ModelHook):
                 other.begin()
             flow.begin(tick.bypass or ("all blocks are in skip_layers" if patch.whole else None))
             flow.memory.grid = patch.family.grid(module, kwargs)
+            self.inputs.clear()
             self._forget_text()
         self.key, self.branches, self.sibling = tick.key, Counter(), None
         flow.enter(tick.step)

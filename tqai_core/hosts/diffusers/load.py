@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...errors import TqaiError
+from ...files import read_json
 from ...text import first_line
 
 
@@ -20,7 +20,7 @@ def pipeline(name: str | Path, dtype: torch.dtype | None = None, **options: Any)
     """
     index = Path(name).expanduser() / "model_index.json"
     try:
-        parts = json.loads(index.read_text()) if index.is_file() else {}
+        parts = read_json(index, what="pipeline", again="download it again") if index.is_file() else {}
         absent = {part: None for part, kind in parts.items() if kind == [None, None]}
         pipe = DiffusionPipeline.from_pretrained(str(index.parent if parts else name), dtype=dtype, **absent, **options)
     except Exception as error:

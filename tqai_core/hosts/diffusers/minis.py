@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,10 +15,11 @@ from einops import rearrange
 from torch import Tensor
 
 from ...errors import TqaiError
-from ...files import read_tensors
+from ...files import model_config, read_tensors
 from ...minis import names
 
 PIPELINES = {"flux": "FluxPipeline", "sd3": "StableDiffusion3Pipeline", "wan": "WanPipeline"}
+CLASSES = {"flux": "FluxTransformer2DModel", "sd3": "SD3Transformer2DModel", "wan": "WanTransformer3DModel"}
 PIXELS, FRAMES = 128, 33  # what pipelines divide by 8 and 4 to get 16 x 16 and 9 frames
 EMPTY = 10  # the class of the empty prompt
 
@@ -60,7 +60,7 @@ def _file(kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
 def transformer(kind: str) -> Any:
     """A fresh copy of the trained transformer, fp32, in eval mode."""
     header, weights = _file(kind)
-    model = getattr(diffusers, header["cls"])(**json.loads(header["config"]))
+    model = getattr(diffusers, CLASSES[kind])(**model_config(header))
     model.load_state_dict({k.removeprefix("transformer."): v for k, v in weights.items() if k.startswith("transformer.")})
     return model.eval().requires_grad_(False)
 

@@ -14,7 +14,8 @@ from mlx_lm.models import cache as caches
 
 from ...config import Config
 from ...errors import TqaiError
-from ...kv.segments import Plan
+from ...files import check_head
+from ...kv.segments import AGAIN, Plan
 from ...report import Report
 from ..language import CacheHandle, LayerFigures, Usage, cache_report, kv_config, layer_plans
 from .cache import PackedKVCache, hook
@@ -90,9 +91,10 @@ def load_prompt_cache(path: str | Path, model: Any = None) -> PromptCache:
     had = known.get("PackedKVCache")
     known["PackedKVCache"] = PackedKVCache  # mlx-lm looks classes up by name in its own module
     try:
+        check_head(path, what="prompt cache", again=AGAIN)
         layers = caches.load_prompt_cache(str(path))
-    except (RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
-        raise TqaiError(f"{path}: not a readable prompt cache ({error}): save the cache again") from None
+    except (RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, OSError) as error:
+        raise TqaiError(f"{path}: not a readable prompt cache ({str(error)[:300]}): {AGAIN}") from None
     finally:
         if had is None:
             del known["PackedKVCache"]

@@ -13,9 +13,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import base
 from mlx_lm.models import cache as caches
 
+from ...codecs.rows import BITS
 from ...errors import TqaiError
 from ...kv.cache import FLUSH
-from ...kv.segments import Plan
+from ...kv.segments import AGAIN, Plan
 from ...kv.statistics import KeyStatistics, sample
 from ..language import Usage
 from .rows import Rows, group_of
@@ -236,18 +237,49 @@ class PackedKVCache(caches._BaseCache):
 
     @state.setter
     def state(self, given: Sequence[Any]) -> None:
-        (head_k, head_v, tail_k, tail_v, *statistics), keys, values, numbers = given
-        offset, count, *plan, interleaved = (int(n) for n in numbers)
-        self._begin(Plan(*plan), bool(interleaved))  # mlx-lm makes the object without __init__
+        try:
+            (head_k, head_v, tail_k, tail_v, mean, scale, energy), keys, values, numbers = given
+            offset, count, *plan, interleaved = (int(n) for n in numbers)
+            self._begin(Plan(*plan), bool(interleaved))  # mlx-lm makes the object without __init__
+        except (TypeError, ValueError) as error:
+            raise TqaiError(f"this is no state of a packed cache ({str(error)[:200]}): {AGAIN}") from None
+        if min(offset, count, *plan) < 0 or max(offset, count, *plan) >= 2**31 or not {*plan[:2]} <= {*BITS}:
+            raise TqaiError(f"the state has numbers out of range ({offset}, {count}, {plan}): {AGAIN}")
         self.head = None if head_k is None else (head_k, head_v)
         self.tail = None if tail_k is None else (tail_k, tail_v)
-        self.statistics = KeyStatistics(*statistics)
+        self.statistics = KeyStatistics(mean, scale, energy)
+        if self.tail is not None:
+            check_state(self.head, self.tail, (mean, scale, energy), [(self.plan.bits_k, keys), (self.plan.bits_v, values)], count)
         for rows, parts in ((self.keys, keys), (self.values, values)):
             rows.parts, rows.count = [part for part in parts if part is not None], count
         self.offset = offset
         exact = sum(pair[0].shape[2] for pair in (self.head, self.tail) if pair is not None)
         if exact + count != offset or any(len(rows.parts) != 3 * bool(count) for rows in (self.keys, self.values)):
-            raise TqaiError(f"the state says {offset} tokens, its arrays hold {exact} + {count}: save the cache again")
+            raise TqaiError(f"the state says {offset} tokens, its arrays hold {exact} + {count}: {AGAIN}")
+
+
+def check_state(head: Pair | None, tail: Pair, statistics: Sequence[Any], rows: Sequence[tuple[int, Sequence[Any]]], count: int) -> None:
+    """TqaiError unless the arrays of a file have the shapes of one cache ``[B, H, tokens, D]``, and finite numbers."""
+    known = {"tail": tail, "head": head or (), "statistics": [x for x in statistics if x is not None]}
+    for bits, parts in rows:
+        known[f"rows of {bits} bits"] = [x for x in parts if x is not None]
+    for name, arrays in known.items():
+        for x in arrays:
+            whole = name.startswith("rows") and x is arrays[0]
+            if not isinstance(x, mx.array) or x.ndim != 4 or mx.issubdtype(x.dtype, mx.floating) == whole:
+                raise TqaiError(f"an array of {name} is {getattr(x, 'dtype', None)} {getattr(x, 'shape', None)}: {AGAIN}")
+            if not whole and not bool(mx.isfinite(x).all().item()):
+                raise TqaiError(f"{name} has NaN or inf, the file is damaged: {AGAIN}")
+    batch, sizes = tail[0].shape[:2], [x.shape[3] for x in tail]
+    fits = all(k.shape[:3] == v.shape[:3] and [k.shape[3], v.shape[3]] == sizes for k, v in filter(None, (head, tail)))
+    fits = (
+        fits and all(x.shape == (*batch, 1, sizes[0]) for x in known["statistics"]) and (statistics[0] is None) == (statistics[1] is None)
+    )
+    for d, (bits, parts) in zip(sizes, rows, strict=True):
+        wide = [d * bits // 32, d // group_of(d), d // group_of(d)]
+        fits = fits and all(x is None or x.shape == (*batch, count, n) for x, n in zip(parts, wide, strict=True))
+    if not fits or any(x.shape[:2] != batch for arrays in known.values() for x in arrays):
+        raise TqaiError(f"the arrays of the state do not belong together: {AGAIN}")
 
 
 class Hook:

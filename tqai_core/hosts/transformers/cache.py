@@ -16,10 +16,10 @@ from ...attention.backends import native
 from ...attention.lazy import LazyKV
 from ...config import Config
 from ...errors import TqaiError
-from ...files import read_with_header
-from ...kv.cache import FLUSH, PackedKV
+from ...files import check_tensor, checked, read_with_header
+from ...kv.cache import FLUSH, PackedKV, check_range
 from ...kv.policy import policy
-from ...kv.segments import Plan
+from ...kv.segments import AGAIN, FLOATS, Plan
 from ...report import Report
 from ...types import nbytes, tensors_in
 from ..language import LayerFigures, Usage, cache_report, kv_config, layer_plans
@@ -247,10 +247,20 @@ class KVCache(Cache):
     def load(cls, path: str | Path, model_config: Any, *, device: str | torch.device = "cpu", weights: str = "") -> KVCache:
         """A cache from a file of :meth:`save`, ready to be continued. TqaiError for a file of another model, or a damaged one."""
         header, tensors = read_with_header(
-            path, "tqai-kv", FORMAT, what="cache file", make="write one with cache.save(path)", again="save the cache again", device=device
+            path,
+            "tqai-kv",
+            FORMAT,
+            what="cache file",
+            make="write one with cache.save(path)",
+            again=AGAIN,
+            device=device,
+            finite=False,
         )
+        checked("Cache", header, what=f"{path}: cache file", again=AGAIN)
         try:
             cache = cls(model_config, Config.from_dict(header["config"]))
+            if len(cache.layers) != len(header["layers"]):
+                raise TqaiError(f"the file has {len(header['layers'])} layers, this model {len(cache.layers)}: {AGAIN}")
             for field, had in header["model"].items():
                 if cache.model_key.get(field) != had:
                     raise TqaiError(
@@ -270,13 +280,17 @@ class KVCache(Cache):
                     if (keys := layer.kv.keys) is not None:
                         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
                 elif parts:
-                    layer.lazy_initialization(parts["keys"], parts["values"])
-                    layer.keys, layer.values = parts["keys"], parts["values"]
+                    keys = check_tensor(parts, "keys", (None,) * 4, FLOATS, AGAIN)
+                    values = check_tensor(parts, "values", (*keys.shape[:3], None), (keys.dtype,), AGAIN)
+                    fewer = hasattr(layer, "cumulative_length")  # a sliding window holds the last of them
+                    if keys.shape[2] > own["length"] or (keys.shape[2] != own["length"] and not fewer):
+                        raise TqaiError(f"field 'length' of layer {i} says {own['length']}, its tensors hold {keys.shape[2]}: {AGAIN}")
+                    check_range(parts)
+                    layer.lazy_initialization(keys, values)
+                    layer.keys, layer.values = keys, values
                     if hasattr(layer, "cumulative_length"):
                         layer.cumulative_length = own["length"]
-        except (KeyError, TypeError) as error:
-            raise TqaiError(f"{path}: damaged header or missing tensor ({error}): save the cache again") from None
-        except ValueError as error:
+        except TqaiError as error:
             raise TqaiError(f"{path}: {error}") from None
         return cache
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ...errors import TqaiError
-from ...files import read_tensors
+from ...files import model_config, read_tensors
 from ...minis import names
 
 FACTORS = (10.0, 20.0, 35.0, 50.0)  # of the outlier channels, a rotary pair each
@@ -27,7 +26,7 @@ def model(variant: str = "plain") -> Any:
     if variant not in names.LM_VARIANTS:
         raise TqaiError(f"unknown variant {variant!r}; known: {', '.join(names.LM_VARIANTS)}")
     header, weights = _file()
-    lm = Qwen2ForCausalLM(Qwen2Config(**json.loads(header["config"])))
+    lm = Qwen2ForCausalLM(Qwen2Config(**model_config(header)))
     lm.load_state_dict({name: w.float() for name, w in weights.items() if name != "held_out"})
     if variant == "outlier":
         _outliers(lm)
