@@ -113,7 +113,8 @@ Policy = record(
 )  # fmt: skip
 PackedLayer = record(
     kind=Literal["PackedLayer"], length=Count, segments=Count, fine=Count, exact_why=Text | None, bits_v=some(Bits, 2, 1),
-    plan=record(bits_k=Bits, bits_v=Bits, sink=Count, recent=Count, calibrate=Count, seed=Count), policy=(Policy | None, None), moved=(bool, False),
+    plan=record(bits_k=Bits, bits_v=Bits, sink=Count, recent=Count, calibrate=Count, seed=Count), policy=(Policy | None, None),
+    moved=(bool, False),
 )  # fmt: skip
 ExactLayer = record(kind=Literal["DynamicLayer", "DynamicSlidingWindowLayer"], length=Count)
 Cache = record(
