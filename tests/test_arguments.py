@@ -180,6 +180,7 @@ def test_a_bare_json_takes_no_other_word(capsys, monkeypatch):
 
 def test_words_that_begin_with_a_negative_number_belong_to_the_option_before():
     assert words_of(["--skip-layers", "-1,0", "-x", "-2"]) == ["--skip-layers=-1,0", "-x", "-2"]
+    assert words_of(["bench", "dit", "--json", "out/dit.json", "--json", "-"]) == ["bench", "dit", "--json=out/dit.json", "--json=-"]
     assert words_of(["run", "--json", "--", "--json", "-1,0"]) == ["run", "--json=-", "--", "--json", "-1,0"]
     assert words_of(["--json=f", "-1"]) == ["--json=f", "-1"]
 

@@ -25,13 +25,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def words_of(argv: Sequence[str]) -> list[str]:
-    """``argv`` for argparse: a bare ``--json`` means stdout and takes no other word, and a word that begins with a negative
-    number is the value of the option before it (``--skip-layers -1,0``)."""
+    """``argv`` for argparse: a bare ``--json`` means stdout and takes no other word but ``-`` or a name that ends in ``.json``; a
+    word that begins with a negative number is the value of the option before it (``--skip-layers -1,0``)."""
     words: list[str] = []
     for i, word in enumerate(argv):
         if word == "--":
             return [*words, *argv[i:]]
-        if word == "--json":
+        if i and argv[i - 1] == "--json" and (word == "-" or word.endswith(".json")):
+            words[-1] = f"--json={word}"
+        elif word == "--json":
             words.append("--json=-")
         elif re.fullmatch(r"-\d[\d,.-]*", word) and words and re.fullmatch(r"--[a-z-]+", words[-1]):
             words[-1] += f"={word}"

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, help: str, call: Any) -> argparse.ArgumentParser:
         p = sub.add_parser(name, help=help, description=help)
-        to = "write the figures as JSON: --json to stdout, --json=FILE to a file"
+        to = "write the figures as JSON: --json to stdout, --json=FILE to a file (also --json FILE.json)"
         p.add_argument("--json", type=json_target, metavar="[=FILE]", help=to)
         p.set_defaults(run=call, parser=p)
         return p
