@@ -333,7 +333,8 @@ def samplers(result: dict[str, Any]) -> str:
         cells = [r["kind"], r["sampler"], f"{r['shift']:g}", f"{r['calls']:g} of {r['whole']:g}"]
         rows.append([*cells, *(figure(r[name]) for name in ("ours", "ours_min", "fewer", "fewer_min"))])
     head = ["mini", "sampler", "shift", "calls", "PSNR dB", "least", "fewer steps", "least"]
-    told = f"24 steps, scheduler simple, seeds {', '.join(map(str, result['seeds']))}: medians and the least; fewer steps make at least as many calls."
+    seeds = ", ".join(map(str, result["seeds"]))
+    told = f"24 steps, scheduler simple, seeds {seeds}: medians and the least; fewer steps make at least as many calls."
     return f"{table(head, rows)}\n\n{told}"
 
 

@@ -334,12 +334,22 @@ def run(count: int, seed: int, folder: Path, tell: Callable[[str], None] = print
         except Exception as error:
             faults.append(f"{name} {n}: {type(error).__name__}: {str(error)[:160]}")
         slowest = max(slowest, (time.process_time() - start, f"{name} {n}"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = _peak()
     for name, found in counts.items():
         tell(f"{name:20} {sum(found.values()):6} files, {found['refused']:6} refused, {found['taken']:6} taken")
     tell(f"{count} files, seed {seed}: {len(faults)} faults, slowest {slowest[0]:.2f} s ({slowest[1]}), peak {peak:.0f} MiB, "
          f"{time.process_time() - began:.0f} CPU s")  # fmt: skip
     return {"faults": faults, "seconds": slowest[0], "mib": peak}
+
+
+def _peak() -> float:
+    """MiB of this program at most. On Linux ru_maxrss has what the process that started it held, too."""
+    from tqai_core.peak import status
+
+    try:
+        return status("VmHWM:") / 2**20
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main() -> int:

@@ -73,7 +73,6 @@ MISTAKES = [
     *((("bench", "codec"), f"--plot={place}", "cannot be written" if "x" in place else "is a folder") for place in PLACES),
     *((("demo",), f"--out={place}", "file" if place == "file" else "cannot be written") for place in ("file", "file/x", "/proc/tqai")),
     (("methods",), "--json=", "the name is empty"),
-    (("methods",), "--json out.json", "--json=FILE"),
     # run
     (RUN, "--seed 99999999999999999999", "give a whole number, 0 to 18446744073709551615"),
     (RUN, "--seed -1", "give a whole number"),
