@@ -10,6 +10,7 @@ and docstrings that nothing stands behind (``sources.py``); exit status 1 where 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from typing import Any
@@ -320,10 +321,10 @@ def summary(dit: dict[str, Any]) -> str:
 
 
 def samplers(result: dict[str, Any]) -> str:
-    """ComfyUI's samplers on the minis, the rows that lose to fewer steps first, then those that are left exact, then the rest by gain."""
+    """ComfyUI's samplers on the minis, the smallest gain over fewer steps first and the runs that are left exact last."""
 
     def gain(row: dict[str, Any]) -> float:
-        return 0.0 if row["fewer"] is None else row["ours"] - row["fewer"]
+        return math.inf if row["fewer"] is None else row["ours"] - row["fewer"]
 
     def figure(value: float | None) -> str:
         return "" if value is None else "exact" if value >= 200 else f"{value:.1f}"
