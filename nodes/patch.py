@@ -106,7 +106,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if settings is None:
         return executor(*args, **kwargs)
     given = dict(zip(("noise", "latent_image", "sampler", "sigmas", "denoise_mask"), args, strict=False)) | kwargs
-    run = _start(guider.model_patcher, settings, original, given["sigmas"], given.get("denoise_mask"))
+    run = _start(guider.model_patcher, settings, original, given["sigmas"], given.get("denoise_mask") is not None)
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     guider.model_options["transformer_options"][RUN] = run
     failed = True
@@ -121,7 +121,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         _remember(settings, run.kind.name, report, failed)
 
 
-def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: Any, mask: Any) -> Run:
+def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: Any, inpainting: bool) -> Run:
     sampling = patcher.get_model_object("model_sampling")
     kind = kind_of(patcher)
     exact = _exact(settings.config, kind)
@@ -134,7 +134,7 @@ def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: An
         bypass = f"all {len(kind.blocks)} blocks are in skip layers"
     schedule = Schedule.of(sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)))
     free_memory = lambda: int(comfy.model_management.get_free_memory(torch.device("cpu")))  # noqa: E731
-    return Run(settings.config, kind, schedule, bypass, settings.budget, _sender(settings.node), free_memory, exact, mask)
+    return Run(settings.config, kind, schedule, bypass, settings.budget, _sender(settings.node), free_memory, exact, inpainting)
 
 
 def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:

@@ -62,7 +62,7 @@ class Run:
         send: gets :meth:`state` once a step.
         room: gives the free bytes of host memory.
         exact: numbers of the blocks that stay exact.
-        mask: 1 where a picture is made anew, less where the given one stays (inpainting); broadcasts over the latent.
+        inpainting: a part of each latent is that of a given picture.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Run:
         send: Callable[[dict[str, Any]], None] | None = None,
         room: Callable[[], int] | None = None,
         exact: frozenset[int] = frozenset(),
-        mask: Tensor | None = None,
+        inpainting: bool = False,
     ) -> None:
         self.schedule = schedule if isinstance(schedule, Schedule) else None
         self.level, self.kind, self.budget, self.send, self.room, self.exact = config.level, kind, budget, send, room, exact
@@ -90,7 +90,7 @@ class Run:
         self._seen: Counter[str] = Counter()
         self._device: torch.device | None = None
         self._inputs = Inputs(batched=False)
-        self._noise = NoiseMeter(None if mask is None else mask >= 1)
+        self._noise = NoiseMeter(inpainting)
         self._reached = 0  # attention calls that came through us
         self._warn()
 

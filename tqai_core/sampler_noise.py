@@ -15,13 +15,13 @@ class NoiseMeter:
     The part outside of it is noise that the sampler added.
 
     Args:
-        mask: bool, broadcasts over the latent: where it is False the host puts another picture in, and nothing is looked at.
+        inpainting: the host puts another picture into a part of each latent, which lies in no span: nothing is looked at.
     """
 
-    def __init__(self, mask: Tensor | None = None) -> None:
-        self.mask, self.share = mask, 0.0
+    def __init__(self, inpainting: bool = False) -> None:
+        self.share = 0.0
         self._known: list[Tensor] = []  # fp64 [coordinates], the first latent and the outputs so far
-        self._looks = 0
+        self._looks = LOOKS if inpainting else 0
 
     @property
     def done(self) -> bool:
@@ -32,7 +32,9 @@ class NoiseMeter:
         if self.done:
             return self.share
         now = self._sketch(x)
-        if not self._known:
+        if not bool(torch.stack([v.isfinite().all() for v in (now, *self._known)]).all()):
+            self._looks = LOOKS  # the flow gives up such a run by itself
+        elif not self._known:
             self._known = [now]
         elif now.numel() >= 4 * len(self._known):
             basis = torch.stack(self._known, 1)
@@ -49,5 +51,5 @@ class NoiseMeter:
             self._known.append(self._sketch(x))
 
     def _sketch(self, x: Tensor) -> Tensor:
-        flat = x.detach().flatten() if self.mask is None else x.detach()[self.mask.to(x.device).expand_as(x)]
+        flat = x.detach().flatten()
         return flat[:: max(flat.numel() // COORDINATES, 1)].cpu().double()
