@@ -48,7 +48,7 @@ def random(build: Callable[..., nn.Module], seed: int = 0, **config: Any) -> Any
     model = build(**config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed + 3)
     for p in model.parameters():
-        if p.is_floating_point() and p.abs().max() == 0:
+        if p.is_floating_point() and p.numel() and p.abs().max() == 0:
             p.normal_(0, 0.05, generator=generator)
     return model
 
