@@ -2,16 +2,20 @@
 
 from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
 
-from .base import HEADS, SIZE, WIDTH, euler, no_text, prompts, random, sample, vae
+from .base import HEADS, SIZE, WIDTH, byte_tokenizer, euler, language_model, random, sample, vae
 
 
 def pipe():
     transformer = random(
-        LongCatImageTransformer2DModel, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=WIDTH,
+        LongCatImageTransformer2DModel, patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, joint_attention_dim=WIDTH,
         pooled_projection_dim=WIDTH, axes_dims_rope=[4, 6, 6], **HEADS,
     )  # fmt: skip
-    return LongCatImagePipeline(transformer=transformer, scheduler=euler(), vae=vae(), text_processor=None, **no_text())
+    text = dict(text_encoder=language_model(), tokenizer=byte_tokenizer(), text_processor=None)
+    made = LongCatImagePipeline(transformer=transformer, scheduler=euler(), vae=vae(16), **text)
+    made.tokenizer_max_length = 16
+    return made
 
 
 def call(pipe, steps, seed):
-    return sample(pipe, steps, seed, **prompts(), guidance_scale=3.0, enable_prompt_rewrite=False, **SIZE)
+    text = dict(prompt="a blue cup", negative_prompt="fog", enable_prompt_rewrite=False)
+    return sample(pipe, steps, seed, **text, guidance_scale=3.0, **SIZE)

@@ -3,7 +3,7 @@
 from diffusers import NucleusMoEImagePipeline, NucleusMoEImageTransformer2DModel
 
 from . import qwenimage
-from .base import HEADS, ONES, SIZE, WIDTH, euler, prompts, random, sample
+from .base import HEADS, ONES, SIZE, WIDTH, euler, prompts, random, rnd, sample
 
 
 def pipe():
@@ -12,6 +12,9 @@ def pipe():
         axes_dims_rope=(4, 6, 6), mlp_ratio=2.0, moe_enabled=True, dense_moe_strategy="leave_first_block_dense", num_experts=4,
         moe_intermediate_dim=32, capacity_factors=[2.0, 2.0], **HEADS,
     )  # fmt: skip
+    experts = transformer.transformer_blocks[1].img_mlp.experts
+    for weight, seed in ((experts.gate_up_proj, 4), (experts.down_proj, 5)):  # made by torch.empty
+        weight.data = rnd(*weight.shape, seed=seed) / 6
     vae = qwenimage.parts()["vae"]
     return NucleusMoEImagePipeline(transformer=transformer, scheduler=euler(), vae=vae, text_encoder=None, processor=None)
 
