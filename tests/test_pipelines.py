@@ -21,7 +21,7 @@ import pipelines
 import tqai_core as tqai
 from tqai_core.metrics import nmse
 
-STEPS = 16
+STEPS = 24
 HALF = "fixed:interval=2,min_steps=4"  # forecasts every second step between the first three and the last; a cut schedule is shorter
 OFF = {"no monitor": tqai.Config(monitor=None), "tau 0": tqai.Config(monitor="lyapunov:tau=0,min_steps=4")}
 every_family = pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def traces(pipe: Any) -> list[tuple[str, set[str]]]:
 
 
 def held(handle: Any, pipe: Any) -> int:
-    """Bytes of the tensors that tqai's own objects lead to, walked; neither weights nor what the pipeline itself holds."""
-    seen: set[int] = set()
+    """Bytes of the tensors that tqai's own objects lead to, walked; neither weights nor what the pipeline's scheduler holds."""
+    seen = {id(value) for value in vars(pipe.scheduler).values()}
 
     def walk(value: Any) -> int:
         if id(value) in seen or isinstance(value, nn.Module | type):

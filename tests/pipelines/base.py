@@ -53,6 +53,12 @@ def random(build: Callable[..., nn.Module], seed: int = 0, **config: Any) -> Any
     return model
 
 
+def calm(module: nn.Module, by: float = 0.3) -> None:
+    """Weights of a time embedding made smaller: what a trained model computes is smooth in time, what random weights do is not."""
+    for p in module.parameters():
+        p.mul_(by)
+
+
 def vae(channels: int = 4, build: Callable[..., nn.Module] = AutoencoderKL, **config: Any) -> Any:
     """An autoencoder of ``channels`` channels that shrinks a picture by 8."""
     own = dict(

@@ -3,7 +3,7 @@
 from diffusers import NucleusMoEImagePipeline, NucleusMoEImageTransformer2DModel
 
 from . import qwenimage
-from .base import HEADS, ONES, SIZE, WIDTH, euler, prompts, random, rnd, sample
+from .base import HEADS, ONES, SIZE, WIDTH, calm, euler, prompts, random, rnd, sample
 
 
 def pipe():
@@ -15,6 +15,7 @@ def pipe():
     experts = transformer.transformer_blocks[1].img_mlp.experts
     for weight, seed in ((experts.gate_up_proj, 4), (experts.down_proj, 5)):  # made by torch.empty
         weight.data = rnd(*weight.shape, seed=seed) / 6
+    calm(transformer.time_text_embed)
     vae = qwenimage.parts()["vae"]
     return NucleusMoEImagePipeline(transformer=transformer, scheduler=euler(), vae=vae, text_encoder=None, processor=None)
 
