@@ -17,6 +17,7 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 sys.path.append(str(Path(__file__).parent))
 import pipelines
+from pipelines import base_classes
 
 import tqai_core as tqai
 from tqai_core.metrics import nmse
@@ -159,3 +160,26 @@ def test_removed_is_bit_exact_and_leaves_nothing(name):
     run = bed(name).go()
     assert all(map(torch.equal, run.outputs, bed(name).exact.outputs))
     assert run.computed == bed(name).exact.computed
+
+
+def test_the_walk_finds_what_is_held_during_a_run():
+    made, found = bed("qwenimage"), []
+    with tqai.apply(made.pipe, forced("delta2")) as handle:
+        watch = made.pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+            lambda *_: found.append((held(handle, made.pipe), handle.nbytes))
+        )
+        made.go()
+        watch.remove()
+    assert max(walked for walked, _ in found) >= max(counted for _, counted in found) > 0
+
+
+def test_every_transformer_of_a_flow_pipeline_is_taken():
+    kinds, refused = base_classes.flow_transformers(), {}
+    for name, kind in kinds.items():
+        try:
+            tqai.apply(base_classes.empty(kind), tqai.Config(), steps=24).remove()
+        except tqai.TqaiError as error:
+            refused[name] = str(error)
+    assert len(kinds) >= 54
+    assert len(kinds) - len(refused) >= 50, refused
+    assert not refused
