@@ -2,7 +2,8 @@
 
 A file has ``pipe()``, which builds the pipeline (no network, the same weights each time), and ``call(pipe, steps, seed)``, which
 runs it and returns its outputs as a list of tensors: latents, and audio where there is audio. It may set ``FAST = True``: then
-`make test` runs it, else `make test-all` alone.
+`make test` runs it, else `make test-all` alone. ``EXACT = "word"`` says that the sampler is no flow: tqai computes it exactly, for a
+reason in its report that has this word.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = [info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("base")]
-FAST = [
-    name for name in NAMES if "\nFAST = True\n" in (Path(__path__[0]) / f"{name}.py").read_text()
-]  # read, since an import takes seconds
+FAST = [name for name in NAMES if "\nFAST = True\n" in (Path(__path__[0]) / f"{name}.py").read_text()]  # an import takes seconds
 
 
 def family(name: str) -> Any:
