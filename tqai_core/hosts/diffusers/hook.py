@@ -121,6 +121,7 @@ class RootHook(ModelHook):
 
     def _release(self) -> None:
         """Nobody asks again after the last step. Modular pipelines and loops of one's own do not say that they are over."""
+        self.flow.settle()
         self.flow.memory.clear()
         self.forms.clear()
         self._forget_text()
