@@ -5,7 +5,7 @@ from pathlib import Path
 from ..errors import TqaiError
 
 KINDS = ("flux", "sd3", "wan")  # of the families that are tuned
-UNTUNED = ("zimage",)  # of a class without a tolerance of its own, to see what the default is worth
+UNTUNED = ("z_image",)  # of a class without a tolerance of its own, to see what the default is worth
 LM_VARIANTS = ("plain", "outlier", "bias")
 
 
