@@ -144,9 +144,12 @@ class RootHook(ModelHook):
         if self.key is not None and not tick.fresh and tick.key == self.key:
             return
         if self.key is None or tick.fresh:
-            for other in patch.handle.flows:  # the other expert's memory is of no more use
+            others = [other for other in patch.handle.flows if other is not flow]
+            legacy = None if tick.fresh else next(filter(None, (other.leave() for other in others)), None)
+            for other in others:  # the other expert's memory is of no more use
                 other.begin()
             flow.begin(tick.bypass or ("all blocks are in skip_layers" if patch.whole else None))
+            flow.inherit(legacy)
             flow.memory.grid = patch.family.grid(module, kwargs)
             self.inputs.clear()
             self._forget_text()
