@@ -50,7 +50,9 @@ class Legacies:
 
     def get(self, latent: Tensor, sigma: float) -> Legacy | None:
         for known, (left, legacy) in self._by_latent.items():
-            same = known is latent or (known.shape == latent.shape and known.dtype == latent.dtype and bool((known == latent.to(known)).all()))
+            same = known is latent or (
+                known.shape == latent.shape and known.dtype == latent.dtype and bool((known == latent.to(known)).all())
+            )
             if same and abs(left - sigma) < 1e-6:
                 return legacy  # type: ignore[no-any-return]
         return None

@@ -18,6 +18,7 @@ from ...handle import Handle
 from ...inputs import Inputs
 from ...types import Where
 from .clock import EXPERTS, CallClock, Clock, SchedulerClock, pipelines_on_the_stack
+from .release import on_failure
 from .sites import ModuleSite
 from .token_order import TokenOrder
 
@@ -61,6 +62,7 @@ class RootHook(ModelHook):
         super().__init__()
         self.patch, self.flow, self.recorder = patch, patch.flow, patch.handle.recorder
         self.context = StateManager(NoState)  # diffusers puts the cache context here
+        self.compiled = False
         self.found: SchedulerClock | None = None  # of the pipeline that calls a bare transformer
         self._restart()
 
@@ -93,6 +95,12 @@ class RootHook(ModelHook):
         self.found = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self._eager(module, torch.compiler.is_compiling(), args, kwargs)
+
+    @torch.compiler.disable
+    def _eager(self, module: nn.Module, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``compiled``: the model was compiled as a whole. In a graph that was cut by our decisions fewer steps would be forecast."""
+        self.compiled = compiled
         try:
             return self._call(module, self.fn_ref.original_forward, args, kwargs)
         except BaseException:  # also KeyboardInterrupt: a broken run leaves nothing behind
@@ -150,6 +158,7 @@ class RootHook(ModelHook):
                 other.begin()
             flow.begin(tick.bypass or ("all blocks are in skip_layers" if patch.whole else None))
             flow.inherit(legacy)
+            on_failure(self._finish)
             flow.memory.grid = patch.family.grid(module, kwargs)
             self.inputs.clear()
             self._forget_text()
@@ -215,6 +224,11 @@ class RootHook(ModelHook):
     def _warn(self) -> None:
         """Once a generation: what the user would otherwise not notice."""
         flow, patch = self.flow, self.patch
+        if self.compiled:
+            self.recorder.warn(
+                "the transformer was compiled as a whole after tqai was applied, and runs uncompiled now, since steps are decided outside "
+                "of a graph: compile its blocks instead (transformer.compile_repeated_blocks())"
+            )
         if flow.guidance.on and patch.config.level != "model" and patch.family.name == "sd3":
             self.recorder.fallback(flow.model, "cfg=difference: SD3 runs both branches as one batch, which level 'model' alone splits")
         if patch.protected and patch.config.level == "model" and not patch.whole:
