@@ -15,6 +15,7 @@ from . import distinct_sigmas, forced
 # A sampler that adds noise: the forecast does not know the noise of its step, which the measured error counts in. Later steps
 # replace that noise again, so that single forecasts may err by so many times more.
 NOISY = 6.0
+SURPRISE = 1.5  # times the estimate: errors of one model's own forecasts stay below it
 LOOK = 8  # sigmas after which such a run that had no forecast is left exact
 
 
@@ -51,11 +52,7 @@ class Lyapunov(
         estimate = self._estimate(step.sigma, order, state)
         state["sigma"] = step.sigma
         noisy = state.get("fresh_noise", 0.0) > 0
-        tolerance = (
-            (NOISY * self.tau if noisy else self.tau)
-            / max(step.width, 1e-6) ** 0.5
-            * (1.0 if importance is None else 1.3 - 0.9 * importance)
-        )
+        tolerance = self._tolerance(step) * (NOISY if noisy else 1.0) * (1.0 if importance is None else 1.3 - 0.9 * importance)
         why = forced(step, seen, self.warmup)
         if why:
             return Decision(True, why, estimate)
@@ -73,6 +70,13 @@ class Lyapunov(
     def restart(self, state: dict[str, Any]) -> None:
         for name in ("nodes", "error", "remainder", "repeat_error"):
             state.pop(name, None)
+
+    def fits(self, step: Step, error: float, order: int, state: dict[str, Any]) -> bool:
+        """Where it errs no more than it would have, had its own model gone on, or no more than a forecast may."""
+        return error <= max(self._tolerance(step), SURPRISE * (self._estimate(step.sigma, order, state) or 0.0))
+
+    def _tolerance(self, step: Step) -> float:
+        return self.tau / max(step.width, 1e-6) ** 0.5
 
     def gives_up(self, state: dict[str, Any]) -> str | None:
         error, most = state.get("error"), NOISY * self.tau

@@ -21,6 +21,7 @@ from ...inputs import Inputs
 from ...types import Step, Where
 from .clock import EXPERTS, CallClock, Clock, SchedulerClock, denoisers, pipelines_on_the_stack
 from .outputs import Form
+from .release import on_failure
 from .sites import ModuleSite
 from .token_order import TokenOrder
 
@@ -67,6 +68,7 @@ class RootHook(ModelHook):
         self.patch, self.flow, self.recorder = patch, patch.flow, patch.handle.recorder
         self.context = StateManager(NoState)  # diffusers puts the cache context here
         self.names = tuple(inspect.signature(model.forward).parameters)  # of the positional arguments
+        self.compiled = False
         self.found: SchedulerClock | None = None  # of the pipeline that calls a bare transformer
         self._restart()
 
@@ -101,6 +103,12 @@ class RootHook(ModelHook):
         self.found = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self._eager(module, torch.compiler.is_compiling(), args, kwargs)
+
+    @torch.compiler.disable
+    def _eager(self, module: nn.Module, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``compiled``: the model was compiled as a whole. In a graph that was cut by our decisions fewer steps would be forecast."""
+        self.compiled = compiled
         try:
             return self._call(module, self.fn_ref.original_forward, args, kwargs)
         except BaseException:  # also KeyboardInterrupt: a broken run leaves nothing behind
@@ -196,10 +204,13 @@ class RootHook(ModelHook):
         if self.key is not None and not tick.fresh and tick.key == self.key:
             return True
         if self.key is None or tick.fresh:
-            for other in patch.handle.flows:
-                if tick.fresh or (other.model in EXPERTS and flow.model in EXPERTS):  # the other expert's memory is of no more use
-                    other.begin()
+            experts = [other for other in patch.handle.flows if other.model in EXPERTS and flow.model in EXPERTS and other is not flow]
+            legacy = None if tick.fresh else next(filter(None, (other.leave() for other in experts)), None)
+            for other in patch.handle.flows if tick.fresh else experts:  # the other expert's memory is of no more use
+                other.begin()
             flow.begin(tick.bypass or ("all blocks are in skip_layers" if patch.whole else None))
+            flow.inherit(legacy)
+            on_failure(self._finish)
             flow.memory.grid = patch.family.grid(module, given)
             self.inputs.clear()
             self._forget_text()
@@ -269,6 +280,11 @@ class RootHook(ModelHook):
     def _warn(self) -> None:
         """Once a generation: what the user would otherwise not notice."""
         flow, patch = self.flow, self.patch
+        if self.compiled:
+            self.recorder.warn(
+                "the transformer was compiled as a whole after tqai was applied, and runs uncompiled now, since steps are decided outside "
+                "of a graph: compile its blocks instead (transformer.compile_repeated_blocks())"
+            )
         if flow.guidance.on and patch.config.level != "model" and patch.family.name == "sd3":
             self.recorder.fallback(flow.model, "cfg=difference: SD3 runs both branches as one batch, which level 'model' alone splits")
         if patch.protected and patch.config.level == "model" and not patch.whole:
