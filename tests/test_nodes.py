@@ -191,6 +191,7 @@ def test_a_prompt_that_starts_late_gets_a_history_first(host, model):
 def test_a_control_that_ends_in_the_middle_is_not_forecast_on(host, model):
     """What a ControlNet adds is an input of the model: where it is gone, the step is computed and the history begins anew."""
     from comfy.patcher_extension import WrappersMP
+
     from tqai_core.metrics import nmse
 
     def gives(executor, x, t, c_concat, c_crossattn, control, *args, **kw):

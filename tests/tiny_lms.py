@@ -31,7 +31,8 @@ ROPE, MIXED = {"rope_type": "default", "rope_theta": 10000.0}, {"layer_types": [
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 # what the sizes above do not say of a class
 OWN: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"layer_types": ["full_attention"] * LAYERS, "rope_parameters": {"full_attention": ROPE}}, "cwm": {"bos_token_id": 1, "eos_token_id": [95]},
+    "cohere_compass_text": {"layer_types": ["full_attention"] * LAYERS, "rope_parameters": {"full_attention": ROPE}},
+    "cwm": {"bos_token_id": 1, "eos_token_id": [95]},
     "modernbert-decoder": {"bos_token_id": 1, "eos_token_id": 95, "cls_token_id": 1, "sep_token_id": 2},
     "dots1": {"n_shared_experts": 1}, "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
@@ -42,7 +43,8 @@ OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1}, "zamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "mamba_headdim": 16,
                "n_mamba_heads": 8, "attention_head_dim": 32, "attention_hidden_size": 128},
-    "gemma3": {"vision_config": VISION}, "git": {"vision_config": VISION}, "bailing_hybrid": MIXED, "kimi_linear": MIXED, "emu3_text_model": {"bos_token_id": 1, "eos_token_id": 95},
+    "gemma3": {"vision_config": VISION}, "git": {"vision_config": VISION}, "bailing_hybrid": MIXED, "kimi_linear": MIXED,
+    "emu3_text_model": {"bos_token_id": 1, "eos_token_id": 95},
     "xmod": {"default_language": "en_XX"}, "dots3_note_text": {"per_layer_config": None, "head_dim": 32},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False},
     "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_global_key_value_heads": 2},
@@ -53,8 +55,8 @@ OWN: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_ssm": 128},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16,
                          "layer_types": ["mamba", "attention", "mamba", "attention"]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4,
-                                                                            "moe_top_k": 2}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+             "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
     "deepseek_v2": {"topk_method": "greedy"}, "persimmon": {"num_key_value_heads": None}, "phi": {"num_key_value_heads": 4},
 }  # fmt: skip
