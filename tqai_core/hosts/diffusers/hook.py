@@ -28,6 +28,7 @@ from .token_order import TokenOrder
 PASSING = (*TIMES, "return_dict")  # arguments that say nothing of the history
 LATENTS = ("hidden_states", "audio_hidden_states")  # another tensor at each call by their nature, as is the first argument
 MOST_CALLS = 16  # of a branch in one step: a pipeline that steps its scheduler makes fewer
+CONTROL = ("cond_scale", "control_image")  # names in the pipelines with a ControlNet: its strength at the step, its picture
 TEXT = ("encoder_hidden_states", "encoder_hidden_states_image", "attention_kwargs")  # arguments that hold the text
 
 
@@ -58,6 +59,16 @@ class NoState(BaseState):
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+def _conditions(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the history depends on. The residuals of a ControlNet are made anew at each call, and are zeros from ``control_guidance_end``
+    on: what the running pipeline makes them of tells more."""
+    given = {name: value for name, value in kwargs.items() if name not in PASSING}
+    if any("controlnet" in name and value is not None for name, value in given.items()):
+        names = next((names for pipe, names in pipelines_on_the_stack() if hasattr(pipe, "controlnet")), {})
+        given |= {name: names[name] for name in CONTROL if name in names}
+    return given
 
 
 class RootHook(ModelHook):
@@ -147,7 +158,7 @@ class RootHook(ModelHook):
             flow.bypass(f"the pipeline calls its model {nth} times without a step of its scheduler")
         branch = name if nth == 1 and context is not None else f"{name}{nth - 1}"
         sibling, self.sibling = self.sibling, branch
-        if flow.bypass_reason is None and (why := self.inputs.change(branch, {k: v for k, v in given.items() if k not in PASSING})):
+        if flow.bypass_reason is None and (why := self.inputs.change(branch, _conditions(given))):
             flow.restart(why)
         run = lambda: self._armed(branch, sibling, compute, args, kwargs)  # noqa: E731
         if self.patch.config.level != "model":
