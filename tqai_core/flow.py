@@ -238,6 +238,8 @@ class Flow:
             stream = self.memory[where]
         guess = self.strategy.forecast(stream, step)
         errors = squares(guess, x)
+        if guess is not None and self.strategy.order and where.site == "model" and (last := stream.value("value")) is not None:
+            self.signal("reuse", squares(last, x)[0])
         if against is not None:
             errors = torch.stack([errors[0], squares(None, against)[1]])
         self._pending.append((where, guess is not None, errors))
@@ -322,6 +324,7 @@ class Flow:
         self._entry["error"] = error
         scores = [v for v in signals.pop("importance", []) if v == v]
         self.importance = min(max(sum(scores) / len(scores), 0.0), 1.0) if scores else None
+        self.gate_state.state["reuse"] = relative(sum(signals.pop("reuse", [])), size)  # error of the last value as a forecast
         self.gate_state.state.update(signals)
         self.monitor.observe(self.step, error, self.strategy.order, self.gate_state.state)
         self._pending.clear()
