@@ -99,7 +99,7 @@ class Flow:
             self.opening, self.step = False, step
             self._entry = self.recorder.decision(self.model, step, self.decision)
             return self.decision
-        self._settle()
+        self.settle()
         if self.step is not None and self.bypass_reason is None and (why := self.monitor.gives_up(self.gate_state.state)):
             self.bypass(why)
             return self.enter(step)
@@ -269,7 +269,7 @@ class Flow:
     def end(self) -> None:
         """The generation is over: nothing stays held."""
         if self.step is not None:
-            self._settle()
+            self.settle()
         self.begin(self.bypass_reason)
 
     def _check_scorer(self, of_tokens: bool) -> None:
@@ -306,7 +306,7 @@ class Flow:
         held = self.memory.count(where, self.strategy.order + 1)
         self.recorder.held(self.model, where, held, self.memory.exact)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Read the errors of the last computed step: one host sync a step, and only after computed ones."""
         if not self._pending or self.step is None:
             return

@@ -25,8 +25,9 @@ def family_of(transformer: Any, level: str = "attention") -> Family:
     family = find(transformer, "diffusers")
     if family is None and level == "model" and AnyFamily.fits(transformer):
         family = AnyFamily.of(transformer)
-    if family is None:
-        known = ", ".join(path.partition(":")[2] for family in FAMILIES.values() if family.diffusers for path in family.diffusers.classes)
+    if family is None or (family.diffusers and level not in family.diffusers.levels):
+        hosts = [family.diffusers for family in FAMILIES.values() if family.diffusers and level in family.diffusers.levels]
+        known = ", ".join(path.partition(":")[2] for host in hosts for path in host.classes)
         kind = type(transformer).__name__
         if level == "model":
             raise TqaiError(f"{kind} is no denoiser: its forward takes none of {', '.join(TIMES)}: give the pipeline or its transformer")

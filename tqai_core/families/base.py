@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import TqaiError
 
+ALL = ("model", "block", "attention")
+MODEL = ("model",)
 SELF = ("attn", "attn1")  # names of a block's self-attention in diffusers
 
 
@@ -21,12 +23,14 @@ class InHost:
         classes: the transformer's classes as ``"module:Class"``. Two libraries, or two models of one library, may have classes
             of one name: ComfyUI has an ``MMDiT`` for SD3 and another one for AuraFlow.
         blocks: attributes that hold the transformer's blocks, in the order in which they run.
+        levels: where tqai can act in this host.
         entry: weights of the first layer, whose values are the same in all hosts; a calibrated sampler knows its model by them.
     """
 
     classes: tuple[str, ...]
     blocks: tuple[str, ...] = ()
     entry: str = ""
+    levels: tuple[str, ...] = ALL
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,14 @@ class Family:
     rope: str = ""
     second_attention: str = "attn2"
 
+    @property
+    def by_scheduler(self) -> bool:
+        """Whether only the scheduler knows the step: nothing is concluded from the arguments of a call."""
+        return self.time_scale is None
+
     def layers(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         """All blocks of a diffusers transformer with their names, in the order in which they run; ``skip_layers`` counts these."""
-        places = self.diffusers.blocks if self.diffusers else _lists_of_blocks(transformer)
+        places = (self.diffusers.blocks if self.diffusers else ()) or _lists_of_blocks(transformer)
         return [(f"{name}.{i}", block) for name in places for i, block in enumerate(transformer.get_submodule(name))]
 
     def attentions(self, transformer: Any) -> Iterator[tuple[str, str, nn.Module]]:

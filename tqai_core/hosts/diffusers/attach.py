@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ...config import Config
 from ...errors import TqaiError
 from ...families import family_of
-from ...families.any import AnyFamily
 from ...families.base import Family
 from ...flow import Flow
 from ...handle import Handle
@@ -149,7 +148,7 @@ def _sites(model: Any, family: Family, config: Config, flow: Flow, protected: se
 def _hook(
     name: str, model: Any, family: Family, config: Config, handle: Handle, clock: Clock, protected: set[str]
 ) -> list[ModuleSite]:  # fmt: skip
-    flow = Flow(config, handle.recorder, name, _agreement(model), allow_new_streams=isinstance(family, AnyFamily))
+    flow = Flow(config, handle.recorder, name, _agreement(model), allow_new_streams=family.by_scheduler)
     handle.flows.append(flow)
     sites = _sites(model, family, config, flow, protected)
     order = None

@@ -123,7 +123,7 @@ class SchedulerClock:
             return int(scheduler.begin_index)
         if not first:
             return self.start
-        now = _time_of_the_loop() if family.time_scale is None else family.sigma(timestep) * 1000.0  # schedulers count in thousandths
+        now = _time_of_the_loop() if family.by_scheduler else family.sigma(timestep) * 1000.0  # schedulers count in thousandths
         times = torch.as_tensor(self.timesteps).float().cpu()
         return 0 if now is None else int((times - now).abs().argmin())
 
@@ -140,7 +140,7 @@ class CallClock:
         self.sigma: float | None = None
 
     def tick(self, timestep: Any, family: Family, context: Any) -> Tick:
-        unknown = family.time_scale is None or timestep is None
+        unknown = family.by_scheduler or timestep is None
         sigma = 0.0 if unknown else family.sigma(timestep)
         position, total = getattr(context, "step_index", None), getattr(context, "num_inference_steps", None) or self.steps
         fresh = self.sigma is None or sigma > self.sigma + 1e-6 or (total is not None and self.index + 1 >= total and sigma != self.sigma)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ...config import Config
 from ...families import TIMES
-from ...families.any import AnyFamily
 from ...families.base import Family
 from ...flow import Flow
 from ...handle import Handle
@@ -122,6 +121,7 @@ class RootHook(ModelHook):
 
     def _release(self) -> None:
         """Nobody asks again after the last step. Modular pipelines and loops of one's own do not say that they are over."""
+        self.flow.settle()
         self.flow.memory.clear()
         self.forms.clear()
         self._forget_text()
@@ -131,7 +131,7 @@ class RootHook(ModelHook):
     ) -> Any:
         flow = self.flow
         name = getattr(context, "name", None) or "call"
-        if context is None and isinstance(self.patch.family, AnyFamily):  # what kind of call it is
+        if context is None and self.patch.family.by_scheduler:  # what kind of call it is
             name += "".join(f" {key}={v}" for key, v in kwargs.items() if isinstance(v, (bool, str)) and v and key != "return_dict")
         self.branches[name] += 1
         nth = self.branches[name]

@@ -1,0 +1,10 @@
+"""AuraFlow: guidance in one batch."""
+
+from .base import MODEL, Family, InHost
+
+MODULE = "diffusers.models.transformers"
+FAMILY = Family(
+    name="auraflow",
+    diffusers=InHost(classes=(f"{MODULE}.auraflow_transformer_2d:AuraFlowTransformer2DModel",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.aura.mmdit:MMDiT",), levels=MODEL),
+)

@@ -1,0 +1,16 @@
+"""Cosmos Predict 2 and later, where the schedule is a flow."""
+
+from .base import MODEL, Family, InHost
+
+MODULE = "diffusers.models.transformers"
+FAMILY = Family(
+    name="cosmos",
+    diffusers=InHost(
+        classes=(
+            f"{MODULE}.transformer_cosmos:CosmosTransformer3DModel",
+            f"{MODULE}.transformer_cosmos3:Cosmos3OmniTransformer",
+        ),
+        levels=MODEL,
+    ),
+    comfyui=InHost(classes=("comfy.ldm.cosmos.predict2:MiniTrainDIT",), levels=MODEL),
+)

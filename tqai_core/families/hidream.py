@@ -1,0 +1,10 @@
+"""HiDream-I1."""
+
+from .base import MODEL, Family, InHost
+
+MODULE = "diffusers.models.transformers"
+FAMILY = Family(
+    name="hidream",
+    diffusers=InHost(classes=(f"{MODULE}.transformer_hidream_image:HiDreamImageTransformer2DModel",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.hidream.model:HiDreamImageTransformer2DModel",), levels=MODEL),
+)

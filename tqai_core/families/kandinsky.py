@@ -1,0 +1,16 @@
+"""Kandinsky 5 and 6, pictures and video."""
+
+from .base import MODEL, Family, InHost
+
+MODULE = "diffusers.models.transformers"
+FAMILY = Family(
+    name="kandinsky",
+    diffusers=InHost(
+        classes=(
+            f"{MODULE}.transformer_kandinsky:Kandinsky5Transformer3DModel",
+            f"{MODULE}.transformer_kandinsky6:Kandinsky6Transformer3DModel",
+        ),
+        levels=MODEL,
+    ),
+    comfyui=InHost(classes=("comfy.ldm.kandinsky5.model:Kandinsky5",), levels=MODEL),
+)
