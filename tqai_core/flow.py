@@ -350,12 +350,9 @@ class Flow:
         self._entry["error"] = error
         scores = [v for v in signals.pop("importance", []) if v == v]
         self.importance = min(max(sum(scores) / len(scores), 0.0), 1.0) if scores else None
-<<<<<<< HEAD
         if self.legacy is not None:
             self._judge(error)
-=======
         self.gate_state.state["reuse"] = relative(sum(signals.pop("reuse", [])), size)  # error of the last value as a forecast
->>>>>>> f92399b86f0513c3642c5a15336b3d03883f374d
         self.gate_state.state.update(signals)
         self.monitor.observe(self.step, error, self.strategy.order, self.gate_state.state)
         self._pending.clear()
