@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-NAMES = [info.name for info in pkgutil.iter_modules(__path__) if info.name != "base"]
+NAMES = [info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("base")]
 
 
 def family(name: str) -> Any:
