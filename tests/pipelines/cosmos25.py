@@ -17,7 +17,7 @@ class NoGuard(nn.Module):
 def transformer(**config):
     return random(
         CosmosTransformer3DModel, in_channels=17, out_channels=16, num_layers=2, mlp_ratio=2, text_embed_dim=WIDTH, adaln_lora_dim=4,
-        max_size=(4, 32, 32), rope_scale=(2.0, 1.0, 1.0), **(HEADS | config),
+        max_size=(4, 32, 32), rope_scale=(2.0, 1.0, 1.0), concat_padding_mask=False, **(HEADS | config),
     )  # fmt: skip
 
 
