@@ -13,7 +13,9 @@ SIDE = dict(hidden_size=WIDTH, intermediate_size=64, **QWEN)
 
 
 def pipe():
-    transformer = random(AceStepTransformer1DModel, num_hidden_layers=2, in_channels=24, audio_acoustic_hidden_dim=8, sliding_window=16, **SIDE)
+    transformer = random(
+        AceStepTransformer1DModel, num_hidden_layers=2, in_channels=24, audio_acoustic_hidden_dim=8, sliding_window=16, **SIDE
+    )
     condition = random(
         AceStepConditionEncoder, text_hidden_dim=WIDTH, timbre_hidden_dim=8, num_lyric_encoder_hidden_layers=1,
         num_timbre_encoder_hidden_layers=1, sliding_window=16, **SIDE,

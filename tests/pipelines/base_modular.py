@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .base import tensors
 
-ENDS = ("text_encoder", "decode")  # blocks that tests leave out: embeddings go in, latents come out
+LEFT_OUT = ("text_encoder", "duration")  # blocks, beside the decoders: embeddings and lengths go in, latents come out
 
 
 def modular(build: Any, blocks: Any, **components: Any) -> Any:
-    """``build`` with those of ``blocks`` between its ends, and with ``components``."""
-    for name in [name for name in blocks.sub_blocks if any(end in name for end in ENDS)]:
+    """``build`` with those of ``blocks`` that are not left out, and with ``components``."""
+    for name in [name for name in blocks.sub_blocks if name.startswith("decode") or name.rsplit(".")[-1] in LEFT_OUT]:
         blocks.sub_blocks.pop(name)
     pipe = build(blocks=blocks)
     pipe.update_components(**components)

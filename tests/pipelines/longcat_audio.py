@@ -8,7 +8,9 @@ from .base_text import LETTERS, tokenizer
 
 
 def pipe():
-    transformer = random(LongCatAudioDiTTransformer, dit_dim=32, dit_depth=2, dit_heads=2, dit_text_dim=WIDTH, latent_dim=8, text_conv=False)
+    transformer = random(
+        LongCatAudioDiTTransformer, dit_dim=32, dit_depth=2, dit_heads=2, dit_text_dim=WIDTH, latent_dim=8, text_conv=False
+    )
     vae = random(
         LongCatAudioDiTVae, in_channels=1, channels=16, c_mults=[1, 2], strides=[2], latent_dim=8, encoder_latent_dim=16,
         downsampling_ratio=2, sample_rate=32,

@@ -10,10 +10,8 @@ def pipe():
         MochiTransformer3DModel, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=12,
         text_embed_dim=WIDTH, time_embed_dim=4, max_sequence_length=WORDS,
     )  # fmt: skip
-    vae = random(
-        AutoencoderKLMochi, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5
-    )
-    return MochiPipeline(transformer=transformer, vae=vae, scheduler=euler(invert_sigmas=True), **no_text())
+    vae = random(AutoencoderKLMochi, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5)
+    return MochiPipeline(transformer=transformer, vae=vae, scheduler=euler(shift=1.0, invert_sigmas=True), **no_text())
 
 
 def call(pipe, steps, seed):

@@ -22,5 +22,5 @@ def call(pipe, steps, seed):
     path = np.tile(np.eye(4, dtype=np.float32), (FRAMES, 1, 1))
     path[:, 2, 3] = np.linspace(0, 1, FRAMES)
     masks = dict(prompt_attention_mask=ONES, negative_prompt_attention_mask=ONES)
-    camera = dict(c2w=path, intrinsics=[32.0, 32.0, 16.0, 16.0], num_frames=FRAMES, height=32, width=32)
+    camera = dict(c2w=path, intrinsics=[32.0, 32.0, 16.0, 16.0], num_frames=FRAMES, height=16, width=16)
     return sample(pipe, steps, seed, image=picture(), prompt="", **prompts(), **masks, **camera, guidance_scale=3.0)[:1]
