@@ -21,8 +21,8 @@ def pipe():
         num_timbre_encoder_hidden_layers=1, sliding_window=16, **SIDE,
     )  # fmt: skip
     vae = random(
-        AutoencoderOobleck, encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3, decoder_input_channels=8, audio_channels=2,
-        channel_multiples=[2, 4], sampling_rate=50,
+        AutoencoderOobleck, encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3, decoder_input_channels=8,
+        audio_channels=2, channel_multiples=[2, 4], sampling_rate=50,
     )  # fmt: skip
     text = random(Qwen3Model, config=Qwen3Config(num_hidden_layers=1, vocab_size=LETTERS, **SIDE))
     parts = dict(transformer=transformer, condition_encoder=condition, vae=vae, text_encoder=text, tokenizer=tokenizer())

@@ -11,7 +11,7 @@ from .base_text import tokenizer
 
 
 def pipe():
-    guide = lambda **config: LTX2Guidance(guidance_scale=3.0, stg_scale=1.0, modality_scale=3.0, **config)  # noqa: E731
+    guide = lambda **config: LTX2Guidance(guidance_scale=3.0, stg_scale=1.0, modality_scale=3.0, **config)
     guiders = dict(guider=guide(spatio_temporal_guidance_blocks=[1]), audio_guider=guide())
     return modular(LTX2ModularPipeline, LTX2AutoBlocks().get_workflow("text2video"), **ltx2.parts(), **guiders, tokenizer=tokenizer())
 
@@ -19,4 +19,4 @@ def pipe():
 def call(pipe, steps, seed):
     mask = torch.ones(1, ltx2.WORDS, dtype=torch.long)
     texts = dict(**prompts(1, ltx2.WORDS, 3 * WIDTH), prompt_attention_mask=mask, negative_prompt_attention_mask=mask)
-    return sample_modular(pipe, steps, seed, ("latents", "audio_latents"), **texts, batch_size=1, **ltx2.SHAPE)
+    return sample_modular(pipe, steps, seed, ("latents", "audio_latents"), **texts, batch_size=1, dtype=torch.float32, **ltx2.SHAPE)
