@@ -7,27 +7,30 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from .base import WIDTH, euler, no_text, prompts, random, sample
 
 FAST = True
-WORDS = 8
+WORDS, LAYERS = 8, 3  # tokens of a prompt, and layers of the text encoder whose states are its embedding
 SHAPE = dict(height=32, width=32, num_frames=5, frame_rate=25.0)
 
 
-def parts():
-    transformer = random(
-        LTX2VideoTransformer3DModel, in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
-        audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8,
-        num_layers=2, caption_channels=WIDTH, rope_double_precision=False, rope_type="split",
-    )  # fmt: skip
+TRANSFORMER = dict(
+    in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, audio_in_channels=4,
+    audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=2,
+    caption_channels=WIDTH, rope_double_precision=False, rope_type="split",
+)  # fmt: skip
+CONNECTOR = dict(num_attention_heads=4, attention_head_dim=8, num_layers=1, num_learnable_registers=None)
+
+
+def connectors(layers):
+    """What adapts the hidden states of so many layers of a text encoder to video and to audio."""
     sides = {f"{side}_connector_{name}": value for side in ("video", "audio") for name, value in CONNECTOR.items()}
-    connectors = random(
-        LTX2TextConnectors, caption_channels=WIDTH, text_proj_in_factor=3, connector_rope_base_seq_len=32, rope_theta=10000.0,
+    return random(
+        LTX2TextConnectors, caption_channels=WIDTH, text_proj_in_factor=layers, connector_rope_base_seq_len=32, rope_theta=10000.0,
         rope_double_precision=False, causal_temporal_positioning=False, rope_type="split", **sides,
     )  # fmt: skip
-    return dict(
-        transformer=transformer, connectors=connectors, vae=video_vae(), audio_vae=audio_vae(), vocoder=vocoder(), scheduler=euler()
-    )
 
 
-CONNECTOR = dict(num_attention_heads=4, attention_head_dim=8, num_layers=1, num_learnable_registers=None)
+def parts():
+    models = dict(transformer=random(LTX2VideoTransformer3DModel, **TRANSFORMER), connectors=connectors(LAYERS))
+    return dict(**models, vae=video_vae(), audio_vae=audio_vae(), vocoder=vocoder(), scheduler=euler())
 
 
 def video_vae():
@@ -60,7 +63,7 @@ def pipe():
 
 def call(pipe, steps, seed, **guidance):
     mask = torch.ones(1, WORDS, dtype=torch.long)
-    texts = dict(**prompts(1, WORDS, 3 * WIDTH), prompt_attention_mask=mask, negative_prompt_attention_mask=mask)
+    texts = dict(**prompts(1, WORDS, LAYERS * WIDTH), prompt_attention_mask=mask, negative_prompt_attention_mask=mask)
     plain = dict(
         guidance_scale=3.0, audio_guidance_scale=3.0, stg_scale=0.0, audio_stg_scale=0.0, modality_scale=1.0, audio_modality_scale=1.0,
         spatio_temporal_guidance_blocks=None, use_cross_timestep=False,

@@ -9,6 +9,8 @@ from .base import WIDTH, prompts
 from .base_modular import modular, sample_modular
 from .base_text import tokenizer
 
+SHAPE = dict(height=128, width=128, num_frames=17, frame_rate=25.0)  # a token each 32 pixels and 8 frames
+
 
 def pipe():
     guide = lambda **config: LTX2Guidance(guidance_scale=3.0, stg_scale=1.0, modality_scale=3.0, **config)
@@ -18,5 +20,5 @@ def pipe():
 
 def call(pipe, steps, seed):
     mask = torch.ones(1, ltx2.WORDS, dtype=torch.long)
-    texts = dict(**prompts(1, ltx2.WORDS, 3 * WIDTH), prompt_attention_mask=mask, negative_prompt_attention_mask=mask)
-    return sample_modular(pipe, steps, seed, ("latents", "audio_latents"), **texts, batch_size=1, dtype=torch.float32, **ltx2.SHAPE)
+    texts = dict(**prompts(1, ltx2.WORDS, ltx2.LAYERS * WIDTH), prompt_attention_mask=mask, negative_prompt_attention_mask=mask)
+    return sample_modular(pipe, steps, seed, ("latents", "audio_latents"), **texts, batch_size=1, dtype=torch.float32, **SHAPE)

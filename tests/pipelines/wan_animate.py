@@ -11,8 +11,8 @@ SEGMENT = 5  # frames
 def pipe():
     transformer = wan.transformer(
         WanAnimateTransformer3DModel, in_channels=36, latent_channels=16, image_dim=4,
-        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_encoder_size=16, motion_style_dim=8, motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=16,
-        face_encoder_num_heads=2, inject_face_latents_blocks=2,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_encoder_size=16, motion_style_dim=8, motion_dim=4,
+        motion_encoder_dim=16, face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=2,
     )  # fmt: skip
     parts = wan.parts() | dict(transformer=transformer, scheduler=euler(), **wan.eye())
     return WanAnimatePipeline(**parts)
