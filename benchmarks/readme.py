@@ -344,7 +344,7 @@ def families() -> str:
     from tqai_core.families import FAMILIES
 
     rows = [
-        [f.name, *(", ".join(f"`{c.partition(':')[2]}`" for c in host.classes) for host in (f.diffusers, f.comfyui))]
+        [f.name, *(", ".join(f"`{c.partition(':')[2]}`" for c in host.classes) if host else "" for host in (f.diffusers, f.comfyui))]
         for f in FAMILIES.values()
     ]
     return table(["family", "diffusers", "ComfyUI"], rows)

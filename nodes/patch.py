@@ -43,7 +43,7 @@ def kind_of(model: Any) -> Kind:
     """What is known of a ModelPatcher's model."""
     inner = model.model.diffusion_model
     family = find(inner, "comfyui")
-    if family is None:
+    if family is None or family.comfyui is None:
         return Kind(type(inner).__name__, [], None)
     return Kind(family.name, [f"{name}.{i}" for name in family.comfyui.blocks for i in range(len(getattr(inner, name)))], family)
 
@@ -89,7 +89,8 @@ def patch(model: Any, settings: Settings) -> Any:
     if kind.blocks and strategy is not None and monitor is not None and (config.level != "model" or isinstance(monitor, EntropyMonitor)):
         _mark(clone, kind.blocks)
     elif config.level != "model" and not kind.blocks:
-        raise TqaiError(f"level {config.level!r} knows {', '.join(FAMILIES)} models, this is a {kind.name}: take level 'model'")
+        known = ", ".join(family.name for family in FAMILIES.values() if family.comfyui and family.comfyui.blocks)
+        raise TqaiError(f"level {config.level!r} knows {known} models, this is a {kind.name}: take level 'model'")
     clone.model_options.setdefault("transformer_options", {})[KEY] = settings
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare_sampling)

@@ -294,7 +294,11 @@ NotATransformer.__module__ = "diffusers.models.fake"
     [
         (lambda p: tqai.apply(object()), ["object", "FluxPipeline"]),
         (lambda p: tqai.apply(torch.nn.Linear(2, 2)), ["Linear", "transformer"]),
-        (lambda p: tqai.apply(NotATransformer(2, 2)), ["NotATransformer", "WanTransformer3DModel"]),
+        (lambda p: tqai.apply(NotATransformer(2, 2)), ["NotATransformer", "no denoiser", "timestep"]),
+        (
+            lambda p: tqai.apply(NotATransformer(2, 2), tqai.Config(level="block")),
+            ["NotATransformer", "WanTransformer3DModel", "level 'model'"],
+        ),
         (lambda p: tqai.apply(p, tqai.Config(skip_layers=(4,))), ["4 asked", "4 blocks", "0 to 3"]),
         (lambda p: tqai.apply(p, "balanced"), ["str", "preset"]),
         (lambda p: tqai.apply(p.transformer, steps=0), ["steps=0"]),

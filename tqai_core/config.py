@@ -160,7 +160,7 @@ def _layers(given: Any) -> tuple[int | str, ...]:
 
 PRESETS = ("quality", "balanced", "fast")
 # tolerance of each preset and family, tuned on seeds 100 to 103 of the minis; the bench and its figures use seeds 0 to 2
-TAUS = {name: {family.name: family.tolerances[name] for family in FAMILIES.values()} for name in PRESETS}
+TAUS = {name: {family.name: family.tolerances[name] for family in FAMILIES.values() if family.tolerances} for name in PRESETS}
 KV_PRESETS = ("k8v4", "k4v4", "k4v3", "k4v2", "k2v2")  # bits of keys and values
 
 
@@ -169,7 +169,7 @@ def preset(name: str = "balanced", family: str | None = None) -> Config:
     (50 to 58 %).
 
     ``k8v4``, ``k4v4``, ``k4v3``, ``k4v2``, ``k2v2``: KV caches with so many bits for keys and values.
-    ``family`` is a name of ``FAMILIES``; without one the strictest tolerance of all families is taken.
+    ``family`` is a name of ``FAMILIES``; without one, or where it was not tuned, the strictest tolerance of all families is taken.
     """
     if name in KV_PRESETS and family is None:
         return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])})
@@ -177,5 +177,5 @@ def preset(name: str = "balanced", family: str | None = None) -> Config:
         raise TqaiError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, and for caches {', '.join(KV_PRESETS)}")
     if family is not None and family not in FAMILIES:
         raise TqaiError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}, or leave it out")
-    tau = TAUS[name][family] if family else min(TAUS[name].values())
+    tau = TAUS[name].get(family or "", min(TAUS[name].values()))
     return Config(monitor={"name": "lyapunov", "tau": tau})

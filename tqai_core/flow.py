@@ -101,9 +101,7 @@ class Flow:
             return self.decision
         self._settle()
         if self.step is not None and self.bypass_reason is None and (why := self.monitor.gives_up(self.gate_state.state)):
-            self.memory.clear()
-            self.bypass_reason, self.decision = why, Decision(True, why)
-            self.recorder.fallback(self.model, why)
+            self.bypass(why)
             return self.enter(step)
         if self.allow_new_streams and self.decision.compute and self.step is not None:
             self.memory.keep(self.step)
@@ -130,6 +128,13 @@ class Flow:
         self.guidance.enter(step, self.decision)
         self._entry = self.recorder.decision(self.model, step, self.decision)
         return self.decision
+
+    def bypass(self, why: str) -> None:
+        """The rest of the generation is computed exactly, and nothing stays held."""
+        self.memory.clear()
+        self._pending.clear()
+        self.bypass_reason, self.decision = why, Decision(True, why)
+        self.recorder.fallback(self.model, why)
 
     def restart(self, why: str) -> None:
         """The model is called with other inputs than those that the history comes from: it is dropped, and the step is computed."""
@@ -184,10 +189,11 @@ class Flow:
         stream = self.memory.streams.get(where)
         return stream is not None and stream.kind is not None
 
-    def forecast(self, where: Where, called: bool = True) -> Tensor:
-        """The forecast of a site that ``should_skip``. ``called=False`` for the second tensor of one call."""
+    def forecast(self, where: Where, called: bool = True, step: Step | None = None) -> Tensor:
+        """The forecast of a site that ``should_skip``. ``called=False`` for the second tensor of one call, ``step`` for one with a
+        schedule of its own."""
         stream = self.memory[where]
-        guess = self.strategy.forecast(stream, cast(Step, self.step))
+        guess = self.strategy.forecast(stream, step or cast(Step, self.step))
         stream.decoded.clear()
         if called:
             self.recorder.call(self.model, where, skipped=True)
@@ -205,11 +211,20 @@ class Flow:
         self._hold(where, x, cast(Step, self.step))
         return x
 
-    def observe(self, where: Where, x: Tensor, sibling: Where | None = None, called: bool = True, against: Tensor | None = None) -> None:
+    def observe(
+        self,
+        where: Where,
+        x: Tensor,
+        sibling: Where | None = None,
+        called: bool = True,
+        against: Tensor | None = None,
+        step: Step | None = None,
+    ) -> None:
         """A site computed ``x``: compare its forecast with ``x``, and hold the parts that the strategy plans. The error counts relative
         to ``x``, or to ``against`` where ``x`` is only a part of the output."""
         if self.step is None or self._first is None:
             raise RuntimeError("enter(step) comes before observe()")
+        step = step or self.step
         if self.opening:
             self._first.add(where)
         if called:
@@ -221,7 +236,7 @@ class Flow:
             self.recorder.fallback(f"{self.model}/{where}", "shape, dtype or device changed: its history starts anew")
             self.memory.drop(where)
             stream = self.memory[where]
-        guess = self.strategy.forecast(stream, self.step)
+        guess = self.strategy.forecast(stream, step)
         errors = squares(guess, x)
         if against is not None:
             errors = torch.stack([errors[0], squares(None, against)[1]])
@@ -229,7 +244,7 @@ class Flow:
         if self.step.last:  # nobody will ask again
             stream.decoded.clear()
             return
-        self._hold(where, x, self.step)
+        self._hold(where, x, step)
         if sibling is not None:
             self.guidance.observe(where, sibling, x, self.strategy, self.step)
 

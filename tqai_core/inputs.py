@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_flatten
 class Mark:
     """What is remembered of a value: no copy, and no reference that keeps it alive."""
 
-    form: Any  # shape, dtype and device of a tensor; another value itself, where it can be compared
+    form: Any  # shape, dtype and device of a tensor; another value itself, where it can be compared; the type of a number
     tensor: weakref.ref[Tensor] | None = None
+    number: float | None = None
     version: int = 0
 
     @staticmethod
@@ -25,12 +26,14 @@ class Mark:
         if isinstance(value, Tensor):
             form = (value.shape[batch:], value.dtype, value.device)
             return Mark(form) if moving else Mark(form, weakref.ref(value), 0 if value.is_inference() else value._version)
-        return Mark(value if isinstance(value, (bool, int, float, str, type(None))) else type(value))
+        if type(value) in (int, float):  # it may be a time
+            return Mark(float, number=value)
+        return Mark(value if isinstance(value, (bool, str, type(None))) else type(value))
 
     def is_same(self, other: Mark) -> bool:
         """Whether both are marks of one tensor with one content. A tensor that is gone is another one."""
         if self.tensor is None or other.tensor is None:
-            return True
+            return self.number == other.number
         return self.tensor() is other.tensor() is not None and self.version == other.version
 
 
@@ -38,7 +41,7 @@ class Inputs:
     """The inputs of each branch at its last call.
 
     A tensor that a host makes anew at each call (residuals of a ControlNet) is known by its form alone, since its identity tells
-    nothing; one that was the same object twice must stay that object, unchanged.
+    nothing; one that was the same object twice must stay that object, unchanged. So it is with numbers, of which some are times.
 
     Args:
         moving: inputs that are another tensor at each call by their nature, as the latent.

@@ -36,7 +36,7 @@ MARGIN = 0.75  # of the best stock solver's error: a smaller gain may be chance 
 NEAR = 1.25  # a guidance within this factor of the calibrated one needs no proof of its own
 STOCK = ("ab2", "unipc", "dpm++")
 AGAIN = "calibrate again"
-ENTRIES = tuple(dict.fromkeys(name for f in FAMILIES.values() for name in (f.diffusers.entry, f.comfyui.entry)))
+ENTRIES = tuple(dict.fromkeys(host.entry for f in FAMILIES.values() for host in (f.diffusers, f.comfyui) if host and host.entry))
 Solver = TypeVar("Solver", bound=Multistep)
 
 

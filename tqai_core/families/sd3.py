@@ -15,5 +15,6 @@ FAMILY = Family(
     ),
     tolerances={"quality": 0.04, "balanced": 0.065, "fast": 0.08},
     time_scale=1000.0,
+    one_batch=True,
     tokens="pos_embed",
 )

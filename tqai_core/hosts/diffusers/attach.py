@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from ...config import Config
 from ...errors import TqaiError
 from ...families import family_of
+from ...families.any import AnyFamily
 from ...families.base import Family
 from ...flow import Flow
 from ...handle import Handle
 from ...layers import exact_layers
 from ...roles import AttentionForecaster, EntropyMonitor
 from ...site import probed
-from .clock import EXPERTS, CallClock, Clock, SchedulerClock
+from .clock import CallClock, Clock, SchedulerClock, denoisers
 from .hook import Patch, RootHook
 from .sites import ModuleSite
 from .stand_ins import stand_in, swap_block
@@ -37,12 +38,12 @@ def attach(target: Any, config: Config, steps: int | None = None) -> Handle:
     pipe = target if hasattr(target, "scheduler") and not isinstance(target, nn.Module) else None
     if pipe is None and not isinstance(target, nn.Module):
         raise TqaiError(f"{type(target).__name__} is neither a diffusers pipeline nor a transformer: give one of these")
-    experts = {name: getattr(pipe, name, None) for name in EXPERTS} if pipe is not None else {"transformer": target}
-    if all(model is None for model in experts.values()):
-        raise TqaiError(f"{type(target).__name__} has no transformer: tqai works on SD3, Flux and WAN pipelines")
+    models = denoisers(pipe) if pipe is not None else {"transformer": target}
+    if not models:
+        raise TqaiError(f"{type(target).__name__} has no transformer and no unet: give a pipeline that denoises in steps")
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise TqaiError(f"steps={steps!r}: give the number of denoiser evaluations of your loop, 1 or more")
-    checked = [(name, model, *_check(name, model, config)) for name, model in experts.items() if model is not None]
+    checked = [(name, model, *_check(name, model, config)) for name, model in models.items()]
     handle = Handle()
     clock: Clock = SchedulerClock(pipe) if pipe is not None else CallClock(steps)
     for name, model, family, protected in checked:
@@ -108,7 +109,7 @@ def _check(name: str, model: Any, config: Config) -> tuple[Family, set[str]]:
             f"this {name} is compiled as a whole, and a forecast is made outside of it: call tqai.apply first, then compile its blocks "
             "(transformer.compile_repeated_blocks())"
         )
-    family = family_of(model)
+    family = family_of(model, config.level)
     if is_attached(model):
         raise TqaiError(f"tqai is already applied to this {name}: call handle.remove() first")
     for method in config.build():
@@ -148,7 +149,7 @@ def _sites(model: Any, family: Family, config: Config, flow: Flow, protected: se
 def _hook(
     name: str, model: Any, family: Family, config: Config, handle: Handle, clock: Clock, protected: set[str]
 ) -> list[ModuleSite]:  # fmt: skip
-    flow = Flow(config, handle.recorder, name, _agreement(model))
+    flow = Flow(config, handle.recorder, name, _agreement(model), allow_new_streams=isinstance(family, AnyFamily))
     handle.flows.append(flow)
     sites = _sites(model, family, config, flow, protected)
     order = None
@@ -156,7 +157,7 @@ def _hook(
         order = TokenOrder(model, family, flow, flow.strategy)
         handle.on_remove(order.remove)
     whole = config.level == "model" and protected.issuperset(block for block, _ in family.layers(model))
-    _register(model, RootHook(Patch(flow, family, config, handle, clock, sites, protected, whole, order)), handle)
+    _register(model, RootHook(Patch(flow, family, config, handle, clock, sites, protected, whole, order), model), handle)
 
     def undo() -> None:
         for site in sites:

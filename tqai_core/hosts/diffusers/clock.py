@@ -13,7 +13,19 @@ import torch
 from ...families.base import Family
 from ...types import Step
 
-EXPERTS = ("transformer", "transformer_2")  # attributes of a pipeline that hold its transformers
+EXPERTS = ("transformer", "transformer_2")  # one takes over from the other on the way
+DENOISERS = (
+    *EXPERTS,
+    "transformer_ref",
+    "unconditional_transformer",
+    "unet",
+)  # attributes of a pipeline that hold what its scheduler integrates
+
+
+def denoisers(pipe: Any) -> dict[str, Any]:
+    """The denoisers of a pipeline by their names in it."""
+    found = {name: getattr(pipe, name, None) for name in DENOISERS}
+    return {name: model for name, model in found.items() if model is not None}
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,7 @@ class Tick:
     step: Step
     fresh: bool  # first evaluation of a new generation
     bypass: str | None = None  # why the generation is computed exactly
+    audio_sigma: float | None = None  # where the second output has a schedule of its own
 
 
 def adds_noise(scheduler: Any) -> bool:
@@ -50,23 +63,31 @@ class SchedulerClock:
         self.calls = -1
         self.seen: float | None = None  # the last timestep, in runs that are computed exactly
 
-    def tick(self, timestep: Any, family: Family, context: Any) -> Tick:
+    def tick(self, timestep: Any, family: Family, context: Any) -> Tick | None:
+        """None for a call outside of the denoising loop, such as one that fills a cache."""
         scheduler = self.pipe.scheduler
+        if scheduler is None or getattr(scheduler, "timesteps", None) is None:
+            return None
         fresh = scheduler.timesteps is not self.timesteps  # every generation calls set_timesteps
         if fresh:
             self.timesteps = scheduler.timesteps
-            sigmas = getattr(scheduler, "sigmas", None)
-            self.sigmas = [] if sigmas is None else torch.as_tensor(sigmas).float().cpu().tolist()
+            self.sigmas = _numbers(getattr(scheduler, "sigmas", None))
+            self.audio_sigmas = _numbers(getattr(getattr(self.pipe, "audio_scheduler", None), "sigmas", None))
+            if len(self.audio_sigmas) != len(self.sigmas):
+                self.audio_sigmas = []
             self.bypass = self._unusable()
             self.calls, self.seen = -1, None
             self.start = 0 if self.bypass else self._position(timestep, family, first=True)
         if self.bypass:
             return self._counted(timestep, fresh)
         at = self._position(timestep, family)
+        if at >= len(self.timesteps):  # after the last step
+            return None
         sigma = self.sigmas[at] if at < len(self.sigmas) else 0.0
         after = self.sigmas[at + 1] if not adds_noise(scheduler) and at + 1 < len(self.sigmas) else None
         last = at == len(self.timesteps) - 1
-        return Tick(at, Step(at, sigma, len(self.timesteps) - self.start, last, self._width(at), after), fresh)
+        step = Step(at, sigma, len(self.timesteps) - self.start, last, self._width(at), after)
+        return Tick(at, step, fresh, audio_sigma=self.audio_sigmas[at] if at < len(self.audio_sigmas) else None)
 
     def _unusable(self) -> str | None:
         """Why runs with this scheduler are computed exactly, or None."""
@@ -81,29 +102,30 @@ class SchedulerClock:
 
     def _counted(self, timestep: Any, fresh: bool) -> Tick:
         """The evaluation by a new value of ``timestep``, for a run that is computed exactly."""
-        now = float(torch.as_tensor(timestep).flatten()[-1])
-        self.calls += now != self.seen
+        now = None if timestep is None else float(torch.as_tensor(timestep).flatten()[-1])
+        self.calls += now is None or now != self.seen
         self.seen = now
         total = len(self.timesteps)
         return Tick(self.calls, Step(self.calls, 0.0, total, self.calls == total - 1), fresh, self.bypass)
 
     def _width(self, at: int) -> float:
         """The step from here relative to the mean step of the schedule."""
-        if at + 1 >= len(self.sigmas) or self.sigmas[self.start] <= self.sigmas[-1]:
+        if at + 1 >= len(self.sigmas) or self.sigmas[self.start] == self.sigmas[-1]:
             return 1.0
-        mean = (self.sigmas[self.start] - self.sigmas[-1]) / (len(self.sigmas) - 1 - self.start)
+        mean = abs(self.sigmas[self.start] - self.sigmas[-1]) / (len(self.sigmas) - 1 - self.start)
         return abs(self.sigmas[at] - self.sigmas[at + 1]) / mean
 
     def _position(self, timestep: Any, family: Family, first: bool = False) -> int:
         scheduler = self.pipe.scheduler
         if scheduler.step_index is not None and not first:
-            return min(int(scheduler.step_index), len(self.timesteps) - 1)
+            return int(scheduler.step_index)
         if getattr(scheduler, "begin_index", None) is not None:
             return int(scheduler.begin_index)
         if not first:
             return self.start
-        now = family.sigma(timestep) * 1000.0  # schedulers count in thousandths
-        return int((self.timesteps.float().cpu() - now).abs().argmin())
+        now = _time_of_the_loop() if family.time_scale is None else family.sigma(timestep) * 1000.0  # schedulers count in thousandths
+        times = torch.as_tensor(self.timesteps).float().cpu()
+        return 0 if now is None else int((times - now).abs().argmin())
 
 
 class CallClock:
@@ -118,7 +140,8 @@ class CallClock:
         self.sigma: float | None = None
 
     def tick(self, timestep: Any, family: Family, context: Any) -> Tick:
-        sigma = family.sigma(timestep)
+        unknown = family.time_scale is None or timestep is None
+        sigma = 0.0 if unknown else family.sigma(timestep)
         position, total = getattr(context, "step_index", None), getattr(context, "num_inference_steps", None) or self.steps
         fresh = self.sigma is None or sigma > self.sigma + 1e-6 or (total is not None and self.index + 1 >= total and sigma != self.sigma)
         if fresh:
@@ -128,7 +151,28 @@ class CallClock:
         self.sigma = sigma
         at = self.index if position is None else position
         bypass = None if total else "the last step is unknown: give apply(transformer, config, steps=N)"
+        if unknown:
+            bypass = f"sigma is unknown, since no running pipeline has this {family.name}: apply tqai to the pipeline"
         return Tick(at, Step(at, sigma, total, total is not None and at == total - 1), fresh, bypass)
+
+
+def _numbers(sigmas: Any) -> list[float]:
+    return [] if sigmas is None else torch.as_tensor(sigmas).float().cpu().tolist()  # type: ignore[no-any-return]
+
+
+def _time_of_the_loop() -> float | None:
+    """The time ``t`` of the loop that calls the model, for schedules that a pipeline cut without telling its scheduler.
+
+    The loops of diffusers name it so, in plain and in modular pipelines; the attribute ``_current_timestep`` is missing in
+    modular pipelines, and one of the plain ones puts 1000 - t there.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        t = frame.f_locals.get("t") if frame.f_code.co_name == "__call__" else None
+        if isinstance(t, float | int) or (isinstance(t, torch.Tensor) and t.numel() == 1):
+            return float(t)
+        frame = frame.f_back
+    return None
 
 
 Clock = SchedulerClock | CallClock  # ``tick`` at each call of the transformer, ``reset`` when a generation is over

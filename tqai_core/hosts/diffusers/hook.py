@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,16 +13,21 @@ from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
 from torch import Tensor, nn
 
 from ...config import Config
+from ...families import TIMES
+from ...families.any import AnyFamily
 from ...families.base import Family
 from ...flow import Flow
 from ...handle import Handle
 from ...inputs import Inputs
-from ...types import Where
-from .clock import EXPERTS, CallClock, Clock, SchedulerClock, pipelines_on_the_stack
+from ...types import Step, Where
+from .clock import EXPERTS, CallClock, Clock, SchedulerClock, denoisers, pipelines_on_the_stack
+from .outputs import Form
 from .sites import ModuleSite
 from .token_order import TokenOrder
 
-PASSING = ("timestep", "return_dict")  # arguments that say nothing of the history
+PASSING = (*TIMES, "return_dict")  # arguments that say nothing of the history
+LATENTS = ("hidden_states", "audio_hidden_states")  # another tensor at each call by their nature, as is the first argument
+MOST_CALLS = 32  # of a branch in one step: a pipeline that steps its scheduler makes fewer
 TEXT = ("encoder_hidden_states", "encoder_hidden_states_image", "attention_kwargs")  # arguments that hold the text
 
 
@@ -57,19 +63,22 @@ class NoState(BaseState):
 class RootHook(ModelHook):
     _is_stateful = True
 
-    def __init__(self, patch: Patch) -> None:
+    def __init__(self, patch: Patch, model: nn.Module) -> None:
         super().__init__()
         self.patch, self.flow, self.recorder = patch, patch.flow, patch.handle.recorder
         self.context = StateManager(NoState)  # diffusers puts the cache context here
+        self.names = tuple(inspect.signature(model.forward).parameters)  # of the positional arguments
         self.found: SchedulerClock | None = None  # of the pipeline that calls a bare transformer
         self._restart()
 
     def _restart(self) -> None:
         self.key: Any = None
+        self.calls = 0  # of the step before
+        self.audio_step: Step | None = None
         self.branches: Counter[str] = Counter()
         self.sibling: str | None = None  # the branch that ran before in this step
-        self.output: Any = None  # class of the transformer's output
-        self.inputs = Inputs(moving=("hidden_states",))
+        self.forms: dict[str, tuple[Form, list[Where]]] = {}  # of each branch: its output's form and streams
+        self.inputs = Inputs(moving=(*LATENTS, self.names[0]))
         self._forget_text()
 
     def _forget_text(self) -> None:
@@ -101,64 +110,110 @@ class RootHook(ModelHook):
 
     def _call(self, module: nn.Module, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flow = self.flow
-        if "timestep" not in kwargs:
-            self.recorder.fallback(flow.model, "timestep was not given by keyword, so the step is unknown")
-            return compute(*args, **kwargs)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         context = self.context._context
-        self._enter(module, context, kwargs)
+        if not self._enter(module, context, given):
+            return compute(*args, **kwargs)
+        try:
+            return self._at_step(context, given, compute, args, kwargs)
+        finally:
+            if flow.step is not None and flow.step.last and sum(self.branches.values()) >= self.calls:
+                self._release()
+
+    def _release(self) -> None:
+        """Nobody asks again after the last step. Modular pipelines and loops of one's own do not say that they are over."""
+        self.flow.memory.clear()
+        self.forms.clear()
+        self._forget_text()
+
+    def _at_step(
+        self, context: Any, given: dict[str, Any], compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        flow = self.flow
         name = getattr(context, "name", None) or "call"
+        if context is None and isinstance(self.patch.family, AnyFamily):  # what kind of call it is
+            name += "".join(f" {key}={v}" for key, v in kwargs.items() if v and isinstance(v, (bool, str)) and key != "return_dict")
         self.branches[name] += 1
         nth = self.branches[name]
+        if nth > MOST_CALLS and flow.bypass_reason is None:
+            flow.bypass(f"the pipeline calls its model {nth} times without a step of its scheduler")
         branch = name if nth == 1 and context is not None else f"{name}{nth - 1}"
         sibling, self.sibling = self.sibling, branch
-        if flow.bypass_reason is None and (why := self.inputs.change(branch, {k: v for k, v in kwargs.items() if k not in PASSING})):
+        if flow.bypass_reason is None and (why := self.inputs.change(branch, {k: v for k, v in given.items() if k not in PASSING})):
             flow.restart(why)
+        run = lambda: self._armed(branch, sibling, compute, args, kwargs)  # noqa: E731
         if self.patch.config.level != "model":
-            return self._armed(branch, sibling, compute, args, kwargs)
-        outputs: list[Any] = []
+            return run()
+        if context is None and flow.guidance.on and self._in_one_batch():
+            return self._halves(run, compute, args, kwargs)
+        return self._whole(branch, sibling, run)
 
-        def run() -> Tensor:
-            outputs.append(self._armed(branch, sibling, compute, args, kwargs))
-            return outputs[0][0]
+    def _in_one_batch(self) -> bool:
+        """Whether this call holds both branches of guidance."""
+        return self.patch.family.one_batch and bool(getattr(getattr(self.patch.clock, "pipe", None), "do_classifier_free_guidance", False))
 
-        if context is None and flow.guidance.on and getattr(getattr(self.patch.clock, "pipe", None), "do_classifier_free_guidance", False):
-            x = self._halves(run, compute, args, kwargs)
-        else:
-            x = flow.apply(Where("model", branch), run, Where("model", sibling) if sibling else None)
-        if outputs:
-            self.output = type(outputs[0])
-            if x is outputs[0][0]:
-                return outputs[0]
-        if not kwargs.get("return_dict", True) or self.output is None or issubclass(self.output, tuple):
-            return (x,)
-        return self.output(sample=x)
+    def _whole(self, branch: str, sibling: str | None, run: Callable[[], Any]) -> Any:
+        """The output of one branch: every tensor of it is a stream, and all of them are forecast or none is."""
+        flow = self.flow
+        form, streams = self.forms.get(branch, (None, []))
+        if form is not None and streams and all(flow.should_skip(where) for where in streams):
+            return form.filled([flow.forecast(where, called=i == 0, step=self._step_of(i)) for i, where in enumerate(streams)])
+        before = self.forms.get(sibling or "", (None, []))[1]
+        pairs = list(zip(streams, before, strict=False)) if len(streams) == len(before) else []
+        if form is not None and pairs and all(flow.should_predict_from_sibling(*pair) for pair in pairs):
+            return form.filled([flow.predict_from_sibling(*pair, called=pair is pairs[0]) for pair in pairs])
+        output = run()
+        form, tensors = Form.of(output)
+        streams = [Where("model", branch, f"out{i}" if i else "out") for i in range(len(tensors))]
+        self.forms[branch] = form, streams
+        if not flow.allow_new_streams or flow.decision.compute:  # else a step that is forecast elsewhere: no history begins here
+            corrections = [
+                None if self._step_of(i) else flow.correction(where, x) for i, (where, x) in enumerate(zip(streams, tensors, strict=True))
+            ]
+            for i, (where, x) in enumerate(zip(streams, tensors, strict=True)):
+                flow.observe(where, x, before[i] if i < len(before) else None, called=i == 0, step=self._step_of(i))
+            if any(where in flow.exact for where in streams):
+                flow.exact.update(streams)
+            if any(correction is not None for correction in corrections):
+                return form.filled([x if c is None else x + c for x, c in zip(tensors, corrections, strict=True)])
+        return output
 
-    def _enter(self, module: nn.Module, context: Any, kwargs: dict[str, Any]) -> None:
-        """Begin a generation or a step where this call is the first one of it."""
+    def _step_of(self, i: int) -> Step | None:
+        """The step of the i-th tensor, where it has a schedule of its own: it is not corrected, since its steps have other widths."""
+        return self.audio_step if i else None
+
+    def _enter(self, module: nn.Module, context: Any, given: dict[str, Any]) -> bool:
+        """Begin a generation or a step where this call is the first one of it. False for a call outside of the denoising loop."""
         flow, patch = self.flow, self.patch
-        tick = self._clock(module).tick(kwargs["timestep"], patch.family, context)
+        time = next((given[name] for name in TIMES if name in given), None)
+        tick = self._clock(module).tick(time, patch.family, context)
+        if tick is None:
+            return False
         if tick.fresh:
             self.recorder.end()
             self.recorder.begin()
             self._warn()
         if self.key is not None and not tick.fresh and tick.key == self.key:
-            return
+            return True
         if self.key is None or tick.fresh:
-            for other in patch.handle.flows:  # the other expert's memory is of no more use
-                other.begin()
+            for other in patch.handle.flows:
+                if tick.fresh or (other.model in EXPERTS and flow.model in EXPERTS):  # the other expert's memory is of no more use
+                    other.begin()
             flow.begin(tick.bypass or ("all blocks are in skip_layers" if patch.whole else None))
-            flow.memory.grid = patch.family.grid(module, kwargs)
+            flow.memory.grid = patch.family.grid(module, given)
             self.inputs.clear()
             self._forget_text()
-        self.key, self.branches, self.sibling = tick.key, Counter(), None
+        self.calls, self.key, self.branches, self.sibling = sum(self.branches.values()), tick.key, Counter(), None
         flow.enter(tick.step)
+        self.audio_step = None if tick.audio_sigma is None else replace(tick.step, sigma=tick.audio_sigma)
+        return True
 
     def _clock(self, module: nn.Module) -> Clock:
         """The patch's clock, or that of the pipeline that calls a bare transformer."""
         clock = self.patch.clock
         if not isinstance(clock, CallClock) or clock.steps is not None:
             return clock
-        pipes = (p for p, _ in pipelines_on_the_stack() if any(getattr(p, name, None) is module for name in EXPERTS))
+        pipes = (p for p, _ in pipelines_on_the_stack() if any(model is module for model in denoisers(p).values()))
         pipe = next(pipes, None)
         if pipe is None:
             return clock
@@ -166,23 +221,25 @@ class RootHook(ModelHook):
             self.found = SchedulerClock(pipe)
         return self.found
 
-    def _halves(self, run: Callable[[], Tensor], compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _halves(self, run: Callable[[], Any], compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """SD3 runs [uncond; cond] as one batch: two streams, and half a batch where the difference is forecast."""
         flow, uncond, cond = self.flow, Where("model", "uncond"), Where("model", "cond")
         if flow.should_skip(uncond) and flow.should_skip(cond):
-            return torch.cat([flow.forecast(uncond), flow.forecast(cond)])
+            return self.forms["halves"][0].filled([torch.cat([flow.forecast(uncond), flow.forecast(cond)])])
         if flow.guidance.ready(uncond):
             size = len(kwargs["hidden_states"])
             half = {k: v[size // 2 :] if isinstance(v, Tensor) and v.ndim and len(v) == size else v for k, v in kwargs.items()}
             x = compute(*args, **{**half, "return_dict": False})[0]
             flow.observe(cond, x)
             if flow.should_predict_from_sibling(uncond, cond):
-                return torch.cat([flow.predict_from_sibling(uncond, cond), x])
-        x = run()
+                return self.forms["halves"][0].filled([torch.cat([flow.predict_from_sibling(uncond, cond), x])])
+        output = run()
+        form, (x, *_) = Form.of(output)
+        self.forms["halves"] = form, [uncond, cond]
         below, above = x.chunk(2)
         flow.observe(cond, above)
         flow.observe(uncond, below, cond)
-        return x
+        return output
 
     def _armed(self, branch: str, sibling: str | None, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's own forward, with its sites set for this call."""

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from ...errors import TqaiError
 from ...files import read_json
 from ...text import first_line
+from .clock import denoisers
 
 
 def pipeline(name: str | Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
@@ -26,6 +27,6 @@ def pipeline(name: str | Path, dtype: torch.dtype | None = None, **options: Any)
     except Exception as error:
         cure = "give a folder or name that DiffusionPipeline.from_pretrained loads"
         raise TqaiError(f"cannot load {name}: {first_line(error)}; {cure}") from None
-    if getattr(pipe, "transformer", None) is None:
-        raise TqaiError(f"{type(pipe).__name__} has no transformer: tqai works on SD3, Flux and WAN pipelines")
+    if not denoisers(pipe):
+        raise TqaiError(f"{type(pipe).__name__} has no transformer and no unet: give a pipeline that denoises in steps")
     return pipe

@@ -21,10 +21,11 @@ import tqai_core
 
 from ...config import Config, preset
 from ...errors import TqaiError
-from ...families import family_of
+from ...families import find
 from ...metrics import psnr
 from ...peak import Peak
 from ...text import first_line
+from .clock import denoisers
 from .load import pipeline
 
 ARGUMENTS = {
@@ -50,10 +51,15 @@ def load(args: argparse.Namespace, device: torch.device) -> Any:
     return pipe.to(device)
 
 
+def _balanced(pipe: Any) -> Config:
+    family = find(next(iter(denoisers(pipe).values())), "diffusers")
+    return preset("balanced", family.name if family else None)
+
+
 def run(args: argparse.Namespace, config: Config | None, device: torch.device) -> dict[str, Any]:
     video = _format(args.video)
     pipe = load(args, device)
-    config = preset("balanced", family_of(pipe.transformer).name) if config is None else config
+    config = config or _balanced(pipe)
     known = inspect.signature(type(pipe).__call__).parameters
     options: dict[str, Any] = {"prompt": args.prompt}
     for name, key in ARGUMENTS.items():
