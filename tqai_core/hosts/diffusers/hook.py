@@ -27,7 +27,7 @@ from .token_order import TokenOrder
 
 PASSING = (*TIMES, "return_dict")  # arguments that say nothing of the history
 LATENTS = ("hidden_states", "audio_hidden_states")  # another tensor at each call by their nature, as is the first argument
-MOST_CALLS = 32  # of a branch in one step: a pipeline that steps its scheduler makes fewer
+MOST_CALLS = 16  # of a branch in one step: a pipeline that steps its scheduler makes fewer
 TEXT = ("encoder_hidden_states", "encoder_hidden_states_image", "attention_kwargs")  # arguments that hold the text
 
 
@@ -132,7 +132,7 @@ class RootHook(ModelHook):
         flow = self.flow
         name = getattr(context, "name", None) or "call"
         if context is None and isinstance(self.patch.family, AnyFamily):  # what kind of call it is
-            name += "".join(f" {key}={v}" for key, v in kwargs.items() if v and isinstance(v, (bool, str)) and key != "return_dict")
+            name += "".join(f" {key}={v}" for key, v in kwargs.items() if isinstance(v, (bool, str)) and v and key != "return_dict")
         self.branches[name] += 1
         nth = self.branches[name]
         if nth > MOST_CALLS and flow.bypass_reason is None:
