@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -141,6 +142,24 @@ def test_the_estimate_is_right_for_polynomials_on_any_grid(grid, order):
             monitor.observe(step, error, order, state)
             nodes.append(grid[i])
     assert told >= 3
+
+
+@pytest.mark.parametrize(("sigma", "after", "total"), [(0.125, 0.083, 24), (0.08, None, None), (0.21, 0.12, 5)])
+def test_near_the_end_a_forecast_must_be_surer(sigma, after, total):
+    """Nothing corrects its error: the next step is below sigma .1, or the last one. The same forecast is taken a step earlier."""
+
+    def decided(estimate, step):
+        monitor, state = build("monitor", "lyapunov:tau=0.1,warmup=1"), {}
+        for i, node in enumerate((0.9, 0.8, 0.7)):
+            monitor.decide(Step(i, node, total), None, 0, state)
+            monitor.observe(Step(i, node, total), 0.01, 0, state)
+        state["error"] *= estimate / monitor.decide(step, None, 0, copy.deepcopy(state)).error_estimate
+        return monitor.decide(step, None, 0, state)
+
+    end, before = Step(3, sigma, total, next=after), Step(2, 0.3, 24, next=0.2)
+    for estimate, at_the_end, earlier in ((0.03, False, False), (0.05, True, False), (0.09, True, False), (0.11, True, True)):
+        assert decided(estimate, end).compute is at_the_end, estimate
+        assert decided(estimate, before).compute is earlier, estimate
 
 
 def gaps(config, sigmas, told=True):

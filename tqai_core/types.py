@@ -19,6 +19,7 @@ from .registry import build
 FORMAT = 1  # of a saved Packed; a reader refuses newer ones
 MOST = 2**40  # numbers of a packed tensor
 AGAIN = "save the tensor again"
+BEND = 0.1  # below this sigma an output bends too sharply for a parabola: a correction would add more error than it removes
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Step:
     last: bool = False
     width: float = 1.0
     next: float | None = None
+
+    @property
+    def near_end(self) -> bool:
+        """Whether an error made here stays in the result: the next step is too near to the end to correct it."""
+        return min(self.sigma, self.sigma if self.next is None else self.next) < BEND
 
 
 @dataclass(frozen=True)

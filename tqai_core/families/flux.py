@@ -28,7 +28,7 @@ FAMILY = Flux(
         entry="x_embedder.weight",
     ),
     comfyui=InHost(classes=("comfy.ldm.flux.model:Flux",), blocks=("double_blocks", "single_blocks"), entry="img_in.weight"),
-    tolerances={"quality": 0.04, "balanced": 0.06, "fast": 0.09},
+    tolerances={"quality": 0.045, "balanced": 0.075, "fast": 0.1},
     time_scale=1.0,
     text_first=True,
     tokens="x_embedder",

@@ -17,6 +17,8 @@ from . import distinct_sigmas, forced
 NOISY = 6.0
 SURPRISE = 1.5  # times the estimate: errors of one model's own forecasts stay below it
 ROUGH = 4  # steps in a row at which the forecast was no better than the last value: the history tells nothing
+# Near the end outputs bend: an estimate there is several times too small, and no later step corrects the error.
+NEAR_END = 0.35
 LOOK = 8  # sigmas after which such a run that had no forecast is left exact
 
 
@@ -33,8 +35,10 @@ class Lyapunov(
     The remainder of a polynomial through the last order + 1 computed sigmas grows as the product of the distances to
     them. The tolerance is tau / sqrt(width) * (1.3 - .9 importance): ``width`` is the sampler's step from here relative
     to its mean step, since an error counts in proportion to it; without a scorer the last factor is 1. One tau then
-    means the same on every grid and shift. The first ``warmup`` sigmas of a model and the last one are
-    computed. Where a sampler evaluates a sigma again, the error measured at such a repeat bounds that of the next one.
+    means the same on every grid and shift. In steps that end at a sigma below .1, and in the last but one, the tolerance is
+    smaller: outputs bend there, so that the estimate is too small, and no later step corrects the error. The first
+    ``warmup`` sigmas of a model and the last one are computed. Where a sampler evaluates a sigma again, the error measured at
+    such a repeat bounds that of the next one.
     """
 
     tau: float = param(0.06, "relative error a forecast may have", low=0.0, high=10.0)
@@ -53,7 +57,12 @@ class Lyapunov(
         estimate = self._estimate(step.sigma, order, state)
         state["sigma"] = step.sigma
         noisy = state.get("fresh_noise", 0.0) > 0
-        tolerance = self._tolerance(step) * (NOISY if noisy else 1.0) * (1.0 if importance is None else 1.3 - 0.9 * importance)
+        ends = step.near_end or (step.next is not None and seen + 1 == step.total)  # the last step corrects nothing either
+        tolerance = (
+            self._tolerance(step)
+            * (NOISY if noisy else NEAR_END if ends else 1.0)
+            * (1.0 if importance is None else 1.3 - 0.9 * importance)
+        )
         why = forced(step, seen, self.warmup)
         if why:
             return Decision(True, why, estimate)

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ..registry import param
 from ..roles import BlockPredictor, Forecaster, History, Strategy
-from ..types import Part, Step
-
-BEND = 0.1  # below this sigma an output bends too sharply for a parabola: a correction would add more error than it removes
+from ..types import BEND, Part, Step
 
 
 class LinearForecast(Strategy):
