@@ -25,7 +25,7 @@ def minis() -> str:
     """The trained minis, from the logs beside their weights."""
     shapes = {
         "flux": "1 double + 3 single blocks, one head of 128", "sd3": "3 joint blocks, three heads of 64",
-        "wan": "4 blocks, one head of 128, 9 frames",
+        "wan": "4 blocks, one head of 128, 9 frames", "z_image": "1 + 1 refiner and 3 joint blocks, one head of 128",
     }  # fmt: skip
     rows = []
     for kind, shape in shapes.items():

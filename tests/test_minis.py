@@ -11,11 +11,12 @@ from tqai_core.hosts.diffusers.minis import pixels
 from tqai_core.minis import digits
 
 FOLDER = Path(minis.__file__).parent
-LIMITS = {"flux": 4, "sd3": 10, "wan": 4}
-NEEDED = {"flux": 0.98, "sd3": 0.98, "wan": 0.75}
+LIMITS = {"flux": 4, "sd3": 10, "wan": 4, "z_image": 4}
+NEEDED = {"flux": 0.98, "sd3": 0.98, "wan": 0.75, "z_image": 0.98}
+ALL = (*minis.KINDS, *minis.UNTUNED)
 
 
-@pytest.mark.parametrize("kind", minis.KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_size_and_training_log(kind):
     assert (FOLDER / f"{kind}.safetensors").stat().st_size <= LIMITS[kind] * 1e6
     log = json.loads((FOLDER / f"{kind}.json").read_text())
@@ -24,7 +25,7 @@ def test_size_and_training_log(kind):
     assert log["accuracy"][-1][1] >= NEEDED[kind]
 
 
-@pytest.mark.parametrize("kind, count", [("flux", 100), ("sd3", 100), ("wan", 10)])
+@pytest.mark.parametrize("kind, count", [("flux", 100), ("sd3", 100), ("wan", 10), ("z_image", 100)])
 def test_samples_are_read_as_what_was_asked(kind, count):
     pipe = minis.pipeline(kind)
     labels = [i % 10 for i in range(count)]
@@ -42,7 +43,7 @@ def test_the_judge_knows_real_digits_and_rejects_noise():
     assert digits.accuracy(clips, labels) > 0.9
 
 
-@pytest.mark.parametrize("kind", minis.KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_the_pipeline_gives_pictures(kind):
     pipe = minis.pipeline(kind)
     out = pipe(**minis.inputs(kind, [7]), num_inference_steps=2, generator=torch.Generator().manual_seed(0))
@@ -53,7 +54,7 @@ def test_the_pipeline_gives_pictures(kind):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="flux, sd3, wan"):
+    with pytest.raises(ValueError, match="flux, sd3, wan, z_image"):
         minis.pipeline("sdxl")
     with pytest.raises(ValueError, match="digits from 0 to 9"):
         minis.inputs("flux", [11])

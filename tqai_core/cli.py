@@ -24,7 +24,9 @@ MINIS = ("flux", "sd3", "wan")
 BENCHES = {
     "dit": "forecast-skipping", "levels": "block, attention, guidance, overhead", "methods": "every scorer x strategy x monitor",
     "attention": "sparse and dense kernels", "sampler": "the calibrated sampler", "codec": "vectors", "stream": "trajectories",
-    "llm": "KV caches", "calibrate": "calibration and tuning (also --kinds lm)", "pipelines": "which pipelines of diffusers are taken",
+    "llm": "KV caches", "calibrate": "calibration and tuning (also --kinds lm)",
+    "default": "the preset of a class that nobody tuned (also --kinds z_image)",
+    "pipelines": "which pipelines of diffusers are taken",
 }  # fmt: skip
 
 
@@ -108,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--methods", action="store_const", const=True, help="llm: scorers, strategies and monitors on the packed cache instead")
     plots = "as SVG; codec: NMSE against bits with the Shannon line; llm: KL against bits held; attention: speed against tokens"
     p.add_argument("--plot", type=out_file, metavar="FILE", help=plots)
-    p.add_argument("--kinds", type=comma_list(str, (*MINIS, "lm")), help="minis to run, as in flux,wan; left out: flux, sd3, wan")
+    p.add_argument(
+        "--kinds", type=comma_list(str, (*MINIS, "lm", "z_image")), help="minis to run, as in flux,wan; left out: all of the bench"
+    )
     p.add_argument("--seeds", type=comma_list(seed), help="seeds, as in 0,1,2, which is the default")
     run.arguments(command("run", "one prompt through a language model or a diffusers pipeline, and what tqai saved and changed", _run))
     return parser
@@ -193,10 +197,13 @@ def _bench(args: argparse.Namespace) -> int:
     used = {*takes, switch, *(["plot"] if hasattr(bench, "plot") else [])}
     if ignored := [f"--{name}" for name in given if name not in used]:
         raise TqaiError(f"bench {args.what}{f' --{switch}' if asked else ''} takes no {', '.join(ignored)}: leave it out")
+    minis = getattr(bench, "KINDS", MINIS)
     if "lm" in given.get("kinds", ()) and args.what != "calibrate":
-        raise TqaiError(f"bench {args.what} --kinds lm: the language model is in bench calibrate alone: give some of {', '.join(MINIS)}")
+        raise TqaiError(f"bench {args.what} --kinds lm: the language model is in bench calibrate alone: give some of {', '.join(minis)}")
+    if "z_image" in given.get("kinds", ()) and "z_image" not in minis:
+        raise TqaiError(f"bench {args.what} --kinds z_image: this bench has only {', '.join(minis)}")
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
-    given = {"kinds": MINIS, "seeds": (0, 1, 2), "peers": True, "tell": tell} | given
+    given = {"kinds": minis, "seeds": (0, 1, 2), "peers": True, "tell": tell} | given
     result = bench.bench(**{name: value for name, value in given.items() if name in takes})
     if args.plot:
         write_out(args.plot, bench.plot(result))

@@ -40,8 +40,8 @@ class Mini:
         self.kind, self.pipe, self._minis = kind, minis.pipeline(kind), minis
         self.calls = 0
         inner = self.pipe.transformer
-        block = (getattr(inner, "blocks", None) or inner.transformer_blocks)[0]
-        block.register_forward_pre_hook(self._count)
+        blocks = next(found for name in ("blocks", "transformer_blocks", "layers") if (found := getattr(inner, name, None)) is not None)
+        blocks[0].register_forward_pre_hook(self._count)
 
     def _count(self, *_: Any) -> None:
         self.calls += 1

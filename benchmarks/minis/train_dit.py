@@ -1,12 +1,13 @@
-"""Train the three mini diffusion transformers that tqai ships: diffusers' own classes, scikit-learn's digits.
+"""Train the four mini diffusion transformers of tqai: diffusers' own classes, scikit-learn's digits.
 
-    python benchmarks/minis/train_dit.py {flux,sd3,wan} [--steps N] [--seed S] [--out DIR]
+    python benchmarks/minis/train_dit.py {flux,sd3,wan,z_image} [--steps N] [--seed S] [--out DIR]
 
 Rectified flow: x_sigma = (1 - sigma) x + sigma noise, the net predicts noise - x (Liu et al. 2209.03003; sigma is
 logit-normal as in SD3, Esser et al. 2403.03206). A class label becomes four learned "text" tokens and a pooled vector;
 class 10 is the empty prompt, so that classifier-free guidance works. Writes fp16 safetensors (EMA weights, config in
 the header) and a JSON log of loss and sample accuracy. Shapes are those ComfyUI's loaders detect: Flux and Wan with
-one head of 128, SD3 with width = 64 x depth.
+one head of 128, SD3 with width = 64 x depth. Z-Image counts time from noise to image (1 - sigma), predicts x - noise, and
+takes and gives a list of one tensor a sample: its pipeline turns time and sign, and so does :class:`Conditioned`.
 """
 
 from __future__ import annotations
@@ -55,8 +56,15 @@ RECIPES: dict[str, dict[str, Any]] = {
             qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
         ),
     ),
+    "z_image": dict(
+        cls="ZImageTransformer2DModel", steps=1300, batch=32, lr=2e-3,
+        config=dict(
+            in_channels=1, dim=128, n_layers=3, n_refiner_layers=1, n_heads=1, n_kv_heads=1, cap_feat_dim=TEXT_WIDTH,
+            axes_dims=[32, 48, 48], axes_lens=[64, 16, 16],
+        ),
+    ),
 }  # fmt: skip
-ADALN = ("proj_out", "norm1.linear", "norm1_context.linear", "norm.linear")
+ADALN = ("proj_out", "norm1.linear", "norm1_context.linear", "norm.linear", "adaLN_modulation.0", "2-1.linear")
 
 
 def pack(x: Tensor) -> Tensor:
@@ -90,6 +98,9 @@ class Conditioned(nn.Module):
         self.register_buffer("txt_ids", torch.zeros(TEXT_TOKENS, 3), persistent=False)
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        if self.kind == "z_image":
+            images, prompts = list(x[:, :, None].unbind()), list(self.tokens[label].unbind())
+            return -torch.stack(self.transformer(images, 1 - sigma, prompts, return_dict=False)[0])[:, :, 0]
         kw: dict[str, Any] = dict(encoder_hidden_states=self.tokens[label], return_dict=False)
         if self.kind == "wan":
             return self.transformer(x, timestep=sigma * 1000, **kw)[0]
@@ -102,7 +113,7 @@ class Conditioned(nn.Module):
 @torch.no_grad()
 def sample(net: Conditioned, labels: Tensor, seed: int, steps: int = 24, guidance: float = 2.0) -> Tensor:
     """Plain Euler from noise, guidance 2; returns pixels in [-1, 1]."""
-    shape = {"flux": (64, 4), "sd3": (1, 16, 16), "wan": (1, 9, 16, 16)}[net.kind]
+    shape = {"flux": (64, 4), "sd3": (1, 16, 16), "wan": (1, 9, 16, 16), "z_image": (1, 16, 16)}[net.kind]
     x = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([labels, torch.full_like(labels, 10)])
     grid = torch.linspace(1, 0, steps + 1)

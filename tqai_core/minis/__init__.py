@@ -1,6 +1,6 @@
-"""Trained miniature models for the demo, the tests and the benches: three diffusion transformers and a language model.
+"""Trained miniature models for the demo, the tests and the benches: four diffusion transformers and a language model.
 
-Flux-, SD3- and WAN-class models of diffusers, trained by flow matching on scikit-learn's digits
+Flux-, SD3-, WAN- and Z-Image-class models of diffusers, trained by flow matching on scikit-learn's digits
 (benchmarks/minis/train_dit.py); a few MB of fp16 weights each. A class label takes the prompt's place. The language model
 is a Qwen2 of transformers that reads bytes, trained on Python's standard library (benchmarks/minis/train_lm.py).
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .names import KINDS, LM_VARIANTS
+from .names import KINDS, LM_VARIANTS, UNTUNED
 
-__all__ = ["KINDS", "LM_VARIANTS", "inputs", "lm", "lm_text", "pipeline"]
+__all__ = ["KINDS", "LM_VARIANTS", "UNTUNED", "inputs", "lm", "lm_text", "pipeline"]
 
 
 def pipeline(kind: str, scheduler: Any = None) -> Any:
-    """The real FluxPipeline, StableDiffusion3Pipeline or WanPipeline around the mini, fp32 on the CPU.
+    """The real FluxPipeline, StableDiffusion3Pipeline, WanPipeline or ZImagePipeline around the mini, fp32 on the CPU.
 
     ``scheduler`` is any flow-matching scheduler; FlowMatchEulerDiscreteScheduler(shift=1) without one. Call it as
     ``pipe(**minis.inputs(kind, [3, 7]), num_inference_steps=24)``. Needs diffusers.

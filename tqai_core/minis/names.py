@@ -4,7 +4,8 @@ from pathlib import Path
 
 from ..errors import TqaiError
 
-KINDS = ("flux", "sd3", "wan")
+KINDS = ("flux", "sd3", "wan")  # of the families that are tuned
+UNTUNED = ("z_image",)  # of a class without a tolerance of its own, to see what the default is worth
 LM_VARIANTS = ("plain", "outlier", "bias")
 
 

@@ -18,8 +18,10 @@ from ...errors import TqaiError
 from ...files import model_config, read_tensors
 from ...minis import names
 
-PIPELINES = {"flux": "FluxPipeline", "sd3": "StableDiffusion3Pipeline", "wan": "WanPipeline"}
-CLASSES = {"flux": "FluxTransformer2DModel", "sd3": "SD3Transformer2DModel", "wan": "WanTransformer3DModel"}
+PIPELINES = {"flux": "FluxPipeline", "sd3": "StableDiffusion3Pipeline", "wan": "WanPipeline", "z_image": "ZImagePipeline"}
+CLASSES = {
+    "flux": "FluxTransformer2DModel", "sd3": "SD3Transformer2DModel", "wan": "WanTransformer3DModel", "z_image": "ZImageTransformer2DModel",
+}  # fmt: skip
 PIXELS, FRAMES = 128, 33  # what pipelines divide by 8 and 4 to get 16 x 16 and 9 frames
 EMPTY = 10  # the class of the empty prompt
 
@@ -49,10 +51,10 @@ class PixelVAE(ModelMixin, ConfigMixin):
         return (F.interpolate(z, scale_factor=8).repeat(1, 3, 1, 1),)
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=4)
 def _file(kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if kind not in names.KINDS:
-        raise TqaiError(f"unknown mini {kind!r}; known: {', '.join(names.KINDS)}")
+    if kind not in CLASSES:
+        raise TqaiError(f"unknown mini {kind!r}; known: {', '.join(CLASSES)}")
     header, tensors = read_tensors(names.weights(kind), what="mini", again="install tqai-core again")
     return header, {name: x.float() for name, x in tensors.items()}
 
@@ -67,7 +69,7 @@ def transformer(kind: str) -> Any:
 
 def pipeline(kind: str, scheduler: Any = None) -> Any:
     model = transformer(kind)
-    encoders = ("", "_2", "_3")[: {"wan": 1, "flux": 2, "sd3": 3}[kind]]
+    encoders = ("", "_2", "_3")[: {"wan": 1, "z_image": 1, "flux": 2, "sd3": 3}[kind]]
     absent = {f"{part}{nth}": None for part in ("text_encoder", "tokenizer") for nth in encoders}
     pipe = getattr(diffusers, PIPELINES[kind])(
         transformer=model,
@@ -94,6 +96,8 @@ def inputs(kind: str, labels: Sequence[int], guidance: float = 2.0) -> dict[str,
     kw: dict[str, Any] = dict(prompt_embeds=tokens, negative_prompt_embeds=no_tokens, height=PIXELS, width=PIXELS)
     if kind == "wan":
         return kw | dict(num_frames=FRAMES, guidance_scale=guidance)
+    if kind == "z_image":  # a list of prompts; its guidance counts from 0: cond + scale (cond - uncond)
+        return kw | dict(prompt_embeds=list(tokens), negative_prompt_embeds=list(no_tokens), guidance_scale=guidance - 1)
     kw |= dict(pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=no_pooled)
     return kw | (dict(guidance_scale=guidance) if kind == "sd3" else dict(true_cfg_scale=guidance))
 
