@@ -337,25 +337,23 @@ class Flow:
         if not self._pending or self.step is None:
             return
         sums, signals = self._read()
-        gap = size = 0.0
-        judged = False
+        gaps: dict[str, list[float]] = {}  # of video and audio apart, since one may be much the larger
         for (where, guessed, _), (g, s) in zip(self._pending, sums, strict=True):
             if not (g < float("inf") and s < float("inf")):  # NaN fails both
                 self._give_up(where, "NaN or inf in its output")
                 continue
             if guessed:
-                judged, gap, size = True, gap + g, size + s
+                pair = gaps.setdefault(where.kind if where.site == "model" else "", [0.0, 0.0])
+                pair[0], pair[1] = pair[0] + g, pair[1] + s
                 self.recorder.error(self.model, where, relative(g, s))
-        error = relative(gap, size) if judged else None
+        error = max((relative(*pair) for pair in gaps.values()), default=None)
         self._entry["error"] = error
         scores = [v for v in signals.pop("importance", []) if v == v]
         self.importance = min(max(sum(scores) / len(scores), 0.0), 1.0) if scores else None
-<<<<<<< HEAD
         if self.legacy is not None:
             self._judge(error)
-=======
-        self.gate_state.state["reuse"] = relative(sum(signals.pop("reuse", [])), size)  # error of the last value as a forecast
->>>>>>> f92399b86f0513c3642c5a15336b3d03883f374d
+        reuse, gap = sum(signals.pop("reuse", [])), sum(pair[0] for pair in gaps.values())
+        self.gate_state.state["reuse"] = (error or 0.0) * relative(reuse, gap)  # error of the last value as a forecast
         self.gate_state.state.update(signals)
         self.monitor.observe(self.step, error, self.strategy.order, self.gate_state.state)
         self._pending.clear()

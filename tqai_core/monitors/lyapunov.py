@@ -15,11 +15,8 @@ from . import distinct_sigmas, forced
 # A sampler that adds noise: the forecast does not know the noise of its step, which the measured error counts in. Later steps
 # replace that noise again, so that single forecasts may err by so many times more.
 NOISY = 6.0
-<<<<<<< HEAD
 SURPRISE = 1.5  # times the estimate: errors of one model's own forecasts stay below it
-=======
 ROUGH = 4  # steps in a row at which the forecast was no better than the last value: the history tells nothing
->>>>>>> f92399b86f0513c3642c5a15336b3d03883f374d
 LOOK = 8  # sigmas after which such a run that had no forecast is left exact
 
 
