@@ -10,6 +10,7 @@ from . import ltx2
 from .base import WIDTH, euler, random, rnd, tensors
 from .base_text import LETTERS, tokenizer
 
+CHUNKS = 2
 LAYERS = 2  # of the text encoder; the connectors read them all and the embeddings
 
 
