@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -57,6 +58,16 @@ def calm(module: nn.Module, by: float = 0.3) -> None:
     """Weights of a time embedding made smaller: what a trained model computes is smooth in time, what random weights do is not."""
     for p in module.parameters():
         p.mul_(by)
+
+
+def slow(model: Any) -> Any:
+    """``model`` without the fast waves of its embedding of time, to which a trained one gives little weight: they turn more than once
+    between two steps, so that with random weights no step would tell of the next."""
+    for module in model.modules():
+        if isinstance(module, TimestepEmbedding):
+            waves = module.linear_1.weight.unflatten(1, (2, -1))  # sine and cosine, the fastest first
+            waves[:, :, : waves.shape[2] // 2] = 0
+    return model
 
 
 def vae(channels: int = 4, build: Callable[..., nn.Module] = AutoencoderKL, **config: Any) -> Any:

@@ -5,6 +5,8 @@ from diffusers import HeliosPipeline, HeliosScheduler, HeliosTransformer3DModel
 from . import wan
 from .base import HEADS, WIDTH, random
 
+CHUNKS = 2
+
 
 def pipe():
     transformer = random(

@@ -12,6 +12,7 @@ from . import wan
 from .base import WIDTH, WORDS, euler, film, picture, prompts, random, rnd
 from .base_modular import modular, sample_modular
 
+CHUNKS = 2
 EYE = 1280  # channels of the picture's embedding, fixed in the transformer
 
 
@@ -31,4 +32,4 @@ def pipe():
 def call(pipe, steps, seed):
     texts = dict(**prompts(), prompt_ref_embeds=rnd(1, WORDS, WIDTH, seed=9))
     video = dict(image=picture(), driving_video=film(17), segment_frame_length=9, prev_segment_conditioning_frames=1)
-    return sample_modular(pipe, steps, seed, ("segment_frames",), **texts, **video, height=64, width=64)
+    return sample_modular(pipe, steps, seed, ("latents",), **texts, **video, height=64, width=64)

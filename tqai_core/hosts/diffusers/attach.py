@@ -155,7 +155,7 @@ def _hook(
     if flow.disabled_reason is None and isinstance(flow.strategy, AttentionForecaster) and flow.strategy.tiles_once:
         order = TokenOrder(model, family, flow, flow.strategy)
         handle.on_remove(order.remove)
-    whole = config.level == "model" and protected.issuperset(block for block, _ in family.layers(model))
+    whole = config.level == "model" and bool(protected) and protected.issuperset(block for block, _ in family.layers(model))
     _register(model, RootHook(Patch(flow, family, config, handle, clock, sites, protected, whole, order), model), handle)
 
     def undo() -> None:

@@ -1,0 +1,200 @@
+"""``tqai bench pipelines``: which pipelines of diffusers tqai, diffusers' own caches and cache-dit take, counted by running them.
+
+Each family of ``tests/pipelines`` is the real pipeline class with tiny random weights, so that a family costs a second. Of tqai: the
+transformer calls of an exact run and of one that forecasts every second step, and the NMSE of all outputs of that run and of plain reuse
+at the same steps. A peer is switched on as its documentation says, without help, at loose settings; it takes a pipeline if the run
+ends, its outputs are finite and fewer layers were computed than in the exact run. Quality is no matter of random weights: see ``dit``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tqai_core as tqai
+from tqai_core.metrics import nmse
+
+from . import dit_caches
+from .harness import Row, Table, closing, machine, medians, one_thread, promises
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+bed = importlib.import_module("pipelines")
+
+STEPS = 24
+HALF = "fixed:interval=2,min_steps=4"
+DIFFUSERS: dict[str, Callable[[Any], Callable[[], None]]] = {
+    "FirstBlockCache": partial(dit_caches.first_block, threshold=0.3),
+    "PAB": partial(dit_caches.pab, low=-1, high=1001),
+    "TaylorSeer": partial(dit_caches.taylor_seer, interval=3),
+    "SeaCache": partial(dit_caches.sea_cache, threshold=0.5),
+    "FasterCache": partial(dit_caches.faster_cache, distilled=True),
+}  # MagCache wants ratios that were calibrated on the model
+PEERS = {**DIFFUSERS, "cache-dit": partial(dit_caches.db_cache, threshold=0.5, steps=STEPS)}
+INSTALL = "pip install --no-deps cache-dit==1.5.3 pyyaml packaging"
+
+
+class Layers:
+    """Counts every layer of the transformers that is computed: what a cache of any kind saves."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.calls = 0
+        for model in bed.base.denoisers(pipe).values():
+            for layer in model.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.register_forward_pre_hook(self._hit)
+
+    def _hit(self, *_: Any) -> None:
+        self.calls += 1
+
+    def of(self, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int]:
+        self.calls = 0
+        return run(), self.calls
+
+
+def worst(outputs: list[Tensor], exact: list[Tensor]) -> float:
+    """NMSE of the output, or of the worse one of picture and sound."""
+    return max(nmse(x, true) for x, true in zip(outputs, exact, strict=True))
+
+
+def ours(name: str, seed: int) -> Row:
+    """What tqai does to one family."""
+    family = bed.family(name)
+    pipe = family.pipe()
+    counter = bed.base.Computed(pipe)
+    exact = family.call(pipe, STEPS, seed)
+    calls = counter.take()
+
+    def forced(strategy: str) -> tuple[float, int, Any]:
+        with tqai.apply(pipe, tqai.Config(strategy=strategy, monitor=HALF)) as handle:
+            outputs = family.call(pipe, STEPS, seed)
+            return worst(outputs, exact), counter.take(), handle.report()
+
+    error, computed, report = forced("delta2")
+    reused, _, _ = forced("delta")
+    removed = all(map(torch.equal, family.call(pipe, STEPS, seed), exact))
+    kinds = sorted({type(model).__name__ for model in bed.base.denoisers(pipe).values()})
+    return dict(
+        family=name, pipeline=type(pipe).__name__, transformer=", ".join(kinds), outputs=len(exact), calls=calls, forced=computed,
+        nmse=error, nmse_reuse=reused, removed_exact="yes" if removed else "NO",
+        why="" if report.calls_skipped else "; ".join(dict.fromkeys(fallback["why"] for fallback in report.fallbacks)),
+    )  # fmt: skip
+
+
+def peer(name: str, enable: Callable[[Any], Callable[[], None]]) -> Row:
+    """Whether it takes the pipeline: the share of layers computed and the NMSE, or why not."""
+    family = bed.family(name)
+    pipe = family.pipe()
+    layers = Layers(pipe)
+    run = lambda: family.call(pipe, STEPS, 0)  # noqa: E731
+    exact, all_layers = layers.of(run)
+    undo: Callable[[], None] = lambda: None  # noqa: E731
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # modular pipelines log what they raise
+    try:
+        undo = enable(pipe)
+        outputs, computed = layers.of(run)
+    except Exception as error:  # whatever a library raises where it does not fit
+        return {"takes": False, "why": " ".join(f"{type(error).__name__}: {error}".split())[:120]}
+    finally:
+        with suppress(Exception):
+            undo()
+        logging.disable(before)
+    if not all(x.isfinite().all() for x in outputs):
+        return {"takes": False, "why": "NaN or inf"}
+    if computed >= all_layers:
+        return {"takes": False, "why": "saves nothing"}
+    return {"takes": True, "layers": computed / all_layers, "nmse": worst(outputs, exact)}
+
+
+def missing() -> dict[str, str]:
+    out = {name: why for name, why in dit_caches.absent().items() if name in PEERS}
+    if importlib.util.find_spec("cache_dit") is None:
+        out["cache-dit"] = INSTALL
+    return out
+
+
+def bench(seeds: Sequence[int] = (0, 1, 2), peers: bool = True, tell: Callable[[str], None] = print, names: Sequence[str] = ()) -> Row:
+    one_thread()
+    absent, rows = missing(), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names or bed.NAMES:
+            row = medians(ours(name, seed) for seed in seeds)
+            row["peers"] = {label: peer(name, enable) for label, enable in PEERS.items() if peers and label not in absent}
+            rows.append(row)
+            tell(f"{name}: {row['calls']:g} -> {row['forced']:g} calls")
+    classes, refused = bed.family("base_classes").flow_transformers(), []
+    for kind in classes.values():
+        try:
+            tqai.apply(bed.family("base_classes").empty(kind), tqai.Config(), steps=STEPS).remove()
+        except tqai.TqaiError as error:
+            refused.append(f"{kind.__name__}: {error}")
+    counts = coverage(rows) | {"classes": len(classes), "classes_taken": len(classes) - len(refused), "refused": refused}
+    return {
+        "machine": machine(), "steps": STEPS, "seeds": list(seeds), "rows": rows, "coverage": counts, "missing": absent,
+        "verdicts": verdicts(rows, counts),
+    }  # fmt: skip
+
+
+def coverage(rows: list[Row]) -> Row:
+    """Pipelines that each one takes, of those whose sampler is a flow."""
+    flow = [row for row in rows if not getattr(bed.family(row["family"]), "EXACT", "")]
+    any_of = lambda *labels: sum(any(takes(row, label) for label in labels) for row in flow)  # noqa: E731
+    ours = sum(row["forced"] < row["calls"] for row in flow)
+    return {
+        "families": len(rows), "flow": len(flow), "tqai": ours, "diffusers": any_of(*DIFFUSERS),
+        "peers_together": any_of(*PEERS), **{label: any_of(label) for label in PEERS},
+    }  # fmt: skip
+
+
+def takes(row: Row, label: str) -> bool:
+    return bool(row["peers"].get(label, {}).get("takes"))
+
+
+def verdicts(rows: list[Row], counts: Row) -> list[Row]:
+    out: list[Row] = []
+    need = promises(out)
+    forecast = [row for row in rows if row["forced"] < row["calls"]]
+    need("families that run and are forecast", len(forecast), least=30)
+    need("of these, closer than reuse at the same steps", sum(row["nmse"] < row["nmse_reuse"] for row in forecast), least=len(forecast))
+    need("bit-exact after remove()", sum(row["removed_exact"] == "yes" for row in rows), least=len(rows))
+    need("flow transformer classes taken", counts["classes_taken"], least=50)
+    need("flow pipelines taken, beyond all peers together", counts["tqai"] - counts["peers_together"], least=1)
+    return out
+
+
+def tables_of(result: Row) -> Iterator[Table]:
+    labels = [label for label in PEERS if label not in result["missing"]]
+    head = ["family", "pipeline", "transformer", "calls", "forced", "NMSE", "reuse", "diffusers' caches", "cache-dit"]
+    yield "pipelines", head, [_cells(row) for row in result["rows"]]
+    counts = result["coverage"]
+    each = [[name, f"{counts[key]} of {counts['flow']}"] for name, key in (("tqai", "tqai"), ("diffusers' caches", "diffusers"))]
+    each += [[label, f"{counts[label]} of {counts['flow']}"] for label in labels]
+    each += [["all peers together", f"{counts['peers_together']} of {counts['flow']}"]]
+    yield "flow pipelines taken", ["by", "pipelines"], each
+    yield from closing(result)
+
+
+def _cells(row: Row) -> list[str]:
+    caches = [label for label in DIFFUSERS if takes(row, label)]
+    errors = ["exact", row["why"]] if row["why"] else [f"{row['nmse']:.1e}", f"{row['nmse_reuse']:.1e}"]
+    figures = [f"{row['calls']:g}", f"{row['forced']:g}", *errors]
+    return [
+        row["family"],
+        row["pipeline"],
+        row["transformer"],
+        *figures,
+        ", ".join(caches) or "none",
+        "yes" if takes(row, "cache-dit") else "no",
+    ]
