@@ -2,16 +2,16 @@
 
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 
-from .base import HEADS, ONES, SIZE, WIDTH, euler, no_text, prompts, random, rnd, sample
+from .base import HEADS, ONES, SIZE, WIDTH, euler, no_text, prompts, random, rnd, sample, slow
 
 POOLED = 8
 
 
 def vae():
-    return random(
+    return slow(random(
         AutoencoderKLHunyuanVideo, latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4,
         down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def transformer(build=HunyuanVideoTransformer3DModel, **config):
