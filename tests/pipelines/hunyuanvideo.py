@@ -8,17 +8,17 @@ POOLED = 8
 
 
 def vae():
-    return slow(random(
+    return random(
         AutoencoderKLHunyuanVideo, latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4,
         down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-    ))  # fmt: skip
+    )  # fmt: skip
 
 
 def transformer(build=HunyuanVideoTransformer3DModel, **config):
-    return random(
+    return slow(random(
         build, in_channels=4, out_channels=4, num_layers=2, num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1,
         guidance_embeds=True, text_embed_dim=WIDTH, pooled_projection_dim=POOLED, rope_axes_dim=(4, 6, 6), **HEADS, **config,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def parts():
