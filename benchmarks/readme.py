@@ -48,8 +48,8 @@ def headline(dit: dict[str, Any]) -> str:
 
 def euler(dit: dict[str, Any]) -> str:
     rows = []
-    for kind in KINDS:
-        for r in dit["tables"][kind]["euler"]:
+    for kind, tables in dit["tables"].items():
+        for r in tables["euler"]:
             psnr = "exact" if r["psnr"] is None else f"{r['psnr']:.1f}"
             held = f"{r['held']:,.0f} / {r['fp16']:,.0f}" if r["held"] else ""
             cells = [kind, r["method"], f"{r['calls']:g}", f"{r['skipped']:.0%}" if r["skipped"] else "", f"{r['cpu']:.2f}", psnr]
@@ -58,12 +58,16 @@ def euler(dit: dict[str, Any]) -> str:
 
 
 def multistep(dit: dict[str, Any]) -> str:
-    rows = [[kind, r["method"], f"{r['calls']:g}", e4(r["nmse"]), e4(r["ode"])] for kind in KINDS for r in dit["tables"][kind]["multistep"]]
+    rows = [
+        [kind, r["method"], f"{r['calls']:g}", e4(r["nmse"]), e4(r["ode"])]
+        for kind, found in dit["tables"].items()
+        for r in found["multistep"]
+    ]
     return table(["mini", "method", "calls", "own", "true ODE"], rows)
 
 
 def solvers(dit: dict[str, Any]) -> str:
-    rows = [[kind, r["method"], f"{r['calls']:g}", e4(r["ode"])] for kind in KINDS for r in dit["tables"][kind]["solvers"]]
+    rows = [[kind, r["method"], f"{r['calls']:g}", e4(r["ode"])] for kind, found in dit["tables"].items() for r in found["solvers"]]
     return table(["mini", "method", "calls", "true ODE, NMSE e-4"], rows)
 
 
