@@ -10,7 +10,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.model_sampling
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -22,6 +21,7 @@ from tqai_core.roles import EntropyMonitor
 from tqai_core.scorers.fisher import Fisher, load, origin
 
 from .levels import FORWARD, Forward, marker, override
+from .parametrisation import Parametrisation, of
 from .run import Chunk, Kind, Run
 from .run_history import HISTORY, Entry
 from .schedule import Schedule
@@ -123,19 +123,18 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: Any, inpainting: bool) -> Run:
-    sampling = patcher.get_model_object("model_sampling")
+    sampling, found = patcher.get_model_object("model_sampling"), of(patcher)
     kind = kind_of(patcher)
     exact = _exact(settings.config, kind)
-    bypass = None
-    if not isinstance(sampling, comfy.model_sampling.CONST):
-        bypass = f"{type(patcher.model).__name__} is no flow-matching model: tqai forecasts those only"
-    elif "easycache" in options.get("transformer_options", {}):
+    flow, bypass = (found, None) if isinstance(found, Parametrisation) else (Parametrisation(scaled=False), found)
+    if bypass is None and "easycache" in options.get("transformer_options", {}):
         bypass = "EasyCache or LazyCache is on this model too: two step skippers cannot see each other's error; remove one"
-    elif kind.blocks and len(exact) == len(kind.blocks):
+    elif bypass is None and kind.blocks and len(exact) == len(kind.blocks):
         bypass = f"all {len(kind.blocks)} blocks are in skip layers"
-    schedule = Schedule.of(sigmas.tolist(), lambda percent: float(sampling.percent_to_sigma(percent)))
+    times = [flow.time(sigma) for sigma in sigmas.tolist()]
+    schedule = Schedule.of(times, lambda percent: flow.time(float(sampling.percent_to_sigma(percent))))
     free_memory = lambda: int(comfy.model_management.get_free_memory(torch.device("cpu")))  # noqa: E731
-    return Run(settings.config, kind, schedule, bypass, settings.budget, _sender(settings.node), free_memory, exact, inpainting)
+    return Run(settings.config, kind, schedule, bypass, settings.budget, _sender(settings.node), free_memory, exact, inpainting, flow)
 
 
 def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +166,7 @@ def _predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: A
     run = options.get("transformer_options", {}).get(RUN)
     if run is None:
         return executor(x, timestep, *args, **kwargs)
-    with run.evaluation(float(timestep.flatten()[0]), x):
+    with run.evaluation(run.parametrisation.time(float(timestep.flatten()[0])), x):
         denoised = executor(x, timestep, *args, **kwargs)
     return run.sampled(denoised)
 
@@ -178,21 +177,16 @@ def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> An
     run = options.get(RUN)
     if run is None:
         return executor(x, t, *args, **kwargs)
-    sampling = executor.class_obj.model_sampling
     window = options.get("context_window")
     frames = tuple(window.index_list) if hasattr(window, "index_list") else None
     sides, uuids = options.get("cond_or_uncond", ()), options.get("uuids", ())
     chunks = [Chunk(side, uuid, frames) for side, uuid in zip(sides, uuids)]  # noqa: B905 - older hosts give no uuids
-
-    def velocity(denoised: Any) -> Any:
-        return (x - denoised) / (t.reshape(t.shape[:1] + (1,) * (x.ndim - 1)) if t.ndim == 1 else t)
-
     return run.forward(
         x,
         chunks,
         lambda forward: executor(x, t, *args, **kwargs) if forward is None else _with_forward(executor, x, t, args, kwargs, forward),
-        velocity,
-        lambda velocity: sampling.calculate_denoised(t, velocity.to(x.dtype), x),
+        lambda denoised: run.parametrisation.velocity(x, t, denoised),
+        lambda velocity: run.parametrisation.denoised(x, t, velocity),
         dict(zip(("c_concat", "c_crossattn", "control"), args, strict=False))
         | {k: v for k, v in kwargs.items() if k != "transformer_options"},
     )

@@ -63,6 +63,7 @@ class Run:
         room: gives the free bytes of host memory.
         exact: numbers of the blocks that stay exact.
         inpainting: a part of each latent is that of a given picture.
+        parametrisation: of the host's latents and predictions; for the host alone.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Run:
         room: Callable[[], int] | None = None,
         exact: frozenset[int] = frozenset(),
         inpainting: bool = False,
+        parametrisation: Any = None,
     ) -> None:
         self.schedule = schedule if isinstance(schedule, Schedule) else None
         self.level, self.kind, self.budget, self.send, self.room, self.exact = config.level, kind, budget, send, room, exact
+        self.parametrisation = parametrisation
         self.recorder = Recorder(lambda: self.flow.counted)
         self.flow = Flow(config, self.recorder, kind.name, allow_new_streams=True)
         self.flow.begin(bypass or (schedule if isinstance(schedule, str) else None))

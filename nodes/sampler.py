@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import comfy.model_sampling
 import comfy.samplers
 import folder_paths
 import torch
@@ -18,6 +17,7 @@ from tqai_core.errors import TqaiError
 from tqai_core.files import read_text
 
 from . import files
+from .parametrisation import Parametrisation, of
 from .widgets import CATEGORY, EMPTY, verdict
 
 HEAD = 200  # bytes of a JSON file that are searched for the format's name
@@ -60,7 +60,7 @@ class TQAISampler(io.ComfyNode):
         sampler = CalibratedSampler.load(locate(file))
         if sampler.difference is not None:
             raise TqaiError(f"{file} forecasts the guidance difference, which this node does not do: calibrate without --difference")
-        if not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+        if of(model) != Parametrisation(scaled=False):
             raise TqaiError(f"{file} is for flow-matching models (SD3, Flux, WAN), this is another kind: use another sampler")
         compared = sampler.check_entry(model.model.diffusion_model)
         sigmas = torch.tensor([*sampler.nodes, 0.0])

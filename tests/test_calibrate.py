@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch
 import tqai_core as tqai
 from tqai_core import minis
 from tqai_core.calibrate import policy, run
-from tqai_core.calibrate.file import WIDTHS, Calibration
+from tqai_core.calibrate.basis import Moments
+from tqai_core.calibrate.file import FIELD, WIDTHS, Calibration
 from tqai_core.calibrate.fisher import Sums, probe
 from tqai_core.cli import main
+from tqai_core.files import write_tensors
 from tqai_core.hosts import calibration_targets as targets
 from tqai_core.hosts.attention_interceptor import blocks_of, checkpointed, intercept_attention
 from tqai_core.registry import build
@@ -192,6 +195,38 @@ def test_a_stopped_calibration_goes_on_where_it_was(tmp_path):
     ways["straight"] = run.calibrate(small(), tmp_path / "b.safetensors", seeds=(100, 102))
     for name, x in ways["straight"].tensors.items():
         assert torch.allclose(x.float(), ways["resumed"].tensors[name].float(), rtol=1e-5), name
+
+
+def test_a_damaged_stopped_calibration_is_not_gone_on_with(tmp_path):
+    """The file lies beside the output, and anybody may have put it there."""
+    basis_moments = {f"moments/{name}": x for name, x in moments_of_one_run().items()}
+    settings = {
+        "model": "0" * 16, "class": "X", "kind": "diffusion", "family": "flux", "seeds": [100], "probes": 1, "codec": "turbo",
+        "basis_bits": 4, "average": 3, "steps": 4,
+    }  # fmt: skip
+    header = {"format": 1, "complete": False, "done": 1, "sigmas": [0.9, 0.4], **settings}
+    tensors = basis_moments | {f"sums/{name}": x for name, x in vars(Sums(1, 2, 2)).items()}
+    path, target = tmp_path / "a.partial", SimpleNamespace()
+    go_on = lambda: run._resume(path, settings, target)
+    write_tensors(path, tensors, {FIELD: json.dumps(header)})
+    assert go_on()[2] == 1
+    assert target.sigmas == (0.9, 0.4)
+    gone = {name: x for name, x in tensors.items() if name != "sums/damage"}
+    moment = next(iter(basis_moments))
+    for changed, held in (
+        ({"done": -1}, {}), ({"done": "1"}, {}), ({"sigmas": "x"}, {}), ({"sigmas": []}, {}), ({"complete": True}, {}), ({"seeds": 5}, {}),
+        ({}, gone), ({}, {**tensors, "sums/error": tensors["sums/error"].float()}), ({}, {**tensors, moment: tensors[moment].double()}),
+        ({}, {**tensors, moment: tensors[moment] / 0}), ({}, {**tensors, "moments/x": tensors[moment].clone()}),
+    ):  # fmt: skip
+        write_tensors(path, held or tensors, {FIELD: json.dumps(header | changed)})
+        with pytest.raises(tqai.TqaiError):
+            go_on()
+
+
+def moments_of_one_run():
+    moments, g = Moments(), torch.Generator().manual_seed(3)
+    moments.see(0, *(torch.randn(1, 2, 20, 16, generator=g) for _ in "qkv"))
+    return {name: x.contiguous() for name, x in moments.sums.items()}
 
 
 @pytest.mark.parametrize(

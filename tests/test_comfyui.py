@@ -1,6 +1,7 @@
 """Runs the node tests on real ComfyUI checkouts, one process each: ``COMFYUI_PATH=~/ComfyUI-0.33.0:~/ComfyUI-0.27.0``.
 
-What they showed is printed as the README's table (``pytest -s``) and lies in out/comfyui.json, or where COMFYUI_RESULT says.
+What they showed is printed as the README's table (``pytest -s``) and lies in out/comfyui.json, or where COMFYUI_RESULT says. The first
+checkout also runs every model of setups.py, whose rows lie in out/comfyui_breadth.json, or where COMFYUI_BREADTH says.
 
 The interpreter is the checkout's own ``.venv`` or ``venv``, else the one of ``COMFYUI_PYTHON``, else this one. See
 tests/comfyui/fetch.py for a checkout with everything that the tests need.
@@ -26,6 +27,8 @@ TESTS = (
     "tests/test_nodes_real.py",
     "tests/test_nodes_server.py",
     "tests/test_nodes_sampler.py",
+    "tests/test_nodes_parametrisation.py",
+    "tests/test_nodes_breadth.py",
 )
 
 
@@ -43,14 +46,20 @@ def result():
     yield found
     sys.path.append(str(ROOT / "benchmarks"))
     import readme
-    from bench.harness import machine
 
     versions = dict(sorted(found.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])], reverse=True))
-    whole = {"machine": machine(), "versions": versions}
-    file = Path(os.environ.get("COMFYUI_RESULT", ROOT / "out/comfyui.json"))
+    whole = _write("COMFYUI_RESULT", "comfyui.json", {"versions": versions})
+    print(f"\n{readme.comfyui(whole)}\n")
+
+
+def _write(variable: str, name: str, content: dict[str, Any]) -> dict[str, Any]:
+    from bench.harness import machine
+
+    whole = {"machine": machine(), **content}
+    file = Path(os.environ.get(variable, ROOT / "out" / name))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(whole, indent=1) + "\n")
-    print(f"\n{readme.comfyui(whole)}\n")
+    return whole
 
 
 @pytest.mark.skipif(not PATHS, reason="COMFYUI_PATH names no ComfyUI checkout (make test-comfyui fetches one)")
@@ -61,7 +70,12 @@ def test_on_real_comfyui(path, result, tmp_path):
     shown = tmp_path / "shown.json"
     env = {**os.environ, "TQAI_COMFYUI": str(checkout), "TQAI_SHOWN": str(shown)}
     env.pop("COMFYUI_PATH")
+    rows = tmp_path / "rows.json"
+    if path == PATHS[0]:
+        env["TQAI_BREADTH"] = str(rows)
     run = subprocess.run([python(checkout), "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS], cwd=ROOT, env=env, check=False)
     version = re.findall(r'"(.*)"', (checkout / "comfyui_version.py").read_text())[-1]
     result[version] = json.loads(shown.read_text())
+    if rows.exists():
+        _write("COMFYUI_BREADTH", "comfyui_breadth.json", {"version": version, "rows": json.loads(rows.read_text())})
     assert run.returncode == 0

@@ -175,3 +175,24 @@ def test_the_bar_of_a_packed_step_is_the_fastest_dense_row_and_rivals_that_were_
     )
     assert len(alone) == len(found) - 2
     assert all(v["measured"] is not None for v in alone)
+
+
+def test_no_sampler_of_comfyui_is_behind_fewer_steps_at_equal_calls():
+    """By more than half a dB; one that would be is left exact, and the row says why."""
+    rows = json.loads((RESULTS / "samplers.json").read_text())["rows"]
+    assert {row["kind"] for row in rows} == {"flux", "sd3", "wan"}
+    behind = [row for row in rows if row["fewer"] is not None and row["ours"] < row["fewer"] - 0.5]
+    silent = [row for row in rows if row["fewer"] is None and not (row["calls"] == row["whole"] and row["why"])]
+    assert not behind + silent
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_is_there(page):
+    named = set(re.findall(r"`?(test_\w+)(?:\.py)?::(test_\w+)", page.read_text()))
+    gone = [f"{file}::{name}" for file, name in sorted(named) if f"\ndef {name}(" not in _text(ROOT / "tests" / f"{file}.py")]
+    assert not gone
+    assert len(named) >= (40 if page.name == "faults.md" else 0)
+
+
+def _text(path):
+    return path.read_text() if path.is_file() else ""

@@ -23,7 +23,7 @@ from tqai_core.calibrate.page import page
 from tqai_core.calibrate.sampler import CalibratedSampler
 from tqai_core.codecs.bases import BasesFile
 from tqai_core.errors import TqaiError
-from tqai_core.files import DEEPEST, parse_json, read_json, read_tensors
+from tqai_core.files import DEEPEST, model_config, parse_json, read_json, read_tensors
 from tqai_core.scorers import fisher
 
 OLD = Path(__file__).parent / "old"
@@ -166,6 +166,9 @@ def test_headers_of_tensors_are_bounded_before_the_library_reads_them(tmp_path):
         path.write_bytes(len(header).to_bytes(8, "little") + header)
         refused(lambda path=path: tqai.Packed.read(path), "save the tensor again")
         refused(lambda path=path: tqai.Packed.from_bytes(path.read_bytes()), "save the tensor again")
+    large = json.dumps({"__metadata__": {"tqai": " " * 16_000_000}}).encode()  # the library takes ten times as much
+    (tmp_path / "x.safetensors").write_bytes(len(large).to_bytes(8, "little") + large)
+    refused(lambda: tqai.Packed.read(tmp_path / "x.safetensors"), "no header")
     (tmp_path / "x.safetensors").write_bytes((2**62).to_bytes(8, "little"))
     refused(lambda: tqai.Packed.read(tmp_path / "x.safetensors"), "header")
 
@@ -287,6 +290,17 @@ def test_no_field_of_a_file_becomes_a_script_of_the_page(tmp_path):
     assert "<script" not in page(path.with_name("k.json"))
 
 
+def test_a_study_names_no_trials_that_are_not_there(tmp_path):
+    whole, path = json.loads((OLD / "study.json").read_text()), tmp_path / "s.json"
+    proof = {"error": 1e-4, "calls": 0.5, "bytes": 100.0, "time": 0.5}
+    for change, word in (
+        ({"front": [10**6]}, "front"), ({"proof": {"default": proof, "tuned": proof}, "kept": None}, "kept"), ({"trials": 5}, "trials"),
+        ({"tuned": {"strategy": "nope"}}, "unknown strategy"), ({"budget": {"what": "calls", "limit": 0.0}}, "limit"),
+    ):  # fmt: skip
+        path.write_text(json.dumps({key: value for key, value in {**whole, **change}.items() if value is not None}))
+        refused(lambda: page(path), word)
+
+
 def test_a_foreign_database_is_refused_and_not_changed(tmp_path):
     from tqai_core.calibrate import tune
     from tqai_core.hosts import calibration_targets
@@ -343,6 +357,10 @@ def test_reading_a_study_does_not_change_it(tmp_path):
         (lambda t: t.pop("layers.0.segments.0.codes_v"), None, "codes_v"),
         (lambda t: t.update({"layers.0.keys": t["layers.0.keys"].transpose(1, 2)}), None, "values"),
         (lambda t: t.update({"layers.0.mean": t["layers.0.mean"].transpose(1, 2)}), None, "mean"),
+        (lambda t: t.update({"layers.0.pads": torch.full_like(t["layers.0.keys"][:, 0, 0, 0], -1, dtype=torch.int64)}), None, "pads"),
+        (lambda t: t.update({"layers.0.pads": torch.zeros(len(t["layers.0.keys"]) + 1, dtype=torch.int64)}), None, "pads"),
+        (lambda t: t.update({"layers.0.pads": torch.zeros(len(t["layers.0.keys"]))}), None, "pads"),
+        (None, lambda h: h["layers"][0].update(moved=True), "pads"),
         (None, lambda h: h["layers"][0].update(length=10**6), "length"),
         (None, lambda h: h["layers"][0].update(segments=2), "segments.1"),
         (None, lambda h: h["layers"][0].update(bits_v=[4, 2]), "basis"),
@@ -356,6 +374,31 @@ def test_reading_a_study_does_not_change_it(tmp_path):
 def test_a_damaged_cache_is_refused_by_field(tensors, header, word, tmp_path):
     path = changed("cache.safetensors", tmp_path / "k", tensors, header)
     refused(lambda: tqai.KVCache.load(path, lm_config()), word)
+
+
+def test_pads_of_a_whole_cache_are_refused(tmp_path):
+    """Rows moved behind the sinks need tokens that are none."""
+
+    def moved(tensors):
+        length = json.loads(safe_open(str(OLD / "cache.safetensors"), "pt").metadata()["tqai-kv"])["layers"][0]["length"]
+        tensors["layers.0.pads"] = torch.full((len(tensors["layers.0.keys"]),), length)
+
+    path = changed("cache.safetensors", tmp_path / "k", moved, lambda h: h["layers"][0].update(moved=True))
+    refused(lambda: tqai.KVCache.load(path, lm_config()), "pads")
+
+
+def test_a_damaged_layer_that_is_held_exact_is_refused_too(tmp_path):
+    config = lm_config()
+    cache = tqai.KVCache(config, tqai.Config(level="kv", skip_layers=(1,)))
+    for layer in range(2):
+        cache.update(torch.randn(1, 2, 8, 32), torch.randn(1, 2, 8, 32), layer)
+    cache.save(tmp_path / "whole")
+    assert tqai.KVCache.load(tmp_path / "whole", config).get_seq_length() == 8
+    with safe_open(str(tmp_path / "whole"), "pt") as f:
+        metadata, whole = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    for name, tensor in (("keys", whole["layers.1.keys"] * math.nan), ("values", whole["layers.1.values"][:, :, :-1].contiguous())):
+        save_file({**whole, f"layers.1.{name}": tensor}, str(tmp_path / "k"), metadata)
+        refused(lambda: tqai.KVCache.load(tmp_path / "k", config), name)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +420,12 @@ def test_a_damaged_cache_is_refused_by_field(tensors, header, word, tmp_path):
 def test_a_damaged_policy_of_a_cache_is_refused_by_field(name, tensors, header, word, tmp_path):
     path = changed(f"{name}.safetensors", tmp_path / "k", tensors, header)
     refused(lambda: tqai.KVCache.load(path, lm_config()), word)
+
+
+@pytest.mark.parametrize("text", ["5", "[]", "{}" * 2, '{"num_layers": NaN}', '{"num_layers": {"a": [[1]]}}', json.dumps({"a" * 300: 1})])
+def test_a_minis_configuration_is_plain_names_and_numbers(text):
+    assert model_config({"config": '{"num_layers": 4, "axes_dims_rope": [4, 6], "qk_norm": null}'})["num_layers"] == 4
+    refused(lambda: model_config({"config": text}), "install tqai-core again")
 
 
 # -- version 0.1

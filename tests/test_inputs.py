@@ -69,7 +69,7 @@ def test_guidance_cut_off_in_the_middle(step, pipe_of):
     from tqai_core.hosts.diffusers import minis
 
     pipe = pipe_of("sd3")
-    inputs = minis.inputs("sd3", [3]) | dict(num_inference_steps=STEPS, output_type="latent", return_dict=False)
+    inputs = minis.inputs("sd3", [3, 8]) | dict(num_inference_steps=STEPS, output_type="latent", return_dict=False)
     cut = lambda: SD3CFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=step)
     names = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
     run = lambda: pipe(
@@ -78,5 +78,53 @@ def test_guidance_cut_off_in_the_middle(step, pipe_of):
     exact = run()
     with tqai.apply(pipe, tqai.preset("balanced", "sd3")) as handle:
         ours, report = run(), handle.report()
+    assert ours.shape == exact.shape, "no forecast of the old batch"
+    assert [f["why"] for f in report.fallbacks if "'hidden_states' has another form" in f["why"]]
+    assert report.decisions[step + 1]["action"] == "compute"
     assert report.calls_skipped >= 6
     assert psnr(ours, exact) > 40
+
+
+def controlled(kind, pipe):
+    """The pipeline with a ControlNet of random weights in the shape of its transformer, and the arguments that it takes."""
+    import diffusers
+
+    torch.manual_seed(0)
+    model, made = pipe.transformer, dict(num_layers=1)
+    if kind == "sd3":
+        net = diffusers.SD3ControlNetModel.from_transformer(model, num_extra_conditioning_channels=0, **made)
+    else:
+        heads = {name: model.config[name] for name in ("attention_head_dim", "num_attention_heads")}
+        net = diffusers.FluxControlNetModel.from_transformer(model, num_single_layers=1, **heads, **made)
+    for p in net.parameters():
+        if p.abs().max() == 0:  # its outputs begin as zeros
+            p.data.normal_(0, 0.05)
+    family = diffusers.StableDiffusion3ControlNetPipeline if kind == "sd3" else diffusers.FluxControlNetPipeline
+    out = family(**pipe.components, controlnet=net.eval().requires_grad_(False))
+    out.set_progress_bar_config(disable=True)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_controlnet_that_ends_in_the_middle(kind, pipe_of, monkeypatch):
+    """diffusers calls it to the end, at strength 0: its residuals are there, made anew each time, and suddenly zeros."""
+    from types import SimpleNamespace
+
+    from tqai_core.hosts.diffusers import minis
+
+    pipe = controlled(kind, pipe_of(kind))
+    pixels = lambda image: SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda *seed: image[:, :1, ::8, ::8]))
+    monkeypatch.setattr(pipe.vae, "encode", pixels, raising=False)
+    picture = torch.rand(1, 3, minis.PIXELS, minis.PIXELS, generator=torch.Generator().manual_seed(3))
+    inputs = minis.inputs(kind, [3]) | dict(num_inference_steps=STEPS, output_type="latent", return_dict=False, control_image=picture)
+    run = lambda end=0.5: pipe(**inputs, control_guidance_end=end, generator=torch.Generator().manual_seed(0))[0]
+    exact = run()
+    assert psnr(exact, run(1.0)) < 35, "it matters where it ends"
+    with tqai.apply(pipe, tqai.preset("balanced", kind)) as handle:
+        ours, report = run(), handle.report()
+        run(1.0)
+        assert not [f for f in handle.report().fallbacks if "cond_scale" in f["why"]], "it does not change"
+    assert [f["why"].split(":")[0] for f in report.fallbacks] == ["input 'cond_scale' has another form or value"]
+    assert [d["action"] for d in report.decisions[STEPS // 2 :][:3]] == ["compute"] * 3
+    assert report.calls_skipped >= 6 * report.calls // STEPS
+    assert psnr(ours, exact) > 45

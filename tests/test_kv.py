@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -417,6 +419,137 @@ def test_state_round_trip_and_damage():
         again.restore({**tensors, "segments.0.codes_k": tensors["segments.0.codes_k"][..., :-1]}, header)
     with pytest.raises(ValueError, match="length"):
         again.restore(tensors, {**header, "length": 3})
+
+
+# -- padding in front
+
+
+def padded(pads, n=400, chunks=(None,), added=False, plan=None, seed=3):
+    """A cache of sequences that begin with padding, filled in chunks as a model does it; its keys, values, queries and mask."""
+    g, b, longest = torch.Generator().manual_seed(seed), len(pads), n + max(pads)
+    kv = PackedKV(plan or Plan(recent=32))
+    k, v = tokens(g, b, 2, longest, 64)
+    q = torch.randn(b, 4, longest, 64, generator=g)
+    real = torch.arange(longest)[None] >= torch.tensor(pads)[:, None]
+    seen = real[:, None, None] & (torch.arange(longest)[None] <= torch.arange(longest)[:, None])
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if added else seen
+    edges = [0, *(edge for edge in chunks if edge is not None), longest]
+    for a, z in itertools.pairwise(edges):
+        kv.append(k[:, :, a:z], v[:, :, a:z])
+        kv.see(mask[:, :, a:z, :z], z - a)
+        kv.observe(q[:, :, a:z])
+        kv.settle()
+    return kv, k, v, q, mask
+
+
+def alone(k, v, q, pads, i, plan=None):
+    kv = PackedKV(plan or Plan(recent=32))
+    kv.append(k[i : i + 1, :, pads[i] :], v[i : i + 1, :, pads[i] :])
+    kv.observe(q[i : i + 1, :, pads[i] :])
+    kv.settle()
+    return kv
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("pads", [(9, 9), (9, 0), (0, 70), (1, 3), (500, 20)], ids=str)
+def test_a_padded_sequence_is_held_as_it_is_alone(pads, added):
+    """The sequence of most padding to the bit: statistics, sinks and codes; the others have statistics of as many tokens."""
+    kv, k, v, q, mask = padded(pads, added=added)
+    assert kv.pads.tolist() == list(pads)
+    assert kv.most_pads == max(pads)
+    last = q[:, :, -1:]
+    out = attend(last, kv, scaling=0.125, mask=mask[:, :, -1:], native=False)
+    for i, count in enumerate(pads):
+        one = alone(k, v, q, pads, i)
+        assert torch.equal(kv.keys[i, :, :4], one.keys[0, :, :4]), "sinks are real tokens"
+        assert torch.equal(kv.keys[i, :, 4:], one.keys[0, :, 4:]), "the recent ones"
+        own = k[i, :, count:]
+        mean, scale = kv.statistics.mean[i], kv.statistics.scale[i]
+        assert bool(((mean - own.mean(1, keepdim=True)).abs() < 5 * own.std(1, keepdim=True) / own.shape[1] ** 0.5).all())
+        if count == max(pads):
+            assert torch.equal(mean, one.statistics.mean[0])
+        assert torch.allclose(scale, one.statistics.scale[0], rtol=1e-5 if count == max(pads) else 0.2)
+        for which, exact in (("k", k), ("v", v)):
+            dense, want = kv.dense(which)[i, :, count:], one.dense(which)[0]
+            error = lambda x, exact=exact, i=i, count=count: float((x - exact[i, :, count:]).square().mean())
+            assert error(dense) <= 1.15 * error(want), "at their own positions, no less exact"
+            if count == max(pads):
+                assert torch.allclose(dense, want, atol=1e-4)
+        want, true = (
+            attend(last[i : i + 1], one, scaling=0.125, native=False),
+            reference(last[i : i + 1], own[None], v[i : i + 1, :, count:]),
+        )
+        assert float((out[i] - true[0]).norm()) < 1.3 * float((want - true).norm())
+    assert not kv.dense("v")[0, :, : pads[0]].any() or pads[0] == 0 or not kv.moved, "padding is stored as nothing"
+
+
+@pytest.mark.parametrize("chunks", [(5,), (9,), (12, 300), (100, 200, 300)], ids=str)
+def test_padding_that_comes_in_chunks_is_counted_on(chunks):
+    """A chunk may hold padding alone."""
+    whole, parts = padded((9, 2)), padded((9, 2), chunks=chunks)
+    assert parts[0].pads.tolist() == [9, 2]
+    assert torch.equal(parts[0].keys[:, :, :4], whole[0].keys[:, :, :4])
+    assert parts[0].packed == whole[0].packed
+    error = lambda kv, k: float((kv.dense("k")[:, :, 9:] - k[:, :, 9:]).square().mean())
+    assert error(parts[0], parts[1]) < 1.2 * error(whole[0], whole[1])
+
+
+def test_padding_is_not_waited_with():
+    """255 tokens with 9 of padding before them are too few for statistics that want 256."""
+    for n, packed in ((255, 0), (256, 256 + 9 - 4 - 32)):
+        assert padded((9, 0), n=n)[0].packed == packed
+
+
+def test_what_tells_of_no_padding():
+    g = torch.Generator().manual_seed(0)
+    k, v = tokens(g, 2, 2, 20, 64)
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
+    for mask in (None, causal, causal.expand(2, 4, 20, 20), causal[:, :, -1:], causal[0, 0], causal[..., :15]):
+        kv = PackedKV(Plan(recent=32))
+        kv.see(mask, 20)  # before anything is held
+        kv.append(k, v)
+        kv.see(mask, 20)
+        assert kv.pads is None
+        assert kv.most_pads == 0
+    kv.see(causal & (torch.arange(20) >= 3), 20)  # one mask for the batch
+    assert kv.pads.tolist() == [3, 3]
+    kv.append(k, v)
+    kv.see(torch.zeros(2, 1, 20, 40, dtype=torch.bool), 20)
+    assert kv.pads.tolist() == [3, 3], "once every sequence has a token nothing is looked at"
+    heads = PackedKV(Plan(recent=32))
+    heads.append(k, v)
+    heads.see(torch.stack([causal[0] & (torch.arange(20) >= n) for n in (3, 5)], 1), 20)
+    assert heads.pads.tolist() == [3, 3], "what one head sees is no padding"
+
+
+@pytest.mark.parametrize("left", [300, 43, 14, 13, 12, 9, 5, 1, 0])
+def test_a_padded_cache_is_cropped_at_any_place(left):
+    kv, *_ = padded((9, 0))
+    before = {which: kv.dense(which) for which in "kv"}
+    length = kv.length
+    kv.crop(length - left)
+    assert kv.length == left
+    if left:
+        for which, x in before.items():
+            assert torch.allclose(kv.dense(which)[0, :, min(9, left) :], x[0, :, min(9, left) : left], atol=1e-5)
+            assert torch.allclose(kv.dense(which)[1], x[1, :, :left], atol=1e-5)
+        assert kv.pads.tolist() == [min(9, left), 0]
+    else:
+        assert kv.pads is None
+
+
+def test_a_padded_cache_survives_a_change_of_its_batch_and_a_file():
+    kv, _, _, q, mask = padded((9, 0, 70))
+    want = attend(q[:, :, -1:], kv, scaling=0.125, mask=mask[:, :, -1:], native=False)
+    tensors, header = kv.state()
+    again = PackedKV(Plan(recent=32))
+    again.restore(tensors, header)
+    assert again.nbytes == kv.nbytes
+    assert torch.equal(attend(q[:, :, -1:], again, scaling=0.125, mask=mask[:, :, -1:], native=False), want)
+    order = torch.tensor([2, 0])
+    again.map_batch(lambda x: x[order])
+    assert again.pads.tolist() == [70, 9]
+    assert torch.allclose(attend(q[order, :, -1:], again, scaling=0.125, mask=mask[order, :, -1:], native=False), want[order], atol=1e-5)
 
 
 def test_other_value_dimension_non_contiguous_and_empty():

@@ -193,6 +193,46 @@ def test_stability_entropy_collapse_forces_a_refresh():
     assert all("collapsed" not in d.why for d in monitored(monitor, [(0.8, 0.5)] * 24))
 
 
+def watched(monitor, order, sigmas, errors):
+    """The decisions of a sampler that evaluates these sigmas and computes all of them, its forecasts having had these errors."""
+    state, out = {}, []
+    for i, (sigma, error) in enumerate(zip(sigmas, errors, strict=True)):
+        out.append(monitor.decide(Step(i, sigma, 24), None, order, state))
+        monitor.observe(Step(i, sigma, 24), error, order, state)
+    return out
+
+
+TWICE = [s for i in range(6) for s in (1 - i / 24,) * 2][1:]  # as Heun evaluates: the first sigma once, each other one twice
+
+
+@pytest.mark.parametrize("spec", ["lyapunov:warmup=3", "fixed:warmup=3", "stability:warmup=3"])
+def test_warm_up_counts_different_sigmas_and_not_evaluations(spec):
+    """A sampler of two evaluations a step was out of its warm-up with two sigmas seen, through which no line leads on."""
+    found = [d.why == "warm-up" for d in watched(build("monitor", spec), 1, TWICE, [None, *[0.01] * 10])]
+    assert found == [True] * 5 + [False] * 6
+
+
+def test_a_first_estimate_comes_from_a_full_set_of_nodes():
+    """The error of a forecast through one node is that of a repetition: it says nothing of a line's, and was scaled as if it did."""
+    sigmas = [1 - i / 24 for i in range(5)]
+    found = watched(build("monitor", "lyapunov:warmup=1"), 1, sigmas, [None, 0.001, 0.02, 0.02, 0.02])
+    assert [d.error_estimate for d in found[:3]] == [None] * 3, "two nodes are there at the third sigma, no error through them"
+    assert [d.why for d in found[:3]] == ["warm-up", "no forecast to judge by", "no forecast to judge by"]
+    assert found[3].error_estimate == pytest.approx(0.02), "of the error at the sigma before, on an even grid"
+
+
+def test_a_repeat_of_a_sigma_is_judged_by_the_errors_of_repeats():
+    """No distance in sigma tells how far apart two evaluations at one sigma are: that such a forecast is exact was never true."""
+    monitor = build("monitor", "lyapunov:warmup=1,tau=.06")
+    errors = [None, *[0.001, 0.5] * 5]  # of the first evaluation at a sigma, and of the second one
+    found = watched(monitor, 1, TWICE, errors)
+    repeats, firsts = found[2::2], found[5::2]
+    assert all(d.error_estimate >= 0.5 and d.why == "estimate over the tolerance" for d in repeats[1:])
+    assert not any(d.compute for d in firsts), "the others are judged by their own errors"
+    first_repeat = watched(monitor, 1, [1, 0.96, 0.92, 0.88, 0.88], [None, *[0.001] * 4])[-1]
+    assert (first_repeat.error_estimate, first_repeat.why) == (None, "no forecast to judge by")
+
+
 @pytest.mark.parametrize("name", [n for n in names("scorer") if n not in ("fisher", "snr")])
 def test_a_scorer_changes_the_bits_that_tokens_get(name):
     """Beside ``snr`` and ``fisher``, which speak of steps: see their own tests."""

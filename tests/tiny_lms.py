@@ -27,15 +27,25 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "embedding_size": 64, "word_embed_proj_dim": 64,
     "first_k_dense_replace": 1, "attention_dropout": 0.0,
 }  # fmt: skip
+ROPE, MIXED = {"rope_type": "default", "rope_theta": 10000.0}, {"layer_types": ["linear_attention", "full_attention"] * 2}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 # what the sizes above do not say of a class
 OWN: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"layer_types": ["full_attention"] * LAYERS}, "cwm": {"bos_token_id": 1, "eos_token_id": [95]},
+    "cohere_compass_text": {"layer_types": ["full_attention"] * LAYERS, "rope_parameters": {"full_attention": ROPE}},
+    "cwm": {"bos_token_id": 1, "eos_token_id": [95]},
     "modernbert-decoder": {"bos_token_id": 1, "eos_token_id": 95, "cls_token_id": 1, "sep_token_id": 2},
     "dots1": {"n_shared_experts": 1}, "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 16,
                    "n_groups": 1, "ssm_state_size": 16},
-    "qwen4_exp_text": {"layer_types": ["full_attention"] * LAYERS},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+                       "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1}, "zamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "mamba_headdim": 16,
+               "n_mamba_heads": 8, "attention_head_dim": 32, "attention_hidden_size": 128},
+    "gemma3": {"vision_config": VISION}, "git": {"vision_config": VISION}, "bailing_hybrid": MIXED, "kimi_linear": MIXED,
+    "emu3_text_model": {"bos_token_id": 1, "eos_token_id": 95},
+    "xmod": {"default_language": "en_XX"}, "dots3_note_text": {"per_layer_config": None, "head_dim": 32},
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False},
     "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_global_key_value_heads": 2},
     "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_global_key_value_heads": 2},
@@ -45,13 +55,13 @@ OWN: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_ssm": 128},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16,
                          "layer_types": ["mamba", "attention", "mamba", "attention"]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": None}, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4,
-                                                                            "moe_top_k": 2}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+             "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
     "gpt_neo": {"attention_types": [[["global"], LAYERS]]},
     "deepseek_v2": {"topk_method": "greedy"}, "persimmon": {"num_key_value_heads": None}, "phi": {"num_key_value_heads": 4},
 }  # fmt: skip
 # their vision, audio or byte parts stay large, whatever the text part is
-TOO_LARGE = ("gemma3", "git", "got_ocr2", "moss_transcribe_diarize", "phi4_multimodal", "blt", "mllama")
+TOO_LARGE = ("got_ocr2", "moss_transcribe_diarize", "phi4_multimodal", "blt", "mllama")
 KINDS = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CONFIGS = {config.model_type: (config, kind) for config, kind in MODEL_FOR_CAUSAL_LM_MAPPING.items()}
 
@@ -74,7 +84,7 @@ def shrunk(kind: str) -> Any:
         "n_head",
         "n_heads",
     ):  # heads of their own where there are no fewer of keys
-        if name in names and getattr(default, "num_key_value_heads", None) == getattr(default, name, 0):
+        if name in names and vars(default).get("num_key_value_heads") == vars(default).get(name, 0):
             sizes["num_key_value_heads"] = 4
     for name in ("sliding_window", "q_lora_rank", "layer_types", "mlp_layer_types"):  # of models that have them
         if vars(default).get(name) is None:
@@ -87,7 +97,8 @@ def build(kind: str) -> Any:
     torch.manual_seed(0)
     if kind in TOO_LARGE:
         raise ValueError("parts of it stay large: no tiny one can be made")
-    config = shrunk(kind)
+    part = CONFIGS[kind][1].config_class  # of some models of several parts it is the text alone
+    config = shrunk(kind if issubclass(CONFIGS[kind][0], part) else part.model_type)
     model = CONFIGS[kind][1](config).eval().requires_grad_(False)
     if sum(p.numel() for p in model.parameters()) > 30_000_000:
         raise ValueError("no small one could be made")

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .config import Config
 from .guidance import Difference
+from .legacy import Legacy
 from .memory import Memory, Stream
 from .metrics import relative, squares
 from .report import Recorder
@@ -74,6 +75,8 @@ class Flow:
         self.bypass_reason = self.disabled_reason or bypass
         self.gate_state = Stream(self.codec)  # state of the monitor, and of the scorer where it scores steps
         self.decision = Decision(True, "start")
+        self.legacy: Legacy | None = None  # another expert's history, until the first step has judged it
+        self._inherited: dict[Where, Stream] = {}  # its streams, with the first step's values in them
         self.step: Step | None = None
         self.exact: set[Where] = set()
         self.fresh_noise = 0.0  # share of a latent that the sampler's own noise makes up, where the host measures it
@@ -83,6 +86,25 @@ class Flow:
         self._pending: list[tuple[Where, bool, Tensor]] = []
         self._signals: dict[str, list[Tensor]] = {}
         self._entry: dict[str, Any] = {}
+
+    def leave(self) -> Legacy | None:
+        """What an expert held until now, for the :meth:`inherit` of the one that goes on; only whole outputs go on from model to model."""
+        if self.step is not None:
+            self.settle()
+        streams = {where: s for where, s in self.memory.streams.items() if where.site == "model" and s.kind is not None}
+        if not streams or self.step is None or self.guidance.on:
+            return None
+        skipped = list(self.skipped_steps)  # as enter() would go on from here
+        if self.decision.compute or self.step.next is None:
+            skipped = []
+        else:
+            skipped.append((self.step.sigma, self.step.next - self.step.sigma))
+        return Legacy(streams, dict(self.gate_state.state), skipped)
+
+    def inherit(self, legacy: Legacy | None) -> None:
+        """Before the first step: what another expert held. That step is computed, and its error says whether the history fits: then
+        there is no second warm-up, else it is dropped."""
+        self.legacy = None if self.bypass_reason is not None or self.guidance.on else legacy
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +121,7 @@ class Flow:
             self.opening, self.step = False, step
             self._entry = self.recorder.decision(self.model, step, self.decision)
             return self.decision
-        self._settle()
+        self.settle()
         if self.step is not None and self.bypass_reason is None and (why := self.monitor.gives_up(self.gate_state.state)):
             self.bypass(why)
             return self.enter(step)
@@ -107,14 +129,14 @@ class Flow:
             self.memory.keep(self.step)
         self._first = set() if self.step is None else (self._first or set())
         if self.step is None or self.decision.compute:
-            self.skipped_steps = []
+            self.skipped_steps = list(self.legacy.skipped) if self.legacy is not None and self.step is None else []
         else:
             self.skipped_steps.append((self.step.sigma, step.sigma - self.step.sigma))
         self.opening, self.step = self.step is None, step
         if self.opening and self.bypass_reason is None:
             self.bypass_reason = self.monitor.idle(step)
         if self.bypass_reason is not None:
-            self.decision = Decision(True, self.bypass_reason)
+            self.legacy, self.decision = None, Decision(True, self.bypass_reason)
             self.recorder.fallback(self.model, self.bypass_reason)
         else:
             score = self.scorer.score(None, step, self.gate_state) if self.scorer else None
@@ -166,6 +188,8 @@ class Flow:
     def correction(self, where: Where, x: Tensor) -> Tensor | None:
         """What to add to ``x``, so that the sampler's step from here cancels the error of the forecasts before it."""
         step, stream = cast(Step, self.step), self.memory.streams.get(where)
+        if self.legacy is not None:
+            stream = self._fitting(where, x)
         if (
             not self.skipped_steps
             or step.next is None
@@ -236,8 +260,12 @@ class Flow:
             self.recorder.fallback(f"{self.model}/{where}", "shape, dtype or device changed: its history starts anew")
             self.memory.drop(where)
             stream = self.memory[where]
+        if self.legacy is not None and (left := self.legacy.stream(where, signature(x))) is not None:
+            stream = self._inherited[where] = left
         guess = self.strategy.forecast(stream, step)
         errors = squares(guess, x)
+        if guess is not None and self.strategy.order and where.site == "model" and (last := stream.value("value")) is not None:
+            self.signal("reuse", squares(last, x)[0])
         if against is not None:
             errors = torch.stack([errors[0], squares(None, against)[1]])
         self._pending.append((where, guess is not None, errors))
@@ -267,7 +295,7 @@ class Flow:
     def end(self) -> None:
         """The generation is over: nothing stays held."""
         if self.step is not None:
-            self._settle()
+            self.settle()
         self.begin(self.bypass_reason)
 
     def _check_scorer(self, of_tokens: bool) -> None:
@@ -299,33 +327,60 @@ class Flow:
         score = self.scorer.score(tokens(x), step, stream) if self.scorer else None
         if isinstance(score, Tensor) and score.numel():
             self.signal("importance", score.float().mean())
-        if x.numel():
-            stream.hold({name: _finite(part) for name, part in self.strategy.plan(x, score, stream, step).items()}, x, step)
+        for history in filter(None, (stream, self._inherited.get(where)) if x.numel() else ()):
+            history.hold({name: _finite(part) for name, part in self.strategy.plan(x, score, history, step).items()}, x, step)
         held = self.memory.count(where, self.strategy.order + 1)
         self.recorder.held(self.model, where, held, self.memory.exact)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Read the errors of the last computed step: one host sync a step, and only after computed ones."""
         if not self._pending or self.step is None:
             return
         sums, signals = self._read()
-        gap = size = 0.0
-        judged = False
+        gaps: dict[str, list[float]] = {}  # of video and audio apart, since one may be much the larger
         for (where, guessed, _), (g, s) in zip(self._pending, sums, strict=True):
             if not (g < float("inf") and s < float("inf")):  # NaN fails both
                 self._give_up(where, "NaN or inf in its output")
                 continue
             if guessed:
-                judged, gap, size = True, gap + g, size + s
+                pair = gaps.setdefault(where.kind if where.site == "model" else "", [0.0, 0.0])
+                pair[0], pair[1] = pair[0] + g, pair[1] + s
                 self.recorder.error(self.model, where, relative(g, s))
-        error = relative(gap, size) if judged else None
+        error = max((relative(*pair) for pair in gaps.values()), default=None)
         self._entry["error"] = error
         scores = [v for v in signals.pop("importance", []) if v == v]
         self.importance = min(max(sum(scores) / len(scores), 0.0), 1.0) if scores else None
+        if self.legacy is not None:
+            self._judge(error)
+        reuse, gap = sum(signals.pop("reuse", [])), sum(pair[0] for pair in gaps.values())
+        self.gate_state.state["reuse"] = (error or 0.0) * relative(reuse, gap)  # error of the last value as a forecast
         self.gate_state.state.update(signals)
         self.monitor.observe(self.step, error, self.strategy.order, self.gate_state.state)
         self._pending.clear()
         self._signals.clear()
+
+    def _fitting(self, where: Where, x: Tensor) -> Stream | None:
+        """Another expert's stream, if it told ``x`` well enough to correct by it: a host sync, once a generation and branch."""
+        step, legacy = cast(Step, self.step), cast(Legacy, self.legacy)
+        stream = legacy.stream(where, signature(x)) if self.skipped_steps else None
+        guess = None if stream is None else self.strategy.forecast(stream, step)
+        if stream is None or guess is None:
+            return None
+        error = relative(*squares(guess, x).tolist())
+        return stream if self.monitor.fits(step, error, self.strategy.order, dict(legacy.state)) else None
+
+    def _judge(self, error: float | None) -> None:
+        """The first step was computed: another expert's history goes on where it told this step's outputs well enough."""
+        legacy, inherited, step = self.legacy, self._inherited, cast(Step, self.step)
+        self.legacy, self._inherited = None, {}
+        fits = legacy is not None and error is not None and self.monitor.fits(step, error, self.strategy.order, dict(legacy.state))
+        self._entry["why"] = f"the other expert's history {'fits' if fits else 'does not fit'}"
+        if fits and legacy is not None:
+            self.gate_state.state = {**legacy.state, "fresh_noise": self.gate_state.state["fresh_noise"]}
+            self.monitor.decide(step, self.importance, self.strategy.order, self.gate_state.state)  # it counts this step too
+            for where, stream in inherited.items():
+                if where in self.memory.streams:
+                    self.memory.put(where, stream, self.strategy.order + 1)
 
     def _read(self) -> tuple[list[tuple[float, float]], dict[str, list[float]]]:
         """The squares of all streams and the signals, in one transfer, the same on every rank: squares summed, signals averaged."""

@@ -56,6 +56,13 @@ class Stream:
         self.decoded[name] = flat if flat.shape == shape else flat.flatten()[: shape.numel()].view(shape)
         return self.decoded[name]
 
+    def move(self, device: torch.device | None) -> None:
+        """Keep the coded parts on ``device`` from now on, or where the tensors are; they visit the tensors' device to be decoded."""
+        to = device if device is not None else self.kind[2] if self.kind is not None else None
+        if to is not None:
+            self.parts = {name: _moved(packed, to) for name, packed in self.parts.items()}
+        self.offload_device = device
+
     @property
     def nbytes(self) -> int:
         """Bytes of the coded parts, of the scorer's state, and of anything decoded that was left alive."""
@@ -97,6 +104,12 @@ class Memory:
         self.exact += exact - before[1]
         return held
 
+    def put(self, where: Where, stream: Stream, copies: int) -> None:
+        """``stream`` in place of that of ``where``."""
+        stream.move(self.offload_device)
+        self.streams[where] = stream
+        self.count(where, copies)
+
     def drop(self, where: Where) -> None:
         self.streams.pop(where, None)
         held, exact = self._bytes.pop(where, (0, 0))
@@ -112,7 +125,7 @@ class Memory:
         """Keep the coded parts on ``device`` until :meth:`clear`; they visit the model's device to be decoded."""
         self.offload_device = device
         for stream in self.streams.values():
-            stream.offload_device, stream.parts = device, {name: _moved(packed, device) for name, packed in stream.parts.items()}
+            stream.move(device)
 
     def __iter__(self) -> Iterator[Where]:
         return iter(self.streams)

@@ -228,6 +228,11 @@ class StepMonitor(Monitor, levels=STEPS):
     def restart(self, state: dict[str, Any]) -> None:
         """The streams' history was dropped: what was measured on it holds no longer."""
 
+    def fits(self, step: Step, error: float, order: int, state: dict[str, Any]) -> bool:
+        """Whether a history of another model, with the ``state`` it was left in, goes on at the computed ``step``, where its forecast
+        had this relative ``error``."""
+        return False
+
     def gives_up(self, state: dict[str, Any]) -> str | None:
         """Why the rest of this generation is computed exactly, or None: nothing is watched or held from then on."""
         return None

@@ -65,7 +65,21 @@ class CONST:
         return x - output * sigma.view(-1, *[1] * (x.ndim - 1))
 
 
+class EPS(CONST):
+    """The host's own is no flow either, with the same arithmetic."""
+
+    calculate_denoised = lambda self, *args: CONST.calculate_denoised(self, *args)
+
+
+class COSMOS_RFLOW:
+    def calculate_denoised(self, sigma: Tensor, output: Tensor, x: Tensor) -> Tensor:
+        t = (sigma / (sigma + 1)).view(-1, *[1] * (x.ndim - 1))
+        return x * (1 - t) - output * t
+
+
 class ModelSamplingDiscreteFlow(nn.Module):
+    sigma_max = 1.0
+
     def __init__(self, shift: float = 1.0) -> None:
         super().__init__()
         self.shift = shift
@@ -82,9 +96,8 @@ class Flow(ModelSamplingDiscreteFlow, CONST):
     pass
 
 
-class Eps(ModelSamplingDiscreteFlow):
-    def calculate_denoised(self, sigma: Tensor, output: Tensor, x: Tensor) -> Tensor:
-        return x - output * sigma.view(-1, *[1] * (x.ndim - 1))
+class Eps(ModelSamplingDiscreteFlow, EPS):
+    pass
 
 
 def attention_pytorch(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, skip_reshape: bool = False, **kw: Any) -> Tensor:
@@ -456,7 +469,12 @@ def modules(profile: str, folder: Path) -> dict[str, ModuleType]:
         "comfy": {},
         "comfy.patcher_extension": {"WrappersMP": WrappersMP},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher, "create_model_options_clone": create_model_options_clone},
-        "comfy.model_sampling": {"CONST": CONST, "ModelSamplingDiscreteFlow": ModelSamplingDiscreteFlow},
+        "comfy.model_sampling": {
+            "CONST": CONST,
+            "COSMOS_RFLOW": COSMOS_RFLOW,
+            "EPS": EPS,
+            "ModelSamplingDiscreteFlow": ModelSamplingDiscreteFlow,
+        },
         "comfy.model_management": {
             "get_free_memory": lambda device=None, torch_free_too=False: 10**12,
             "InterruptProcessingException": InterruptProcessingException,

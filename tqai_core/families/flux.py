@@ -21,6 +21,7 @@ class Flux(Family):
 MODULE = "diffusers.models.transformers.transformer_flux"
 FAMILY = Flux(
     name="flux",
+    title="FLUX.1, FLUX.2",
     diffusers=InHost(
         classes=(f"{MODULE}:FluxTransformer2DModel", f"{MODULE}2:Flux2Transformer2DModel"),
         blocks=("transformer_blocks", "single_transformer_blocks"),

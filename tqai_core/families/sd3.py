@@ -5,6 +5,7 @@ from .base import Family, InHost
 MODULE = "comfy.ldm.modules.diffusionmodules.mmdit"
 FAMILY = Family(
     name="sd3",
+    title="SD3, SD3.5",
     diffusers=InHost(
         classes=("diffusers.models.transformers.transformer_sd3:SD3Transformer2DModel",),
         blocks=("transformer_blocks",),

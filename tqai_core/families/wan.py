@@ -4,6 +4,7 @@ from .base import Family, InHost
 
 FAMILY = Family(
     name="wan",
+    title="WAN 2.1, 2.2",
     diffusers=InHost(
         classes=("diffusers.models.transformers.transformer_wan:WanTransformer3DModel",), blocks=("blocks",), entry="patch_embedding.weight"
     ),

@@ -15,6 +15,8 @@ from . import distinct_sigmas, forced
 # A sampler that adds noise: the forecast does not know the noise of its step, which the measured error counts in. Later steps
 # replace that noise again, so that single forecasts may err by so many times more.
 NOISY = 6.0
+SURPRISE = 1.5  # times the estimate: errors of one model's own forecasts stay below it
+ROUGH = 4  # steps in a row at which the forecast was no better than the last value: the history tells nothing
 LOOK = 8  # sigmas after which such a run that had no forecast is left exact
 
 
@@ -51,11 +53,7 @@ class Lyapunov(
         estimate = self._estimate(step.sigma, order, state)
         state["sigma"] = step.sigma
         noisy = state.get("fresh_noise", 0.0) > 0
-        tolerance = (
-            (NOISY * self.tau if noisy else self.tau)
-            / max(step.width, 1e-6) ** 0.5
-            * (1.0 if importance is None else 1.3 - 0.9 * importance)
-        )
+        tolerance = self._tolerance(step) * (NOISY if noisy else 1.0) * (1.0 if importance is None else 1.3 - 0.9 * importance)
         why = forced(step, seen, self.warmup)
         if why:
             return Decision(True, why, estimate)
@@ -74,7 +72,16 @@ class Lyapunov(
         for name in ("nodes", "error", "remainder", "repeat_error"):
             state.pop(name, None)
 
+    def fits(self, step: Step, error: float, order: int, state: dict[str, Any]) -> bool:
+        """Where it errs no more than it would have, had its own model gone on, or no more than a forecast may."""
+        return error <= max(self._tolerance(step), SURPRISE * (self._estimate(step.sigma, order, state) or 0.0))
+
+    def _tolerance(self, step: Step) -> float:
+        return self.tau / max(step.width, 1e-6) ** 0.5
+
     def gives_up(self, state: dict[str, Any]) -> str | None:
+        if state.get("rough", 0) >= ROUGH:
+            return f"its output does not change smoothly: forecasts erred more than plain reuse would at {ROUGH} steps in a row"
         error, most = state.get("error"), NOISY * self.tau
         waited = state.get("fresh_noise") and len(state["sigmas"]) >= LOOK and "forecasts" not in state
         if not waited or error is None or error <= 1.5 * most:  # some samplers add less noise later
@@ -100,6 +107,8 @@ class Lyapunov(
             return
         if error is not None and len(nodes) > order:  # a forecast through fewer nodes is one of a lower order
             state["error"], state["remainder"] = error, _remainder(step.sigma, nodes, order)
+            worse = not state.get("fresh_noise") and error > max(state.get("reuse") or math.inf, self.tau / 4)  # below: the codec's error
+            state["rough"] = state.get("rough", 0) + 1 if worse else 0
         nodes.append(step.sigma)
         del nodes[: -order - 1]
 

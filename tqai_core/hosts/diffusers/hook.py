@@ -21,12 +21,14 @@ from ...inputs import Inputs
 from ...types import Step, Where
 from .clock import EXPERTS, CallClock, Clock, SchedulerClock, denoisers, pipelines_on_the_stack
 from .outputs import Form
+from .release import on_failure
 from .sites import ModuleSite
 from .token_order import TokenOrder
 
 PASSING = (*TIMES, "return_dict")  # arguments that say nothing of the history
 LATENTS = ("hidden_states", "audio_hidden_states")  # another tensor at each call by their nature, as is the first argument
 MOST_CALLS = 16  # of a branch in one step: a pipeline that steps its scheduler makes fewer
+CONTROL = ("cond_scale", "control_image")  # names in the pipelines with a ControlNet: its strength at the step, its picture
 TEXT = ("encoder_hidden_states", "encoder_hidden_states_image", "attention_kwargs")  # arguments that hold the text
 
 
@@ -59,6 +61,16 @@ class NoState(BaseState):
         pass
 
 
+def _conditions(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the history depends on. The residuals of a ControlNet are made anew at each call, and are zeros from ``control_guidance_end``
+    on: what the running pipeline makes them of tells more."""
+    given = {name: value for name, value in kwargs.items() if name not in PASSING}
+    if any("controlnet" in name and value is not None for name, value in given.items()):
+        names = next((names for pipe, names in pipelines_on_the_stack() if hasattr(pipe, "controlnet")), {})
+        given |= {name: names[name] for name in CONTROL if name in names}
+    return given
+
+
 class RootHook(ModelHook):
     _is_stateful = True
 
@@ -67,6 +79,7 @@ class RootHook(ModelHook):
         self.patch, self.flow, self.recorder = patch, patch.flow, patch.handle.recorder
         self.context = StateManager(NoState)  # diffusers puts the cache context here
         self.names = tuple(inspect.signature(model.forward).parameters)  # of the positional arguments
+        self.compiled = False
         self.found: SchedulerClock | None = None  # of the pipeline that calls a bare transformer
         self._restart()
 
@@ -101,6 +114,12 @@ class RootHook(ModelHook):
         self.found = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self._eager(module, torch.compiler.is_compiling(), args, kwargs)
+
+    @torch.compiler.disable
+    def _eager(self, module: nn.Module, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``compiled``: the model was compiled as a whole. In a graph that was cut by our decisions fewer steps would be forecast."""
+        self.compiled = compiled
         try:
             return self._call(module, self.fn_ref.original_forward, args, kwargs)
         except BaseException:  # also KeyboardInterrupt: a broken run leaves nothing behind
@@ -121,6 +140,7 @@ class RootHook(ModelHook):
 
     def _release(self) -> None:
         """Nobody asks again after the last step. Modular pipelines and loops of one's own do not say that they are over."""
+        self.flow.settle()
         self.flow.memory.clear()
         self.forms.clear()
         self._forget_text()
@@ -138,7 +158,7 @@ class RootHook(ModelHook):
             flow.bypass(f"the pipeline calls its model {nth} times without a step of its scheduler")
         branch = name if nth == 1 and context is not None else f"{name}{nth - 1}"
         sibling, self.sibling = self.sibling, branch
-        if flow.bypass_reason is None and (why := self.inputs.change(branch, {k: v for k, v in given.items() if k not in PASSING})):
+        if flow.bypass_reason is None and (why := self.inputs.change(branch, _conditions(given))):
             flow.restart(why)
         run = lambda: self._armed(branch, sibling, compute, args, kwargs)  # noqa: E731
         if self.patch.config.level != "model":
@@ -195,10 +215,13 @@ class RootHook(ModelHook):
         if self.key is not None and not tick.fresh and tick.key == self.key:
             return True
         if self.key is None or tick.fresh:
-            for other in patch.handle.flows:
-                if tick.fresh or (other.model in EXPERTS and flow.model in EXPERTS):  # the other expert's memory is of no more use
-                    other.begin()
+            experts = [other for other in patch.handle.flows if other.model in EXPERTS and flow.model in EXPERTS and other is not flow]
+            legacy = None if tick.fresh else next(filter(None, (other.leave() for other in experts)), None)
+            for other in patch.handle.flows if tick.fresh else experts:  # the other expert's memory is of no more use
+                other.begin()
             flow.begin(tick.bypass or ("all blocks are in skip_layers" if patch.whole else None))
+            flow.inherit(legacy)
+            on_failure(self._finish)
             flow.memory.grid = patch.family.grid(module, given)
             self.inputs.clear()
             self._forget_text()
@@ -268,6 +291,11 @@ class RootHook(ModelHook):
     def _warn(self) -> None:
         """Once a generation: what the user would otherwise not notice."""
         flow, patch = self.flow, self.patch
+        if self.compiled:
+            self.recorder.warn(
+                "the transformer was compiled as a whole after tqai was applied, and runs uncompiled now, since steps are decided outside "
+                "of a graph: compile its blocks instead (transformer.compile_repeated_blocks())"
+            )
         if flow.guidance.on and patch.config.level != "model" and patch.family.name == "sd3":
             self.recorder.fallback(flow.model, "cfg=difference: SD3 runs both branches as one batch, which level 'model' alone splits")
         if patch.protected and patch.config.level == "model" and not patch.whole:

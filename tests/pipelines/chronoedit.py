@@ -1,0 +1,16 @@
+"""ChronoEdit: WAN image to video that edits the picture; no cache context, and the frames between are dropped half way."""
+
+from diffusers import ChronoEditPipeline, ChronoEditTransformer3DModel
+
+from . import wan
+from .base import picture
+
+
+def pipe():
+    transformer = wan.transformer(ChronoEditTransformer3DModel, in_channels=36, image_dim=4)
+    return ChronoEditPipeline(**(wan.parts() | dict(transformer=transformer, **wan.eye())))
+
+
+def call(pipe, steps, seed):
+    reasoning = dict(enable_temporal_reasoning=True, num_temporal_reasoning_steps=steps // 2)
+    return wan.call(pipe, steps, seed, image=picture(), num_frames=29, **reasoning)
