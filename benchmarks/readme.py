@@ -60,8 +60,8 @@ def tail(row: dict[str, Any], name: str) -> list[str]:
 
 def euler(dit: dict[str, Any]) -> str:
     rows = []
-    for kind in KINDS:
-        for r in dit["tables"][kind]["euler"]:
+    for kind, tables in dit["tables"].items():
+        for r in tables["euler"]:
             held = f"{r['held']:,.0f} / {r['fp16']:,.0f}" if r["held"] else ""
             cells = [kind, r["method"], f"{r['calls']:g}", f"{r['skipped']:.0%}" if r["skipped"] else "", f"{r['cpu']:.2f}"]
             rows.append([*cells, *tail(r, "psnr"), *tail(r, "nmse"), f"{r['agreement']:.3f}", held])
@@ -72,14 +72,14 @@ def euler(dit: dict[str, Any]) -> str:
 def alone(dit: dict[str, Any]) -> str:
     rows = [
         [kind, r["method"], f"{r['calls']:.1f}", *tail(r, "psnr"), *tail(r, "nmse"), f"{r['agreement']:.3f}"]
-        for kind in KINDS
+        for kind in dit["tables"]
         for r in dit["tables"][kind]["alone"]
     ]
-    seeds = ", ".join(f"0 to {dit['alone'][kind] - 1} ({kind})" for kind in KINDS)
+    seeds = ", ".join(f"0 to {dit['alone'][kind] - 1} ({kind})" for kind in dit["tables"])
     note = f"Runs of one picture or clip, seeds {seeds}: median, 5 % quantile (of errors 95 %), the worst."
     for name in PRESETS:
         gaps = []
-        for kind in KINDS:
+        for kind in dit["tables"]:
             ours, fewer = (pick(dit["tables"][kind]["alone"], method=what.format(name)) for what in (PRESET, FEWER))
             gaps.append(f"{ours['psnr_worst'] - fewer['psnr']:+.1f} dB ({kind})")
         note += f" The least of `{name}` against the median of fewer steps: {', '.join(gaps)}."
@@ -89,21 +89,22 @@ def alone(dit: dict[str, Any]) -> str:
 def multistep(dit: dict[str, Any]) -> str:
     rows = [
         [kind, r["method"], f"{r['calls']:g}", *tail(r, "nmse"), *tail(r, "ode")]
-        for kind in KINDS
-        for r in dit["tables"][kind]["multistep"]
+        for kind, tables in dit["tables"].items()
+        for r in tables["multistep"]
     ]
     return f"{table(['mini', 'method', 'calls', 'own', *NMSE[1:], 'true ODE', *NMSE[1:]], rows)}\n\n{batches(dit)}"
 
 
 def solvers(dit: dict[str, Any]) -> str:
-    rows = [[kind, r["method"], f"{r['calls']:g}", *tail(r, "ode")] for kind in KINDS for r in dit["tables"][kind]["solvers"]]
+    rows = [[kind, r["method"], f"{r['calls']:g}", *tail(r, "ode")] for kind, tables in dit["tables"].items() for r in tables["solvers"]]
     return f"{table(['mini', 'method', 'calls', 'true ODE, NMSE e-4', *NMSE[1:]], rows)}\n\n{batches(dit)}"
 
 
 def batches(dit: dict[str, Any]) -> str:
+    kinds = list(dit["tables"])
     return (
-        f"Batches of {counts(dit['samples'])} (flux / sd3 / wan), medians over seeds {', '.join(map(str, dit['seeds']))}; the quantile "
-        "and the worst are of single pictures of these batches."
+        f"Batches of {' / '.join(str(dit['samples'][kind]) for kind in kinds)} ({' / '.join(kinds)}), medians over seeds "
+        f"{', '.join(map(str, dit['seeds']))}; the quantile and the worst are of single pictures of these batches."
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,8 @@ class Mini:
         import tqai_core  # the public door, as users go through it
 
         inputs = self._minis.inputs(self.kind, labels, guidance)
+        if self.kind == "z_image":  # ZImagePipeline's own sigmas are a list, which UniPC cannot multiply
+            inputs["sigmas"] = np.linspace(1, 1 / steps, steps)
         generator = torch.Generator().manual_seed(seed)
         with tqai_core.apply(self.pipe, config) if config is not None else nullcontext() as handle, warnings.catch_warnings():
             warnings.simplefilter("ignore")

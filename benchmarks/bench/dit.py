@@ -1,4 +1,4 @@
-"""``tqai bench dit``: forecast-skipping on the three minis against honest baselines.
+"""``tqai bench dit``: forecast-skipping on the four minis against honest baselines.
 
 Four tables a mini. Medians over the seeds, with the 5 % quantile and the worst of all pictures: (1) Euler, 24 steps, against plain reuse
 and fewer steps; (2) the multistep schedulers at shift 3, skipping against half the steps; (3) at equal calls, solvers on a well-chosen
@@ -26,9 +26,15 @@ from .harness import Mini, Row, Run, Table, closing, compare, each, machine, med
 STEPS, SHIFT, TRUTH = 24, 3.0, 240
 SHIFTS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)  # grids a well-chosen solver may take; chosen on the calibration seed
 CALIBRATION = 77
-SAMPLES = {"flux": 10, "sd3": 10, "wan": 6}
-ALONE = {"flux": 64, "sd3": 64, "wan": 24}  # seeds from 0 on, of which each is a run of one picture
-FLOORS = {"flux": 50.0, "sd3": 45.0, "wan": 40.0}  # dB, what the presets promise
+SAMPLES = {"flux": 10, "sd3": 10, "wan": 6, "z_image": 10}
+ALONE = {"flux": 64, "sd3": 64, "wan": 24, "z_image": 64}  # seeds from 0 on, of which each is a run of one picture
+FLOORS = {"flux": 50.0, "sd3": 45.0, "wan": 40.0, "z_image": 45.0}  # dB, what the presets promise
+KINDS = tuple(SAMPLES)
+MULTISTEP = {"z_image": ("unipc",)}  # its pipeline hands over sigmas, which DPM++ does not take
+
+
+def multistep_of(kind: str) -> tuple[str, ...]:
+    return MULTISTEP.get(kind, ("unipc", "dpm++"))
 
 
 PSNR, NMSE = alone.PSNR, alone.NMSE
@@ -110,7 +116,7 @@ def _multistep(mini: Mini, seeds: Sequence[int], truth: dict[int, Run]) -> tuple
     for seed in seeds:
         labels, ode = labels_of(mini.kind, seed), truth[seed].latents
         out: list[Row] = []
-        for name in ("unipc", "dpm++"):
+        for name in multistep_of(mini.kind):
             mini.schedule(name, SHIFT)
             exact = mini.run(labels, seed, STEPS)
             skip = mini.run(labels, seed, STEPS, config)
@@ -188,7 +194,7 @@ def verdicts(kind: str, tables: dict[str, list[Row]]) -> list[Row]:
     ours, reuse, fewer = row["tqai balanced"], row["plain reuse, same calls"], row["fewer Euler steps, same calls"]
     out: list[Row] = []
     need = promises(out, kind)
-    need("calls skipped, Euler 24, balanced", ours["skipped"], least=0.48)
+    need("calls skipped, Euler 24, balanced", ours["skipped"], least=0.45 if kind == "z_image" else 0.48)  # untuned
     need("latent PSNR, dB", ours["psnr"], least=FLOORS[kind])
     if kind == "wan":
         need("frame-label agreement", ours["agreement"], least=0.95)
@@ -196,7 +202,7 @@ def verdicts(kind: str, tables: dict[str, list[Row]]) -> list[Row]:
     need("NMSE / plain reuse at equal calls", ours["nmse"] / reuse["nmse"], most=1 / 3)
     need("NMSE / fewer Euler steps at equal calls", ours["nmse"] / fewer["nmse"], most=1 / 3)
     multi = {r["method"]: r for r in tables["multistep"]}
-    for name in ("unipc", "dpm++"):
+    for name in multistep_of(kind):
         skip, half = (multi[f"{name} shift {SHIFT:g}, {what}"] for what in (f"{STEPS} steps, tqai", f"{STEPS // 2} steps"))
         need(f"{name}: calls", skip["calls"], most=STEPS / 2)
         need(f"{name}: own NMSE / half the steps", skip["nmse"] / half["nmse"], most=1 / 3)
