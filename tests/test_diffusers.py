@@ -167,7 +167,7 @@ def two_experts(bias=0.0, boundary=0.5, shift=1.0):
 
 @pytest.mark.parametrize("steps", [20, 16])
 def test_a_second_expert_that_goes_on_alike_costs_no_second_warm_up(generate, steps):
-    """WAN 2.2 A14B's own settings (half the steps each, shift 5, guidance 3.5): as many forecasts, of the same quality, as one model has."""
+    """WAN 2.2 A14B's own settings (half the steps each, shift 5, guidance 3.5): as many forecasts, and as good, as one model has."""
     pipe, actions, db = two_experts(boundary=0.84, shift=5.0), {}, {}
     for name, boundary in (("one", None), ("two", 0.84)):
         pipe.register_to_config(boundary_ratio=boundary)
@@ -483,7 +483,7 @@ def test_an_error_outside_of_the_transformer_leaves_nothing_held(level, bare, er
             generate(pipe, "wan", steps=16, callback_on_step_end=stop)
         assert held[-1] > 1000
         assert handle.nbytes == 0
-        kept = [hook for hook in vars(pipe.transformer._diffusers_hook)["hooks"].values()]
+        kept = list(vars(pipe.transformer._diffusers_hook)["hooks"].values())
         assert nbytes([vars(hook.flow) for hook in kept]) == 0, "walked: no tensor is left in the flow"
         assert torch.equal(generate(pipe, "wan", steps=16), whole)
 

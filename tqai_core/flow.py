@@ -108,12 +108,18 @@ class Flow:
 
     @property
     def nbytes(self) -> int:
-        return self.memory.nbytes + nbytes(self.gate_state.state)
+        return self.memory.nbytes + self._beside
 
     @property
     def counted(self) -> int:
         """``nbytes``, walked stream by stream as they change instead of all at once."""
-        return self.memory.counted + nbytes(self.gate_state.state)
+        return self.memory.counted + self._beside
+
+    @property
+    def _beside(self) -> int:
+        """Bytes beside the memory: the gate's state, and another expert's streams until they are judged."""
+        left = [s.tensors for s in (*(self.legacy.streams.values() if self.legacy else ()), *self._inherited.values())]
+        return nbytes([self.gate_state.state, left])
 
     def enter(self, step: Step) -> Decision:
         """The gate: one decision a step, for all sites and branches."""
@@ -158,7 +164,7 @@ class Flow:
         for where in [where for where, stream in self.memory.streams.items() if stream.step is not self.step]:
             self.memory.drop(where)
         self.monitor.restart(self.gate_state.state)
-        self.skipped_steps = []
+        self.skipped_steps, self.legacy, self._inherited = [], None, {}
         self.recorder.fallback(self.model, f"{why}: computed from here until there is a new history")
         if not self.decision.compute:
             self.revise(why)
