@@ -240,7 +240,7 @@ def test_a_second_expert_inherits_the_history_of_the_latent_it_goes_on_with(host
         two = host.compress(model("wan_14b_low"), host.pipeline("lyapunov", tau=1e-6), level="model")
     again = x.clone() if changed != "the latent" else x + 1e-3
     rest = sigmas[20:] if changed != "the sigma" else sigmas[22:]
-    go = lambda m: host.sample(m, "wan_14b_low", sigmas=rest, latent=again, noise=torch.zeros_like(x))
+    go = lambda m: host.sample(m, "wan_14b_low", sigmas=rest, latent=again, noise=torch.zeros_like(again))
     y, report = go(two), host.report()
     first = report["decisions"][0]
     assert first["action"] == "compute"

@@ -91,7 +91,7 @@ class Host:
         positive: Any = None, negative: Any = None, sigmas: Tensor | None = None, noise: Tensor | None = None, latent: Tensor | None = None,
         raw: bool = False,
     ) -> Tensor:  # fmt: skip
-        """The latent in the model's own scale (``raw``: as the host hands it on), sampled without gradients as the host's executor does it."""
+        """The latent in the model's own scale (``raw``: as the host gives it), sampled without gradients as the host's executor does it."""
         import comfy.sample
         import comfy.samplers
 
