@@ -78,6 +78,7 @@ class Flow:
         self.legacy: Legacy | None = None  # another expert's history, until the first step has judged it
         self._inherited: dict[Where, Stream] = {}  # its streams, with the first step's values in them
         self.step: Step | None = None
+        self._renewed = False  # the sampler put fresh noise in and asks for the sigma of the last evaluation again
         self.exact: set[Where] = set()
         self.fresh_noise = 0.0  # share of a latent that the sampler's own noise makes up, where the host measures it
         self.importance: float | None = None  # mean score of the last computed step
@@ -140,6 +141,7 @@ class Flow:
             self.skipped_steps = list(self.legacy.skipped) if self.legacy is not None and self.step is None else []
         else:
             self.skipped_steps.append((self.step.sigma, step.sigma - self.step.sigma))
+        self._renewed = self.step is not None and self.fresh_noise > LEAST and step.repeats(self.step.sigma)
         self.opening, self.step = self.step is None, step
         if self.opening and self.bypass_reason is None:
             self.bypass_reason = self.monitor.idle(step)
@@ -316,6 +318,8 @@ class Flow:
         score = self.scorer.score(tokens(x), step, stream) if self.scorer else None
         if isinstance(score, Tensor) and score.numel():
             self.signal("importance", score.float().mean())
+        if self._renewed:  # the same sigma with other noise: a line from the last value to this one would follow the noise
+            stream.parts = {}
         for history in filter(None, (stream, self._inherited.get(where)) if x.numel() else ()):
             history.hold({name: _finite(part) for name, part in self.strategy.plan(x, score, history, step).items()}, x, step)
         held = self.memory.count(where, self.strategy.order + 1)

@@ -37,6 +37,13 @@ class Step:
     width: float = 1.0
     next: float | None = None
 
+    def repeats(self, sigma: float | None) -> bool:
+        """Whether this is the same sigma: samplers that come back to one compute it anew, with another rounding."""
+        return sigma is not None and abs(self.sigma - sigma) < SAME
+
+
+SAME = 1e-6
+
 
 @dataclass(frozen=True)
 class Where:
