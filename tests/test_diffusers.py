@@ -181,7 +181,7 @@ def two_experts(bias=0.0, boundary=0.5, shift=1.0):
 
 @pytest.mark.parametrize("steps", [20, 16])
 def test_a_second_expert_that_goes_on_alike_costs_no_second_warm_up(generate, steps):
-    """WAN 2.2 A14B's own settings (half the steps each, shift 5, guidance 3.5): as many forecasts as one model has, as good."""
+    """WAN 2.2 A14B's own settings (half the steps each, shift 5, guidance 3.5): as many forecasts, and as good, as one model has."""
     pipe, actions, db = two_experts(boundary=0.84, shift=5.0), {}, {}
     for name, boundary in (("one", None), ("two", 0.84)):
         pipe.register_to_config(boundary_ratio=boundary)

@@ -32,7 +32,7 @@ class LinearForecast(Strategy):
 
     def slope(self, x: Tensor, before: Tensor | None, stream: History, step: Step) -> dict[str, Part]:
         """The slope from the held value ``before`` to the new value ``x``, if there is one."""
-        if not self.order or before is None or stream.step is None or step.sigma == stream.step.sigma:
+        if not self.order or before is None or stream.step is None or step.repeats(stream.step.sigma):
             return {}
         return {"slope": Part(((x.float() - before) / (step.sigma - stream.step.sigma)).to(x.dtype), self.slope_bits)}
 
