@@ -402,7 +402,7 @@ class Flow:
         at = 2 * len(self._pending)
         pairs, signals = list(zip(flat[:at:2], flat[1:at:2], strict=True)), {}
         for name, part in zip(names, parts[1:], strict=True):
-            signals[name] = [v / ranks for v in flat[at : at + len(part)]]
+            signals[name] = [v if name == "reuse" else v / ranks for v in flat[at : at + len(part)]]  # reuse: squares too
             at += len(part)
         return pairs, signals
 
