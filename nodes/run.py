@@ -36,11 +36,14 @@ BRANCHES = ("cond", "uncond")
 
 
 class Kind(NamedTuple):
-    """What is known of a model: its family's name and the names of its blocks, or its class's name and no blocks."""
+    """What is known of a model: its family's name and the names of its blocks, or its class's name and no blocks; the side of its
+    patches of latents, 0 if unknown; the levels at which tqai can act."""
 
     name: str
     blocks: list[str]
     family: Family | None
+    patch: int = 0
+    levels: tuple[str, ...] = ("model",)
 
 
 @dataclass(frozen=True)
@@ -185,8 +188,8 @@ class Run:
 
     def _run_blocks(self, x: Tensor, wheres: Sequence[Where], compute: Callable[[Forward | None], Tensor]) -> Tensor:
         """Levels block and attention: the model runs, its blocks ask."""
-        if x.ndim in (4, 5):  # all families cut latents into 2 x 2 patches
-            self.flow.memory.grid = (*x.shape[2:-2], -(-x.shape[-2] // 2), -(-x.shape[-1] // 2))
+        if x.ndim in (4, 5) and (patch := self.kind.patch):
+            self.flow.memory.grid = (*x.shape[2:-2], -(-x.shape[-2] // patch), -(-x.shape[-1] // patch))
         forward = self._forward(wheres)
         out = compute(forward)
         self._reached += forward.attentions.total()
@@ -196,8 +199,9 @@ class Run:
         return out
 
     def _forward(self, wheres: Sequence[Where]) -> Forward:
-        second = self.kind.family.second_attention if self.kind.family else ""
-        return Forward(self.flow, self._lock, self.level, second, len(self.kind.blocks), [w.branch for w in wheres], self.exact)
+        second, numbered = self.kind.family.second_attention if self.kind.family else "", "block" not in self.kind.levels
+        branches = [where.branch for where in wheres]
+        return Forward(self.flow, self._lock, self.level, second, len(self.kind.blocks), branches, self.exact, numbered)
 
     def close(self, failed: bool = False) -> dict[str, Any]:
         """The report; nothing stays held. Interrupted and failed runs end here too."""

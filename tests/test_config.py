@@ -41,7 +41,7 @@ def test_presets_differ_and_name_the_known():
     assert len({tqai.preset(name, family).to_json() for name in PRESETS for family in TAUS[name]}) > 1
     with pytest.raises(ValueError, match="quality, balanced, fast"):
         tqai.preset("best")
-    with pytest.raises(ValueError, match="flux, .*sd3, .*wan"):
+    with pytest.raises(ValueError, match=r"flux, .*sd3, .*wan"):
         tqai.preset("fast", family="sdxl")
 
 

@@ -6,5 +6,5 @@ MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="auraflow",
     diffusers=InHost(classes=(f"{MODULE}.auraflow_transformer_2d:AuraFlowTransformer2DModel",), levels=MODEL),
-    comfyui=InHost(classes=("comfy.ldm.aura.mmdit:MMDiT",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.aura.mmdit:MMDiT",), blocks=("double_layers", "single_layers")),
 )

@@ -6,5 +6,5 @@ MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="chroma",
     diffusers=InHost(classes=(f"{MODULE}.transformer_chroma:ChromaTransformer2DModel",), levels=MODEL),
-    comfyui=InHost(classes=("comfy.ldm.chroma.model:Chroma",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.chroma.model:Chroma",), blocks=("double_blocks", "single_blocks")),
 )
