@@ -158,12 +158,16 @@ def coverage(rows: list[Row]) -> Row:
     any_of = lambda *labels, rows=flow: sum(any(takes(row, label) for label in labels) for row in rows)  # noqa: E731
     switch = [row for row in flow if row["enable_cache"] == "yes"]
     either = sum(takes(row, "cache-dit") or (row in switch and any(takes(row, label) for label in DIFFUSERS)) for row in flow)
-    ours = sum(row["forced"] < row["calls"] for row in flow)
     return {
-        "families": len(rows), "flow": len(flow), "tqai": ours, "enable_cache": any_of(*DIFFUSERS, rows=switch), "diffusers": any_of(*DIFFUSERS),
+        "families": len(rows),
+        "flow": len(flow),
+        "tqai": sum(row["forced"] < row["calls"] for row in flow),
+        "enable_cache": any_of(*DIFFUSERS, rows=switch),
+        "diffusers": any_of(*DIFFUSERS),
         "enable_cache_or_cache_dit": either,
-        "peers_together": any_of(*PEERS), **{label: any_of(label) for label in PEERS},
-    }  # fmt: skip
+        "peers_together": any_of(*PEERS),
+        **{label: any_of(label) for label in PEERS},
+    }
 
 
 def takes(row: Row, label: str) -> bool:
