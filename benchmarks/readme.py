@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+from collections import defaultdict
 from typing import Any
 
 import figures
@@ -379,6 +380,23 @@ def summary(dit: dict[str, Any]) -> str:
     return table(["you have", "you take", "measured", "more"], rows)
 
 
+def works() -> str:
+    """Which models work, by what they have in common: where tqai acts in them in each host, and what was tried."""
+    from tqai_core.families import FAMILIES
+
+    tried = {kind for row in load("pipelines")["rows"] if row["forced"] < row["calls"] for kind in row["transformer"].split(", ")}
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for f in sorted(FAMILIES.values(), key=lambda f: not f.tolerances):
+        trained = (ROOT / "tqai_core" / "minis" / f"{f.name}.json").exists()
+        evidence = "trained mini, tuned" if f.tolerances else "trained mini, untuned" if trained else "real classes, tiny random weights"
+        classes = {path.partition(":")[2] for path in f.diffusers.classes} if f.diffusers else set()
+        here = ", ".join(f.diffusers.levels) if f.diffusers and classes & tried else ""
+        there = ", ".join(f.comfyui.levels if f.comfyui.blocks else ("model",)) if f.comfyui else ""
+        groups[evidence, here, there].append(f.title)
+    rows = [["; ".join(titles), here, there, evidence] for (evidence, here, there), titles in groups.items()]
+    return table(["model", "diffusers: levels", "ComfyUI: levels", "tried on"], rows)
+
+
 def samplers(result: dict[str, Any]) -> str:
     """ComfyUI's samplers on the minis, the smallest gain over fewer steps first and the runs that are left exact last."""
 
@@ -432,7 +450,7 @@ def parts() -> dict[str, str]:
     dit, vectors, lower, kernels = (load(name) for name in ("dit", "codec", "levels", "attention"))
     lm, caches, made = (load(name) for name in ("llm", "llm_methods", "calibrate"))
     return {
-        **promised.parts(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")),
+        **promised.parts(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")), "works": works(),
         "headline": headline(dit), "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit),
         "place": place(dit), "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
         "streams": streams(load("stream")), "comfyui": comfyui(load("comfyui")), "comfyui-families": breadth(load("comfyui_breadth")),
