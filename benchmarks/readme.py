@@ -108,6 +108,14 @@ def batches(dit: dict[str, Any]) -> str:
     )
 
 
+def default(result: dict[str, Any]) -> str:
+    """Tuned and untuned, side by side."""
+    from bench import default as bench
+
+    _, head, rows = next(iter(bench.tables_of(result)))
+    return table(head, rows)
+
+
 def place(dit: dict[str, Any]) -> str:
     m = dit["machine"]
     return f"Measured on {m['cpu']}, one thread, torch {m['torch']}, diffusers {m['diffusers']}."
@@ -416,8 +424,9 @@ def parts() -> dict[str, str]:
     lm, caches, made = (load(name) for name in ("llm", "llm_methods", "calibrate"))
     return {
         **promised.parts(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")),
-        "headline": headline(dit), "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit), 
+        "headline": headline(dit), "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit),
         "place": place(dit), "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
+        "default": default(load("default")),
         "streams": streams(load("stream")), "comfyui": comfyui(load("comfyui")), "levels": levels_of(lower), "guidance": guidance_of(lower),
         "sampler": sampler(load("sampler")),
         **{name: of_bench(getattr(calibrate, name), made) for name in ("calibration", "allocation")}, "tuning": tuning(calibrate, made),
