@@ -17,6 +17,7 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 sys.path.append(str(Path(__file__).parent))
 import pipelines
+from bench import pipelines as bench
 from pipelines import base_classes
 
 import tqai_core as tqai
@@ -86,8 +87,8 @@ def traces(pipe: Any) -> list[tuple[str, set[str]]]:
 
 
 def held(handle: Any, pipe: Any) -> int:
-    """Bytes of the tensors that tqai's own objects lead to, walked; neither weights nor what the pipeline's scheduler holds."""
-    seen = {id(value) for value in vars(pipe.scheduler).values()}
+    """Bytes of the tensors that tqai's own objects lead to, walked; neither weights nor what the pipeline's schedulers hold."""
+    seen = {id(value) for part in pipe.components.values() if hasattr(part, "timesteps") for value in vars(part).values()}
 
     def walk(value: Any) -> int:
         if id(value) in seen or isinstance(value, nn.Module | type):
@@ -189,3 +190,22 @@ def test_every_transformer_of_a_flow_pipeline_is_taken():
     assert len(kinds) >= 54
     assert len(kinds) - len(refused) >= 50, refused
     assert not refused
+
+
+def test_the_bench_counts_what_ran():
+    result = bench.bench(seeds=(0,), peers=False, tell=lambda text: None, names=("zimage",))
+    (row,) = result["rows"]
+    assert row["pipeline"] == "ZImagePipeline"
+    assert row["transformer"] == "ZImageTransformer2DModel"
+    assert (row["calls"], row["forced"], row["removed_exact"], row["enable_cache"]) == (24, 14, "yes", "no")
+    assert 0 < row["nmse"] < row["nmse_reuse"]
+    counts, took, not_ = result["coverage"], {"takes": True}, {"takes": False}
+    assert (counts["flow"], counts["tqai"], counts["peers_together"]) == (1, 1, 0)
+    with_switch = {**row, "enable_cache": "yes"}
+    counts = bench.coverage([
+        {**row, "peers": {"PAB": took, "cache-dit": not_}}, {**with_switch, "peers": {"PAB": took, "FasterCache": took}},
+        {**with_switch, "forced": 24, "peers": {"cache-dit": took}},
+    ])  # fmt: skip
+    assert (counts["tqai"], counts["PAB"], counts["FasterCache"], counts["cache-dit"]) == (2, 2, 1, 1)
+    assert (counts["diffusers"], counts["enable_cache"]) == (2, 1), "by their functions, and by the transformer's own switch"
+    assert (counts["enable_cache_or_cache_dit"], counts["peers_together"]) == (2, 3)

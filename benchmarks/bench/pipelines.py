@@ -3,7 +3,8 @@
 Each family of ``tests/pipelines`` is the real pipeline class with tiny random weights, so that a family costs a second. Of tqai: the
 transformer calls of an exact run and of one that forecasts every second step, and the NMSE of all outputs of that run and of plain reuse
 at the same steps. A peer is switched on as its documentation says, without help, at loose settings; it takes a pipeline if the run
-ends, its outputs are finite and fewer layers were computed than in the exact run. Quality is no matter of random weights: see ``dit``.
+ends, its outputs are finite and fewer layers were computed than in the exact run. diffusers' caches are switched on by ``enable_cache``
+where the transformer has it, else by their function, which the table counts apart. Quality is no matter of random weights: see ``dit``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import CacheMixin
 from torch import Tensor, nn
 
 import tqai_core as tqai
@@ -57,10 +59,6 @@ class Layers:
     def _hit(self, *_: Any) -> None:
         self.calls += 1
 
-    def of(self, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int]:
-        self.calls = 0
-        return run(), self.calls
-
 
 def worst(outputs: list[Tensor], exact: list[Tensor]) -> float:
     """NMSE of the output, or of the worse one of picture and sound."""
@@ -83,27 +81,34 @@ def ours(name: str, seed: int) -> Row:
     error, computed, report = forced("delta2")
     reused, _, _ = forced("delta")
     removed = all(map(torch.equal, family.call(pipe, STEPS, seed), exact))
-    kinds = sorted({type(model).__name__ for model in bed.base.denoisers(pipe).values()})
+    models = bed.base.denoisers(pipe).values()
+    kinds = sorted({type(model).__name__ for model in models})
     return dict(
         family=name, pipeline=type(pipe).__name__, transformer=", ".join(kinds), outputs=len(exact), calls=calls, forced=computed,
         nmse=error, nmse_reuse=reused, removed_exact="yes" if removed else "NO",
+        enable_cache="yes" if all(isinstance(model, CacheMixin) for model in models) else "no",
         why="" if report.calls_skipped else "; ".join(dict.fromkeys(fallback["why"] for fallback in report.fallbacks)),
     )  # fmt: skip
 
 
-def peer(name: str, enable: Callable[[Any], Callable[[], None]]) -> Row:
-    """Whether it takes the pipeline: the share of layers computed and the NMSE, or why not."""
-    family = bed.family(name)
-    pipe = family.pipe()
+def beside(name: str, labels: Sequence[str]) -> dict[str, Row]:
+    """What the peers do to one family, each on a pipeline of its own."""
+    pipe = bed.family(name).pipe()
     layers = Layers(pipe)
-    run = lambda: family.call(pipe, STEPS, 0)  # noqa: E731
-    exact, all_layers = layers.of(run)
+    exact = bed.family(name).call(pipe, STEPS, 0)
+    return {label: peer(name, PEERS[label], exact, layers.calls) for label in labels}
+
+
+def peer(name: str, enable: Callable[[Any], Callable[[], None]], exact: list[Tensor], all_layers: int) -> Row:
+    """Whether it takes the pipeline: the share of layers computed and the NMSE, or why not."""
+    pipe = bed.family(name).pipe()
+    layers = Layers(pipe)
     undo: Callable[[], None] = lambda: None  # noqa: E731
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # modular pipelines log what they raise
     try:
         undo = enable(pipe)
-        outputs, computed = layers.of(run)
+        outputs = bed.family(name).call(pipe, STEPS, 0)
     except Exception as error:  # whatever a library raises where it does not fit
         return {"takes": False, "why": " ".join(f"{type(error).__name__}: {error}".split())[:120]}
     finally:
@@ -112,9 +117,9 @@ def peer(name: str, enable: Callable[[Any], Callable[[], None]]) -> Row:
         logging.disable(before)
     if not all(x.isfinite().all() for x in outputs):
         return {"takes": False, "why": "NaN or inf"}
-    if computed >= all_layers:
+    if layers.calls >= all_layers:
         return {"takes": False, "why": "saves nothing"}
-    return {"takes": True, "layers": computed / all_layers, "nmse": worst(outputs, exact)}
+    return {"takes": True, "layers": layers.calls / all_layers, "nmse": worst(outputs, exact)}
 
 
 def missing() -> dict[str, str]:
@@ -131,7 +136,7 @@ def bench(seeds: Sequence[int] = (0, 1, 2), peers: bool = True, tell: Callable[[
         warnings.simplefilter("ignore")
         for name in names or bed.NAMES:
             row = medians(ours(name, seed) for seed in seeds)
-            row["peers"] = {label: peer(name, enable) for label, enable in PEERS.items() if peers and label not in absent}
+            row["peers"] = beside(name, [label for label in PEERS if label not in absent]) if peers else {}
             rows.append(row)
             tell(f"{name}: {row['calls']:g} -> {row['forced']:g} calls")
     classes, refused = bed.family("base_classes").flow_transformers(), []
@@ -150,12 +155,19 @@ def bench(seeds: Sequence[int] = (0, 1, 2), peers: bool = True, tell: Callable[[
 def coverage(rows: list[Row]) -> Row:
     """Pipelines that each one takes, of those whose sampler is a flow."""
     flow = [row for row in rows if not getattr(bed.family(row["family"]), "EXACT", "")]
-    any_of = lambda *labels: sum(any(takes(row, label) for label in labels) for row in flow)  # noqa: E731
-    ours = sum(row["forced"] < row["calls"] for row in flow)
+    any_of = lambda *labels, rows=flow: sum(any(takes(row, label) for label in labels) for row in rows)  # noqa: E731
+    switch = [row for row in flow if row["enable_cache"] == "yes"]
+    either = sum(takes(row, "cache-dit") or (row in switch and any(takes(row, label) for label in DIFFUSERS)) for row in flow)
     return {
-        "families": len(rows), "flow": len(flow), "tqai": ours, "diffusers": any_of(*DIFFUSERS),
-        "peers_together": any_of(*PEERS), **{label: any_of(label) for label in PEERS},
-    }  # fmt: skip
+        "families": len(rows),
+        "flow": len(flow),
+        "tqai": sum(row["forced"] < row["calls"] for row in flow),
+        "enable_cache": any_of(*DIFFUSERS, rows=switch),
+        "diffusers": any_of(*DIFFUSERS),
+        "enable_cache_or_cache_dit": either,
+        "peers_together": any_of(*PEERS),
+        **{label: any_of(label) for label in PEERS},
+    }
 
 
 def takes(row: Row, label: str) -> bool:
@@ -170,7 +182,11 @@ def verdicts(rows: list[Row], counts: Row) -> list[Row]:
     need("of these, closer than reuse at the same steps", sum(row["nmse"] < row["nmse_reuse"] for row in forecast), least=len(forecast))
     need("bit-exact after remove()", sum(row["removed_exact"] == "yes" for row in rows), least=len(rows))
     need("flow transformer classes taken", counts["classes_taken"], least=50)
-    need("flow pipelines taken, beyond all peers together", counts["tqai"] - counts["peers_together"], least=1)
+    for what, key in (
+        ("enable_cache and cache-dit together", "enable_cache_or_cache_dit"),
+        ("all peers' functions together", "peers_together"),
+    ):
+        need(f"flow pipelines taken, more than {what}", counts["tqai"] - counts[key], least=1)
     return out
 
 
@@ -179,10 +195,11 @@ def tables_of(result: Row) -> Iterator[Table]:
     head = ["family", "pipeline", "transformer", "calls", "forced", "NMSE", "reuse", "diffusers' caches", "cache-dit"]
     yield "pipelines", head, [_cells(row) for row in result["rows"]]
     counts = result["coverage"]
-    each = [[name, f"{counts[key]} of {counts['flow']}"] for name, key in (("tqai", "tqai"), ("diffusers' caches", "diffusers"))]
-    each += [[label, f"{counts[label]} of {counts['flow']}"] for label in labels]
-    each += [["all peers together", f"{counts['peers_together']} of {counts['flow']}"]]
-    yield "flow pipelines taken", ["by", "pipelines"], each
+    by = {
+        "tqai": "tqai", "diffusers' enable_cache": "enable_cache", "enable_cache or cache-dit": "enable_cache_or_cache_dit",
+        "any function of a peer": "peers_together", **{label: label for label in labels},
+    }  # fmt: skip
+    yield "flow pipelines taken", ["by", "pipelines"], [[name, f"{counts[key]} of {counts['flow']}"] for name, key in by.items()]
     yield from closing(result)
 
 

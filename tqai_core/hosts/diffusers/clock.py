@@ -156,6 +156,21 @@ class CallClock:
         return Tick(at, Step(at, sigma, total, total is not None and at == total - 1), fresh, bypass)
 
 
+class NoClock:
+    """A pipeline whose loop has no scheduler, such as one that noises its picture anew after each step: nothing can be forecast."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.bypass = f"{type(pipe).__name__} has no scheduler, so sigma and step are unknown"
+        self.reset()
+
+    def reset(self) -> None:
+        self.calls = -1
+
+    def tick(self, timestep: Any, family: Family, context: Any) -> Tick:
+        self.calls += 1
+        return Tick(self.calls, Step(self.calls, 0.0, None, False), self.calls == 0, self.bypass)
+
+
 def _numbers(sigmas: Any) -> list[float]:
     return [] if sigmas is None else torch.as_tensor(sigmas).float().cpu().tolist()  # type: ignore[no-any-return]
 
@@ -175,7 +190,7 @@ def _time_of_the_loop() -> float | None:
     return None
 
 
-Clock = SchedulerClock | CallClock  # ``tick`` at each call of the transformer, ``reset`` when a generation is over
+Clock = SchedulerClock | CallClock | NoClock  # ``tick`` at each call of the transformer, ``reset`` when a generation is over
 
 
 def pipelines_on_the_stack() -> Iterator[tuple[Any, Mapping[str, Any]]]:
