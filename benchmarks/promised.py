@@ -10,13 +10,13 @@ from figures import KINDS, e4, load, pick, table
 SOLVERS = ("Euler", "UniPC", "DPM++")
 # mark -> the benches whose promises the page shows
 PROMISES = {
-    "steps": ("dit", "levels", "dit_peers"), "codec": ("codec", "stream"), "pipelines": ("stream_report",), "llm": ("llm",),
+    "steps": ("dit", "default", "levels", "dit_peers"), "codec": ("codec", "stream"), "pipelines": ("stream_report",), "llm": ("llm",),
     "sparse": ("attention",), "sampler": ("sampler",), "calibration": ("calibrate",),
     "methods": ("levels", "attention", "dit_peers", "llm"),
 }  # fmt: skip
 COMMANDS = {
-    "dit": "dit", "levels": "levels", "dit_peers": "dit --peers", "codec": "codec", "stream": "stream", "stream_report": "stream --report",
-    "llm": "llm", "attention": "attention", "sampler": "sampler", "calibrate": "calibrate",
+    "dit": "dit", "default": "default", "levels": "levels", "dit_peers": "dit --peers", "codec": "codec", "stream": "stream",
+    "stream_report": "stream --report", "llm": "llm", "attention": "attention", "sampler": "sampler", "calibrate": "calibrate",
 }  # fmt: skip
 
 

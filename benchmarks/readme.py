@@ -109,6 +109,14 @@ def batches(dit: dict[str, Any]) -> str:
     )
 
 
+def default(result: dict[str, Any]) -> str:
+    """Tuned and untuned, side by side."""
+    from bench import default as bench
+
+    _, head, rows = next(iter(bench.tables_of(result)))
+    return table(head, rows)
+
+
 def place(dit: dict[str, Any]) -> str:
     m = dit["machine"]
     return f"Measured on {m['cpu']}, one thread, torch {m['torch']}, diffusers {m['diffusers']}."
@@ -453,6 +461,7 @@ def parts() -> dict[str, str]:
         **promised.parts(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")), "works": works(),
         "headline": headline(dit), "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit),
         "place": place(dit), "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
+        "default": default(load("default")),
         "streams": streams(load("stream")), "comfyui": comfyui(load("comfyui")), "comfyui-families": breadth(load("comfyui_breadth")),
         "levels": levels_of(lower), "guidance": guidance_of(lower),
         "sampler": sampler(load("sampler")),
