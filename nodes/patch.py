@@ -51,7 +51,7 @@ def kind_of(model: Any) -> Kind:
         return Kind(type(inner).__name__, [], None)
     if not family.comfyui.blocks or _own_cache(type(inner).__module__):
         return Kind(family.name, [], family)
-    blocks = [f"{name}.{i}" for name in family.comfyui.blocks for i in range(len(getattr(inner, name)))]
+    blocks = [f"{name}.{i}" for name in family.comfyui.blocks for i in range(len(getattr(inner, name, ())))]
     patch = getattr(inner, "patch_size", 2 if family.tolerances else 0)
     return Kind(family.name, blocks, family, patch if isinstance(patch, int) else patch[-1], family.comfyui.levels)
 
@@ -101,7 +101,9 @@ def patch(model: Any, settings: Settings) -> Any:
     _check_files(config, kind)
     if config.level not in kind.levels:
         known = ", ".join(f.name for f in FAMILIES.values() if f.comfyui and f.comfyui.blocks and config.level in f.comfyui.levels)
-        raise TqaiError(f"level {config.level!r} knows {known} models, this is a {kind.name}: take level {' or '.join(kind.levels)}")
+        raise TqaiError(
+            f"level {config.level!r} knows {known} models, this is a {kind.name}: take level {' or '.join(map(repr, kind.levels))}"
+        )
     clone = model.clone()
     strategy, monitor = config.build()[1:3]
     if kind.blocks and strategy is not None and monitor is not None and (config.level != "model" or isinstance(monitor, EntropyMonitor)):

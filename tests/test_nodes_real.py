@@ -142,9 +142,8 @@ def test_inpainting(host, mini, kind, inner, record_property):
         assert report["fallbacks"] or report["warnings"]
         return
     fewer = draw(m, max(STEPS - count * STEPS // calls, 2))
-    record_property(
-        "figure", f"{kind}{', inner' if inner else ''} {count} of {calls}: {psnr(ours, plain):.1f} / {psnr(fewer, plain):.1f} dB"
-    )
+    figures = f"{count} of {calls}: {psnr(ours, plain):.1f} / {psnr(fewer, plain):.1f} dB"
+    record_property("figure", f"{kind}{', inner' if inner else ''} {figures}")
     assert inner or count >= 8
     assert psnr(ours, plain) > psnr(fewer, plain)
     repeats = [d for a, d in itertools.pairwise(report["decisions"]) if a["sigma"] == d["sigma"] and d["action"] == "forecast"]

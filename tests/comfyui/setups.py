@@ -67,7 +67,9 @@ class Setup:
         model = config.get_model({}, "").eval()
         kept = model.diffusion_model.state_dict()
         for key, value in checkpoints.fill(model.diffusion_model, seed).items():
-            if "freq" not in key and (value.ndim > 1 or "pos_embed" not in key) and kept[key].is_floating_point():
+            if key.endswith("inv_freq"):  # left empty by MiniMax-H3
+                kept[key].copy_(10_000.0 ** -(torch.arange(len(value)) / len(value)))
+            elif "freqs" not in key and (value.ndim > 1 or "pos_embed" not in key) and kept[key].is_floating_point():
                 kept[key].copy_(_gentle(key, value).to(kept[key].dtype))
         return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
