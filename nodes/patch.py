@@ -17,6 +17,7 @@ from tqai_core.config import Config
 from tqai_core.errors import TqaiError
 from tqai_core.families import FAMILIES, find
 from tqai_core.layers import exact_layers
+from tqai_core.legacy import Legacies
 from tqai_core.roles import EntropyMonitor
 from tqai_core.scorers.fisher import Fisher, load, origin
 
@@ -27,6 +28,7 @@ from .run_history import HISTORY, Entry
 from .schedule import Schedule
 
 KEY, RUN = "tqai", "tqai_run"
+LEGACIES = Legacies()
 EVENT = "tqai.step"
 
 
@@ -107,12 +109,15 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if settings is None:
         return executor(*args, **kwargs)
     given = dict(zip(("noise", "latent_image", "sampler", "sigmas", "denoise_mask"), args, strict=False)) | kwargs
-    run = _start(guider.model_patcher, settings, original, given["sigmas"], given.get("denoise_mask") is not None)
+    sigmas = given["sigmas"]
+    run = _start(guider.model_patcher, settings, original, sigmas, given.get("denoise_mask") is not None)
+    run.flow.inherit(LEGACIES.get(given["latent_image"], float(sigmas[0])))
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     guider.model_options["transformer_options"][RUN] = run
     failed = True
     try:
         result = executor(*args, **kwargs)
+        result = result if sigmas[-1] == 0 else _handed_on(run, result, float(sigmas[-1]))
         failed = False
         return result
     finally:
@@ -120,6 +125,15 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider.model_options = original
         report = run.close(failed)
         _remember(settings, run.kind.name, report, failed)
+
+
+def _handed_on(run: Run, latent: Any, sigma: float) -> Any:
+    """A latent with noise left, for a second expert to go on with: where and as the host keeps it, so that the history lives as long."""
+    if (legacy := run.flow.leave()) is not None:
+        host = comfy.model_management
+        latent = latent.to(host.intermediate_device(), getattr(host, "intermediate_dtype", lambda: latent.dtype)())
+        LEGACIES.put(latent, sigma, legacy.moved(latent.device))
+    return latent
 
 
 def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: Any, inpainting: bool) -> Run:

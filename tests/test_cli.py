@@ -34,6 +34,12 @@ def test_demo_draws_and_counts(tmp_path, capsys):
     assert rows["tqai fast"]["calls"] < rows["tqai balanced"]["calls"] < 30
     assert rows["fewer steps"]["calls"] == rows["tqai balanced"]["calls"]
     assert rows["tqai balanced"]["psnr"] > rows["fewer steps"]["psnr"] + 3
+    assert rows["tqai balanced"]["psnr_worst"] <= rows["tqai balanced"]["psnr_tail"]
+    alone = {r["method"]: r for r in result["alone"]}
+    assert set(alone) == {"tqai balanced", "tqai fast", "fewer steps"}
+    assert alone["tqai balanced"]["runs"] == 10
+    assert alone["tqai balanced"]["calls"] == alone["fewer steps"]["calls"]
+    assert alone["tqai balanced"]["psnr_worst"] > alone["fewer steps"]["psnr"], "the worst is above the median of fewer steps"
     page = (tmp_path / "d" / "index.html").read_text()
     assert page.count("<img") == 4
     assert page.count("<svg") == 1
@@ -93,6 +99,7 @@ def test_the_bench_runs_and_its_promises_are_computed_from_its_rows(monkeypatch)
     monkeypatch.setattr(dit, "TRUTH", 48)  # a coarse truth: this test is about the plumbing
     monkeypatch.setattr(dit, "SHIFTS", (1.0,))
     monkeypatch.setattr(dit, "SAMPLES", {"sd3": 2})
+    monkeypatch.setattr(dit, "ALONE", {"sd3": 2})
     result = dit.bench(["sd3"], [0])
     data = json.loads(dumps(result))
     euler = {r["method"]: r for r in data["tables"]["sd3"]["euler"]}
@@ -107,4 +114,12 @@ def test_the_bench_runs_and_its_promises_are_computed_from_its_rows(monkeypatch)
     worse = [r | {"nmse": r["nmse"] * 100} if r["method"] == "tqai balanced" else r for r in result["tables"]["sd3"]["euler"]]
     again = dit.verdicts("sd3", result["tables"]["sd3"] | {"euler": worse})
     assert not next(v for v in again if v["what"] == "NMSE / plain reuse at equal calls")["ok"], "a promise can fail"
-    assert len(list(dit.tables_of(result))) == 4
+    assert len(list(dit.tables_of(result))) == 5
+    alone = {r["method"]: r for r in data["tables"]["sd3"]["alone"]}
+    ours, fewer = alone["tqai balanced"], alone["fewer Euler steps, calls of balanced"]
+    assert ours["calls"] == fewer["calls"]
+    assert ours["psnr_worst"] <= ours["psnr_tail"] <= ours["psnr"]
+    assert fewer["nmse_worst"] >= fewer["nmse_tail"] > ours["nmse_tail"], "errors have their tail at the other end"
+    promise = "one at a time: minimum of balanced above the median of fewer steps at equal calls, dB"
+    assert verdicts[promise]["measured"] == pytest.approx(ours["psnr_worst"] - fewer["psnr"])
+    assert verdicts[promise]["ok"]

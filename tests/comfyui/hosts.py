@@ -89,8 +89,9 @@ class Host:
     def sample(
         self, model: Any, name: str, *, steps: int = 20, cfg: float = 4.0, sampler: str = "euler", seed: int = 0, callback: Any = None,
         positive: Any = None, negative: Any = None, sigmas: Tensor | None = None, noise: Tensor | None = None, latent: Tensor | None = None,
+        raw: bool = False,
     ) -> Tensor:  # fmt: skip
-        """The latent in the model's own scale, sampled without gradients as the host's executor does it."""
+        """The latent in the model's own scale (``raw``: as the host gives it), sampled without gradients as the host's executor does it."""
         import comfy.sample
         import comfy.samplers
 
@@ -102,7 +103,7 @@ class Host:
                 self.conds(name, 1) if positive is None else positive, self.conds(name, 2) if negative is None else negative,
                 torch.zeros_like(noise) if latent is None else latent, callback=callback, disable_pbar=True, seed=seed,
             )  # fmt: skip
-            return model.model.process_latent_in(out) if self.real else out
+            return model.model.process_latent_in(out) if self.real and not raw else out
 
     def report(self) -> dict[str, Any]:
         return self.part("nodes.run_history").HISTORY.last()[0].report

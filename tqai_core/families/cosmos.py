@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="cosmos",
+    title="Cosmos Predict 2, 2.5, 3",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_cosmos:CosmosTransformer3DModel",

@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="hunyuan",
+    title="HunyuanVideo 1.0, 1.5, Framepack, HunyuanImage 2.1",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_hunyuan_video:HunyuanVideoTransformer3DModel",

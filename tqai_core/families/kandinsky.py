@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="kandinsky",
+    title="Kandinsky 5, 6",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_kandinsky:Kandinsky5Transformer3DModel",

@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="ltx",
+    title="LTX-Video, LTX-2",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_ltx:LTXVideoTransformer3DModel",

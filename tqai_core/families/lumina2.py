@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="lumina2",
+    title="Lumina-Image 2",
     diffusers=InHost(classes=(f"{MODULE}.transformer_lumina2:Lumina2Transformer2DModel",), levels=MODEL),
     comfyui=InHost(classes=("comfy.ldm.lumina.model:NextDiT",), levels=MODEL),
 )

@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="qwen_image",
+    title="Qwen-Image, Edit, 2.1",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_qwenimage:QwenImageTransformer2DModel",
