@@ -71,8 +71,8 @@ class SchedulerClock:
         fresh = scheduler.timesteps is not self.timesteps  # every generation calls set_timesteps
         if fresh:
             self.timesteps = scheduler.timesteps
-            self.sigmas = _numbers(getattr(scheduler, "sigmas", None))
-            self.audio_sigmas = _numbers(getattr(getattr(self.pipe, "audio_scheduler", None), "sigmas", None))
+            self.sigmas = _noise_levels(scheduler)
+            self.audio_sigmas = _noise_levels(getattr(self.pipe, "audio_scheduler", None))
             if len(self.audio_sigmas) != len(self.sigmas):
                 self.audio_sigmas = []
             self.bypass = self._unusable()
@@ -171,8 +171,13 @@ class NoClock:
         return Tick(self.calls, Step(self.calls, 0.0, None, False), self.calls == 0, self.bypass)
 
 
-def _numbers(sigmas: Any) -> list[float]:
-    return [] if sigmas is None else torch.as_tensor(sigmas).float().cpu().tolist()  # type: ignore[no-any-return]
+def _noise_levels(scheduler: Any) -> list[float]:
+    """Sigma of each step and of the end, falling; [] where the scheduler has none."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        return []
+    numbers: list[float] = torch.as_tensor(sigmas).float().cpu().tolist()
+    return [1 - x for x in numbers] if getattr(scheduler, "config", {}).get("invert_sigmas") else numbers  # else it is the share of data
 
 
 def _time_of_the_loop() -> float | None:
