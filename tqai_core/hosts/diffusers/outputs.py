@@ -55,7 +55,7 @@ def _taken(value: Any, tensors: list[Tensor], depth: int) -> Any:
         return _Slot()
     if depth < DEEPEST and isinstance(value, BaseOutput):
         return _Group(type(value), {name: _taken(part, tensors, depth + 1) for name, part in value.items()})
-    if type(value) is list and _alike(value):
+    if depth < DEEPEST and type(value) is list and _alike(value):
         tensors.append(torch.stack(value))
         return _Pictures()
     if depth < DEEPEST and type(value) in (list, tuple):
