@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.0 and 1.5, Framepack, HunyuanImage 2.1. 1.5 guides by a guider object."""
+"""HunyuanVideo, its Framepack and HunyuanImage. The newer HunyuanVideo guides by a guider object."""
 
 from .base import MODEL, Family, InHost
 

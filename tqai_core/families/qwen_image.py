@@ -1,4 +1,4 @@
-"""Qwen-Image, its edit models, and Qwen-Image 2.1, whose first step fills a K/V cache: a step that is always computed."""
+"""Qwen-Image, its edit models, and its successor, whose first step fills a K/V cache: a step that is always computed."""
 
 from .base import MODEL, Family, InHost
 
