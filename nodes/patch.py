@@ -195,7 +195,8 @@ def _predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: A
     run = options.get("transformer_options", {}).get(RUN)
     if run is None:
         return executor(x, timestep, *args, **kwargs)
-    with run.evaluation(run.parametrisation.time(float(timestep.flatten()[0])), x):
+    plus = any(f.__module__ == "comfy.k_diffusion.sampling" for f in options.get("sampler_post_cfg_function", ()))
+    with run.evaluation(run.parametrisation.time(float(timestep.flatten()[0])), x, plus):
         denoised = executor(x, timestep, *args, **kwargs)
     return run.sampled(denoised)
 

@@ -101,8 +101,9 @@ class Run:
         self._warn()
 
     @contextmanager
-    def evaluation(self, sigma: float, x: Tensor | None = None) -> Iterator[None]:
-        """Around one call of the sampler for a prediction at the latent ``x``: one decision for all forwards within it."""
+    def evaluation(self, sigma: float, x: Tensor | None = None, plus: bool = False) -> Iterator[None]:
+        """Around one call of the sampler for a prediction at the latent ``x``: one decision for all forwards within it. ``plus``: the
+        sampler is one of CFG++, which steps from the branch without guidance."""
         if self.inside:  # a guider that asks another one: still the same evaluation
             yield
             return
@@ -110,8 +111,8 @@ class Run:
             self._seen.clear()
             if x is not None and self.flow.bypass_reason is None:
                 self.flow.fresh_noise = self._noise.latent(x)
-                if self.flow.fresh_noise > LEAST and self.schedule is not None and not self.schedule.has(sigma):
-                    self.flow.bypass("the sampler adds noise and asks its model between two sigmas of its schedule: forecasts lose there")
+                if self.flow.fresh_noise > LEAST and plus:
+                    self.flow.bypass("a CFG++ sampler that adds noise at every step: forecasts lose to fewer steps there")
             known = self.schedule is not None and (self.flow.bypass_reason is None or not self.evaluations)  # an idle run asks no more
             self.flow.enter(self.schedule.step(self.evaluations, sigma) if known else Step(self.evaluations, sigma))
             self.evaluations += 1

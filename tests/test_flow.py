@@ -611,3 +611,25 @@ def test_no_history_is_taken_over_where_nothing_judges_it(config):
     _, decisions, _ = two_models(0.0, config=config)
     assert not any("fits" in d["why"] for d in decisions)
     assert [d["action"] for d in decisions[:2]] == ["compute"] * 2
+
+
+def test_noise_of_a_sampler_is_what_lies_outside_of_its_latents_and_outputs():
+    """Any solver of any order, also one that steps from a single branch of guidance, against one that adds a tenth of noise."""
+    from tqai_core.sampler_noise import LEAST, NoiseMeter
+
+    def share(noise: float, guided_alone: bool) -> float:
+        g = torch.Generator().manual_seed(3)
+        draw = lambda: torch.randn(1, 4, 32, 32, generator=g)
+        meter, x, found = NoiseMeter(), draw(), 0.0
+        for _ in range(5):
+            found = meter.latent(x)
+            cond, uncond = draw(), draw()
+            guided = uncond + 3 * (cond - uncond)
+            for output in (guided,) if guided_alone else (cond, uncond, guided):
+                meter.output(output)
+            x = 0.7 * x + 0.2 * guided + 0.1 * uncond + noise * draw()
+        return found
+
+    assert share(0.0, guided_alone=False) < LEAST / 10
+    assert share(0.1, guided_alone=False) > LEAST
+    assert share(0.0, guided_alone=True) > LEAST, "what a CFG++ sampler steps from must be told"
