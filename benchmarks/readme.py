@@ -398,6 +398,23 @@ def samplers(result: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{told}"
 
 
+def breadth(result: dict[str, Any]) -> str:
+    """ComfyUI's models with small random weights, the smallest gain over fewer steps first and what stays exact last."""
+
+    def gain(item: tuple[str, dict[str, Any]]) -> float:
+        return item[1]["fewer"] / item[1]["error"] if item[1]["fewer"] else math.inf
+
+    def figure(error: float | None) -> str:
+        return f"{-20 * math.log10(error):.1f}" if error else ""
+
+    rows = []
+    for name, r in sorted(result["rows"].items(), key=gain):
+        last = ", ".join(r["levels"]) if r["fewer"] else f"exact: {'; '.join(r['why'])}"
+        rows.append([name, f"`{r['class']}`", f"{r['forecast']} of {r['of']}", figure(r["error"]), figure(r["fewer"]), last])
+    head = ["model", "class", "steps forecast", "dB", "fewer steps, dB", "levels"]
+    return f"{table(head, rows)}\n\nComfyUI {result['version']}, Euler, guidance 3."
+
+
 def families() -> str:
     """The models that are known below level model, by their classes."""
     from tqai_core.families import FAMILIES
@@ -416,9 +433,10 @@ def parts() -> dict[str, str]:
     lm, caches, made = (load(name) for name in ("llm", "llm_methods", "calibrate"))
     return {
         **promised.parts(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")),
-        "headline": headline(dit), "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit), 
+        "headline": headline(dit), "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit),
         "place": place(dit), "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
-        "streams": streams(load("stream")), "comfyui": comfyui(load("comfyui")), "levels": levels_of(lower), "guidance": guidance_of(lower),
+        "streams": streams(load("stream")), "comfyui": comfyui(load("comfyui")), "comfyui-families": breadth(load("comfyui_breadth")),
+        "levels": levels_of(lower), "guidance": guidance_of(lower),
         "sampler": sampler(load("sampler")),
         **{name: of_bench(getattr(calibrate, name), made) for name in ("calibration", "allocation")}, "tuning": tuning(calibrate, made),
         **attention_of(attention, kernels), "llm": f"{llm_quality(lm)}\n\n{llm_speed(lm)}", "kv": kv_of(caches), "mlx": mlx(load("mlx")),

@@ -31,6 +31,10 @@ class Schedule:
             return "the sampler's sigmas lie outside the model's range"
         return Schedule(tuple(sigmas), (len(sigmas) - 1) / span)
 
+    def has(self, sigma: float) -> bool:
+        """Whether ``sigma`` is one of the schedule, and not between two."""
+        return min(abs(known - sigma) for known in self.sigmas) <= 1e-4
+
     def step(self, index: int, sigma: float) -> Step:
         """The evaluation at ``sigma``; the last ones are those at the sigma from which the sampler steps to 0."""
         at = min(range(len(self.sigmas) - 1), key=lambda i: abs(self.sigmas[i] - sigma))

@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from bench import dit
+from bench import default, dit
 
 import tqai_core as tqai
 from tqai_core.cli import main
+from tqai_core.config import TAUS
 from tqai_core.demo import chart
 from tqai_core.errors import TqaiError
 from tqai_core.report import dumps
@@ -81,6 +82,27 @@ def test_bench_works_in_a_checkout_and_says_so_elsewhere(monkeypatch, capsys, tm
     monkeypatch.setattr("tqai_core.cli.__file__", str(tmp_path / "site-packages" / "tqai_core" / "cli.py"))
     assert main(["bench", "codec"]) == 2
     assert "checkout" in capsys.readouterr().err
+
+
+def test_a_class_that_nobody_tuned_is_close_to_its_exact_run(monkeypatch):
+    monkeypatch.setattr(default, "SEEDS", 2)
+    result = default.bench(["z_image"])
+    data = json.loads(dumps(result))
+    assert {(r["shift"], r["preset"]) for r in data["rows"]} == {(1.0, "untuned"), (3.0, "untuned")}
+    for row in data["rows"]:
+        assert row["skipped"] >= 0.45
+        assert row["psnr"] >= row["least"] >= 45
+    assert all(v["ok"] for v in data["verdicts"])
+    worse = result | {"rows": [r | {"least": 44.0} for r in result["rows"]]}
+    assert not all(v["ok"] for v in default.verdicts(worse)), "a promise can fail"
+
+
+def test_what_a_family_gets_untuned_is_not_its_own_tolerance():
+    for kind in default.KINDS:
+        monitor = default.presets_of(kind)[default.UNTUNED].build()[2]
+        assert monitor.tau == min(tau for family, tau in TAUS["balanced"].items() if family != kind)
+    assert default.presets_of("flux")["flux"] == tqai.preset("balanced", "flux")
+    assert set(default.presets_of("z_image")) == {default.UNTUNED}
 
 
 @pytest.mark.parametrize("calls", range(5, 24))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -44,12 +45,13 @@ def mini(host):
         return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
     def draw(
-        m: Any, kind: str, seed: int = 0, steps: int = STEPS, cfg: float = 2.0, labels: list[int] | None = None, sigmas: Any = None
+        m: Any, kind: str, seed: int = 0, steps: int = STEPS, cfg: float = 2.0, labels: list[int] | None = None, sigmas: Any = None,
+        **inpaint: Any,
     ) -> torch.Tensor:  # fmt: skip
         labels = LABELS[kind] if labels is None else labels
         latents = host.sample(
             m, f"mini_{kind}", steps=steps, cfg=cfg, positive=conds(kind, labels), negative=conds(kind, [10] * len(labels)),
-            noise=noise(kind, len(labels), seed), sigmas=sigmas,
+            noise=noise(kind, len(labels), seed), sigmas=sigmas, **inpaint,
         )  # fmt: skip
         return latents[:, :1]  # the other channels are padding
 
@@ -99,6 +101,54 @@ def test_minis_draw_their_digits_as_well_as_in_diffusers(host, mini, kind, recor
     assert abs(here - reference) <= 1.0 or here > reference
     assert abs(here_share - there_share) <= 2.5 / STEPS
     assert (digits.read(ours) == read).float().mean() >= 0.9
+
+
+def inner_iterations(model: Any, x: torch.Tensor, sigmas: Any, extra_args: Any = None, callback: Any = None, disable: Any = None, **kw):
+    """Three evaluations at each sigma, with a little noise between them, as inpainting samplers do it."""
+    g = torch.Generator().manual_seed(5)
+    for now, then in itertools.pairwise(sigmas.tolist()):
+        for again in (True, True, False):
+            denoised = model(x, now * x.new_ones(x.shape[0]), **(extra_args or {}))
+            if again:
+                x = x + 0.02 * now * torch.randn(x.shape, generator=g)
+        x = x + (x - denoised) / now * (then - now)
+    return x
+
+
+@pytest.mark.shows("inpainting: half of a digit given; with inner iterations at a sigma")
+@pytest.mark.parametrize(("kind", "inner"), [("flux", False), ("sd3", False), ("wan", False), ("flux", True)])
+def test_inpainting(host, mini, kind, inner, record_property):
+    """The given half stays as it is, the other half is closer to the exact run than fewer steps, or the whole run is exact."""
+    import comfy.samplers
+
+    from tqai_core.metrics import psnr
+
+    m = mini(kind)
+    shape = mini.noise(kind, 2).shape
+    given = m.model.process_latent_out(torch.zeros(shape) + 0.5 * mini.noise(kind, 1, 3).expand(shape))
+    mask = torch.zeros(2, 1, *shape[2:])
+    mask[..., shape[-1] // 2 :] = 1.0
+    sampler = comfy.samplers.KSAMPLER(inner_iterations) if inner else "euler"
+    draw = lambda which, steps=STEPS: mini.draw(which, kind, steps=steps, labels=[1, 7], latent=given, mask=mask, sampler=sampler)
+    plain, ours = draw(m), draw(host.compress(m))
+    report = host.report()
+    count, calls = forecasts(report), report["evaluations"]
+    kept = m.model.process_latent_in(given)[:, :1]
+    half = (..., slice(0, shape[-1] // 2))
+    torch.testing.assert_close(ours[half], kept[half], rtol=0, atol=1e-5)
+    assert torch.equal(ours[half], plain[half])
+    if not count:
+        assert torch.equal(ours, plain)
+        assert report["fallbacks"] or report["warnings"]
+        return
+    fewer = draw(m, max(STEPS - count * STEPS // calls, 2))
+    record_property(
+        "figure", f"{kind}{', inner' if inner else ''} {count} of {calls}: {psnr(ours, plain):.1f} / {psnr(fewer, plain):.1f} dB"
+    )
+    assert inner or count >= 8
+    assert psnr(ours, plain) > psnr(fewer, plain)
+    repeats = [d for a, d in itertools.pairwise(report["decisions"]) if a["sigma"] == d["sigma"] and d["action"] == "forecast"]
+    assert all(d["error_estimate"] > 0 for d in repeats), "a repeat is estimated to be without error"
 
 
 class Watch:

@@ -87,8 +87,8 @@ def traces(pipe: Any) -> list[tuple[str, set[str]]]:
 
 
 def held(handle: Any, pipe: Any) -> int:
-    """Bytes of the tensors that tqai's own objects lead to, walked; neither weights nor what the pipeline's scheduler holds."""
-    seen = {id(value) for value in vars(pipe.scheduler).values()}
+    """Bytes of the tensors that tqai's own objects lead to, walked; neither weights nor what the pipeline's schedulers hold."""
+    seen = {id(value) for part in pipe.components.values() if hasattr(part, "timesteps") for value in vars(part).values()}
 
     def walk(value: Any) -> int:
         if id(value) in seen or isinstance(value, nn.Module | type):

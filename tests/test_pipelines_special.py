@@ -40,6 +40,7 @@ def guide(guider):
     return lambda pipe: pipe.update_components(guider=guider)
 
 
+@pytest.mark.slow
 def test_frames_that_are_dropped_half_way_begin_a_new_history():
     thinking = dict(num_frames=29, enable_temporal_reasoning=True, num_temporal_reasoning_steps=STEPS // 2)
     exact, outputs, report = runs("chronoedit", **thinking)
@@ -60,6 +61,7 @@ def test_a_branch_that_stops_half_way():
     assert close(exact, outputs, 1e-3)
 
 
+@pytest.mark.slow
 def test_a_third_pass_that_begins_late_and_stops_early():
     """A guider that skips a layer does so by a hook on the block, in a part of the schedule."""
     skip = LayerSkipConfig(indices=[1], fqn="blocks")
@@ -79,6 +81,7 @@ def test_the_pipeline_that_calls_a_bare_transformer_is_found(name):
     assert report.calls_skipped == whole.calls_skipped > 0.3 * report.calls
 
 
+@pytest.mark.slow
 def test_two_guiders_share_their_calls_by_name():
     _, _, report = runs("ltx2_modular")
     branches = {site.split("/")[2] for site in report.per_site}
@@ -86,9 +89,20 @@ def test_two_guiders_share_their_calls_by_name():
     assert {site.split("/")[3] for site in report.per_site} == {"out", "out1"}, "video and audio"
 
 
+@pytest.mark.slow
 def test_chunks_of_one_length_are_alike_in_the_report():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exact, outputs, report = runs("sana_wm_refiner")
     assert report.evaluations == STEPS, "the last chunk's; calls that fill the cache are none of it"
     assert close(exact, outputs, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mochi", "minimax_music3"])
+def test_a_schedule_that_rises_is_read_as_noise_that_falls(name):
+    exact, outputs, report = runs(name)
+    sigmas = [decision["sigma"] for decision in report.decisions]
+    assert sigmas[0] == 1
+    assert sigmas == sorted(sigmas, reverse=True)
+    assert close(exact, outputs, 1e-3)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import TqaiError
 
 ALL = ("model", "block", "attention")
+ATTENTION = ("model", "attention")  # the host tells the number of a block, and lets nobody around it
 MODEL = ("model",)
 SELF = ("attn", "attn1")  # names of a block's self-attention in diffusers
 

@@ -7,5 +7,5 @@ FAMILY = Family(
     name="chroma",
     title="Chroma",
     diffusers=InHost(classes=(f"{MODULE}.transformer_chroma:ChromaTransformer2DModel",), levels=MODEL),
-    comfyui=InHost(classes=("comfy.ldm.chroma.model:Chroma",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.chroma.model:Chroma",), blocks=("double_blocks", "single_blocks")),
 )

@@ -1,6 +1,6 @@
 """Cosmos Predict 2 and later, where the schedule is a flow."""
 
-from .base import MODEL, Family, InHost
+from .base import ATTENTION, MODEL, Family, InHost
 
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
@@ -13,5 +13,6 @@ FAMILY = Family(
         ),
         levels=MODEL,
     ),
-    comfyui=InHost(classes=("comfy.ldm.cosmos.predict2:MiniTrainDIT",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.cosmos.predict2:MiniTrainDIT",), blocks=("blocks",), levels=ATTENTION),
+    second_attention="cross",
 )

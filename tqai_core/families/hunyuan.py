@@ -15,5 +15,5 @@ FAMILY = Family(
         ),
         levels=MODEL,
     ),
-    comfyui=InHost(classes=("comfy.ldm.hunyuan_video.model:HunyuanVideo",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.hunyuan_video.model:HunyuanVideo",), blocks=("double_blocks", "single_blocks")),
 )

@@ -18,6 +18,7 @@ FAMILY = Family(
             "comfy.ldm.lightricks.model:LTXVModel",
             "comfy.ldm.lightricks.av_model:LTXAVModel",
         ),
-        levels=MODEL,
+        blocks=("transformer_blocks",),
     ),
+    second_attention="cross",
 )

@@ -13,5 +13,5 @@ FAMILY = Family(
         ),
         levels=MODEL,
     ),
-    comfyui=InHost(classes=("comfy.ldm.qwen_image.model:QwenImageTransformer2DModel",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.qwen_image.model:QwenImageTransformer2DModel",), blocks=("transformer_blocks",)),
 )

@@ -128,7 +128,8 @@ class Lyapunov(
         state["unmeasured"] = 0
         if error is not None and len(nodes) > order:  # a forecast through fewer nodes is one of a lower order
             state["error"], state["remainder"] = error, _remainder(step.sigma, nodes, order)
-            worse = not state.get("fresh_noise") and error > max(state.get("reuse") or math.inf, self.tau / 4)  # below: the codec's error
+            enough = max(state.get("reuse") or math.inf, self._tolerance(step))  # within the tolerance it may be worse than reuse
+            worse = not state.get("fresh_noise") and error > enough
             state["rough"] = state.get("rough", 0) + 1 if worse else 0
         nodes.append(step.sigma)
         del nodes[: -order - 1]
