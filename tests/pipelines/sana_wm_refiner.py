@@ -13,8 +13,8 @@ from .base_text import LETTERS, tokenizer
 LAYERS = 2  # of the text encoder; the connectors read them all and the embeddings
 
 
-def pipe():
-    transformer = random(SanaWMLTX2RefinerTransformer3DModel, **ltx2.TRANSFORMER)
+def pipe(**over):
+    transformer = random(SanaWMLTX2RefinerTransformer3DModel, **(ltx2.TRANSFORMER | over))
     config = Gemma3TextConfig(
         hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         vocab_size=LETTERS,
