@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -209,13 +208,14 @@ def _some(pair: Pair | None) -> Pair | None:
     return pair if pair is not None and pair[0].shape[1] else None
 
 
-@cache
-def _packed(stand_in: Any, plain: Any) -> Any:
-    return type(f"Packed{plain.__name__}", (stand_in, plain), {"plain": plain, "__module__": __name__})
+_CLASSES: dict[type, Any] = {}
 
 
 def adopt(layer: Any, stand_in: type[Packed], slots: Slots) -> None:
     """Make ``layer`` a packed one; what it holds already is packed."""
-    layer.__class__ = _packed(stand_in, type(layer))
+    plain = type(layer)
+    if plain not in _CLASSES:
+        _CLASSES[plain] = type(f"Packed{plain.__name__}", (stand_in, plain), {"plain": plain, "__module__": __name__})
+    layer.__class__ = _CLASSES[plain]
     layer.slots = slots
     layer.absorb()
