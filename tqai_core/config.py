@@ -33,8 +33,8 @@ class Config:
     numbers (-1 is the last), ranges ``"0-2"``, names of modules (``"blocks.3.attn2"``). At level ``kv``: ``sink`` first and
     ``recent`` last tokens stay exact, up to ``protect`` first and last layers (at most an eighth of them each) are held
     at 8 bits, ``calibrate`` tokens are waited for before keys are scaled (0: never); without a scorer, strategy and monitor
-    it is a plain packed cache. Stages are stored in their shortest
-    spec form, so that equal pipelines are equal and hash alike.
+    it is a plain packed cache. ``offload``: the packed caches of a diffusion transformer lie in host memory. Stages are
+    stored in their shortest spec form, so that equal pipelines are equal and hash alike.
     """
 
     scorer: Any = None
@@ -47,6 +47,7 @@ class Config:
     recent: int = CACHE["recent"]
     protect: int = CACHE["protect"]
     calibrate: int = CACHE["calibrate"]
+    offload: bool = False
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -80,6 +81,8 @@ class Config:
                 raise TqaiError(f"{name}={str(value)[:80]}: give a number of {'layers' if name == 'protect' else 'tokens'}, 0 or more")
             if self.level != "kv" and value != default:
                 raise TqaiError(f"{name} is an option of caches, asked at level {self.level!r}: give level='kv'")
+        if not isinstance(self.offload, bool) or (self.offload and self.level != "kv"):
+            raise TqaiError(f"offload={str(self.offload)[:80]} at level {self.level!r}: it is true or false, and an option of level 'kv'")
         if self.level != "kv" and "bits_" in self.codec:
             raise TqaiError(
                 f"codec {self.codec!r}: bits_k and bits_v are options of caches, asked at level {self.level!r}: give bits=, or level='kv'"
@@ -90,7 +93,8 @@ class Config:
         return tuple(build(r, s) if (s := getattr(self, r)) else None for r in ROLES)  # type: ignore[return-value]
 
     def to_dict(self) -> dict[str, Any]:
-        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
+        found = {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
+        return found if self.offload else {name: v for name, v in found.items() if name != "offload"}  # older versions do not know it
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)

@@ -10,7 +10,7 @@ FAST = True
 def parts(**over):
     transformer = random(
         Flux2Transformer2DModel, patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, joint_attention_dim=WIDTH,
-        timestep_guidance_channels=32, axes_dims_rope=(4,) * 4, **HEADS, **over,
+        timestep_guidance_channels=32, **{"axes_dims_rope": (4,) * 4, **HEADS, **over},
     )  # fmt: skip
     return dict(transformer=transformer, scheduler=euler(1.0), vae=vae(4, AutoencoderKLFlux2), **no_text())
 

@@ -8,8 +8,8 @@ from .base import SIZE, WIDTH, WORDS, picture, rnd, sample
 FAST = True
 
 
-def pipe():
-    return Flux2KleinKVPipeline(**flux2.parts(guidance_embeds=False), is_distilled=True)
+def pipe(**over):
+    return Flux2KleinKVPipeline(**flux2.parts(guidance_embeds=False, **over), is_distilled=True)
 
 
 def call(pipe, steps, seed):

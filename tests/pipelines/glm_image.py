@@ -8,10 +8,10 @@ from .base import HEADS, SIZE, WIDTH, WORDS, euler, picture, prompts, random, sa
 TOKENS = 16  # of a picture of 64 pixels: 8 a token in the latent, 2 a patch
 
 
-def pipe():
+def pipe(**over):
     transformer = random(
         GlmImageTransformer2DModel, patch_size=2, in_channels=4, out_channels=4, num_layers=2, text_embed_dim=WIDTH, time_embed_dim=32,
-        condition_dim=8, prior_vq_quantizer_codebook_size=64, **HEADS,
+        condition_dim=8, prior_vq_quantizer_codebook_size=64, **{**HEADS, **over},
     )  # fmt: skip
     parts = dict(transformer=transformer, vae=vae(latents_mean=[0.0] * 4, latents_std=[1.0] * 4), scheduler=euler())
     return GlmImagePipeline(**parts, tokenizer=None, processor=None, text_encoder=None, vision_language_encoder=None)

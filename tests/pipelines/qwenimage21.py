@@ -19,10 +19,10 @@ class Processor(ProcessorMixin):
         return self.tokenizer([text] if isinstance(text, str) else text, **options)
 
 
-def pipe():
+def pipe(**over):
     transformer = random(
         QwenImage21Transformer2DModel, patch_size=1, in_channels=8, out_channels=8, num_layers=2, context_in_dim=WIDTH, mlp_ratio=2,
-        axes_dims_rope=(4, 6, 6), **HEADS,
+        **{"axes_dims_rope": (4, 6, 6), **HEADS, **over},
     )  # fmt: skip
     vae = random(
         AutoencoderKLQwenImage21, base_dim=4, decoder_base_dim=4, z_dim=8, dim_mult=[1] * 5, num_res_blocks=1, latents_mean=[0.0] * 8,

@@ -24,6 +24,8 @@ def kv_config(config: Config | None, who: str) -> Config:
     config = Config(level="kv") if config is None else config
     if not isinstance(config, Config) or config.level != "kv":
         raise TqaiError(f"{who} a tqai.Config(level='kv', ...), got {getattr(config, 'level', type(config).__name__)!r}")
+    if config.offload:
+        raise TqaiError("offload=True is for the caches of diffusion transformers, this is a language model: leave it out")
     return config
 
 

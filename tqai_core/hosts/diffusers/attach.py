@@ -18,7 +18,12 @@ from ...handle import Handle
 from ...layers import exact_layers
 from ...roles import AttentionForecaster, EntropyMonitor
 from ...site import probed
+<<<<<<< HEAD
 from .clock import CallClock, Clock, NoClock, SchedulerClock, denoisers
+=======
+from . import kv_caches
+from .clock import CallClock, Clock, SchedulerClock, denoisers
+>>>>>>> 6a36d47d2a3f2ea95402bf7d93c0d45fe3f9f3ae
 from .hook import Patch, RootHook
 from .sites import ModuleSite
 from .stand_ins import stand_in, swap_block
@@ -38,6 +43,8 @@ def attach(target: Any, config: Config, steps: int | None = None) -> Handle:
     if pipe is None and not isinstance(target, nn.Module):
         raise TqaiError(f"{type(target).__name__} is neither a diffusers pipeline nor a transformer: give one of these")
     models = denoisers(pipe) if pipe is not None else {"transformer": target}
+    if config.level == "kv":
+        return kv_caches.attach(target, config)
     if not models:
         raise TqaiError(f"{type(target).__name__} has no transformer and no unet: give a pipeline that denoises in steps")
     if steps is not None and (not isinstance(steps, int) or steps < 1):

@@ -10,14 +10,19 @@ from tqdm.std import tqdm
 from .clock import pipelines_on_the_stack
 
 
-def on_failure(finish: Callable[[], None]) -> None:
+def running_bar() -> tqdm | None:
+    """The progress bar of the loop of the pipeline that runs now."""
+    return next((value for _, names in pipelines_on_the_stack() for value in names.values() if isinstance(value, tqdm)), None)
+
+
+def on_failure(finish: Callable[[], None], bar: tqdm | None = None) -> None:
     """Call ``finish`` when an exception, or an interrupt, leaves the loop of the pipeline that runs now.
 
     Pipelines loop inside ``with self.progress_bar(...)``, and a bar is closed on every way out, also where it is not shown.
     Else nobody would tell: a callback or a scheduler that raises does not come by the transformer, and pipelines reset its hooks
     only where they come to their end.
     """
-    bar = next((value for _, names in pipelines_on_the_stack() for value in names.values() if isinstance(value, tqdm)), None)
+    bar = bar or running_bar()
     if bar is None:
         return
     close = bar.close

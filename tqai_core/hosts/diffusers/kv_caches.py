@@ -1,0 +1,277 @@
+"""Level kv for diffusion transformers: the caches of references, prefixes and earlier frames that a pipeline makes, packed.
+
+Hooks of torch on the transformer see each call. Where it is given a cache, its layers become packed ones (:mod:`layer_caches`), once.
+They are apart from what the other levels set, so both can be applied to one pipeline, in either order.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config import Config
+from ...errors import TqaiError
+from ...handle import Handle
+from ...kv.prefix import energy
+from ...kv.segments import Plan
+from ...report import Report
+from ..language import layer_plans
+from .clock import denoisers
+from .layer_caches import Appended, Packed, Slots, Whole, Window, adopt
+from .release import on_failure, running_bar
+
+READS = (None, "cached", "inject", "read", "skip")  # modes of a call that stores nothing
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A transformer whose attentions keep keys and values.
+
+    Attributes:
+        layer: the class of its layer caches, in the module of the transformer.
+        stand_in: what a packed one does in its place.
+        attentions: names of the lists of blocks, in the order of the layers, and of the attention in a block.
+        interleaved: whether rotary positions turn channels (2i, 2i + 1), where the attention does not say it.
+        argument: the argument of a block that has the layer cache, where the transformer makes the cache in its own forward.
+        processor: a part of the name of the attention processors that use the cache, where others do not.
+        pipeline: an example of a pipeline that makes the cache.
+    """
+
+    layer: str
+    stand_in: type[Packed]
+    attentions: tuple[tuple[str, str], ...]
+    pipeline: str
+    interleaved: bool = True
+    argument: str = ""
+    processor: str = ""
+
+    def modules(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
+        """Each block with its attention."""
+        return [(block, getattr(block, name)) for blocks, name in self.attentions for block in getattr(model, blocks)]
+
+
+KINDS = {
+    "QwenImage21Transformer2DModel": Kind("QwenImage21KVLayerCache", Whole, (("transformer_blocks", "attn"),), "QwenImage21Pipeline"),
+    "Flux2Transformer2DModel": Kind(
+        "Flux2KVLayerCache", Whole, (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn")), "Flux2KleinKVPipeline",
+        argument="joint_attention_kwargs", processor="KV",
+    ),
+    "WanAnimate2Transformer3DModel": Kind("WanAnimate2KVLayerCache", Whole, (("blocks", "self_attn"),), "WanAnimate2ModularPipeline"),
+    "GlmImageTransformer2DModel": Kind(
+        "GlmImageLayerKVCache", Appended, (("transformer_blocks", "attn1"),), "GlmImagePipeline", interleaved=False
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": Kind(
+        "SanaWMRefinerKVLayerCache", Window, (("transformer_blocks", "attn1"),), "SanaWMLTX2Refiner"
+    ),
+}  # fmt: skip
+
+
+class CachesHandle(Handle):
+    """A pipeline whose caches are packed. The caches are the pipeline's: they live and end with its own variables."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.exact: list[dict[str, str]] = []  # layers that are never packed, and why
+        self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._report, self._began, self._guarded = Report(warnings=["nothing has run yet"]), time.process_time(), True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all living caches."""
+        return sum(slots.nbytes for slots in self._slots())
+
+    def begin(self) -> None:
+        """A pipeline has made a cache. A generation begins where no other one holds anything."""
+        if not any(slots.runs for slots in self._slots()):
+            self._report, self._began, self._guarded = Report(fallbacks=list(self.exact)), time.process_time(), False
+
+    def row(self, site: str, plan: Plan) -> dict[str, Any]:
+        """The report's row of a new cache of a layer."""
+        names = (f"{site}/{i}" if i else site for i in range(len(self._report.per_site) + 1))
+        row = {
+            "bits_k": plan.bits_k, "bits_v": plan.bits_v, "tokens": 0, "tokens_packed": 0, "bytes_held": 0, "bits_held": 0.0,
+            "nmse_k": None, "nmse_v": None, "materialised": 0,
+        }  # fmt: skip
+        return self._report.per_site.setdefault(next(name for name in names if name not in self._report.per_site), row)
+
+    def keep(self, layer: Any) -> None:
+        self._layers.add(layer)
+
+    def call(self) -> None:
+        """A call of the transformer that was given a cache. What a broken loop leaves of caches is freed at once."""
+        if not self._guarded and (bar := running_bar()) is not None:
+            self._guarded = True
+            on_failure(self._drop, bar)
+        self._report.evaluations += 1
+        self._report.seconds_cpu = time.process_time() - self._began
+
+    def changed(self, slots: Slots) -> None:
+        """After every store: bytes are walked, not computed."""
+        report, prefixes = self._report, slots.prefixes()
+        living = list(self._slots())
+        report.bytes_held_peak = max(report.bytes_held_peak, sum(other.held for other in living))
+        report.bytes_exact = max(report.bytes_exact, sum(2 * run.numbers for other in living for run in other.prefixes()))
+        if not prefixes:
+            return
+        tokens, numbers = sum(run.tier.length for run in prefixes), sum(run.numbers for run in prefixes)
+        slots.row |= {
+            "tokens": tokens, "tokens_packed": sum(run.tier.packed for run in prefixes), "bytes_held": slots.held,
+            "bits_held": round(8 * slots.held / max(numbers, 1), 4),
+        }  # fmt: skip
+        if slots.error is not None:
+            slots.row |= {"nmse_k": slots.error[0], "nmse_v": slots.error[1]}
+        for run in prefixes:
+            if run.why and {"where": "cache", "why": run.why} not in report.fallbacks:
+                report.fallbacks.append({"where": "cache", "why": run.why})
+
+    def report(self) -> Report:
+        """The generation under way, or the last one. ``nmse_k``, ``nmse_v``: the error of what was packed, at the worst store."""
+        for row in self._report.per_site.values():
+            row |= {name: float(x) for name, x in row.items() if isinstance(x, Tensor)}
+        return self._report
+
+    def remove(self) -> None:
+        super().remove()
+        for layer in list(self._layers):
+            layer.unpack()
+        self._layers.clear()
+
+    def _drop(self) -> None:
+        for layer in list(self._layers):
+            layer.clear()
+
+    def _slots(self) -> Iterator[Slots]:
+        return (layer.slots for layer in list(self._layers))
+
+
+@dataclass
+class Watch:
+    """The hooks of one transformer: they find the caches of its calls, and see the queries while keys are stored."""
+
+    kind: Kind
+    layer_class: type
+    plans: list[Plan | str]
+    attentions: list[Any]
+    handle: CachesHandle
+    stores: bool = False  # whether this call stores keys
+    energies: dict[int, Tensor] = field(default_factory=dict)
+
+    def before_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        containers = [x for x in (*args, *kwargs.values()) if hasattr(x, "__dict__") and not isinstance(x, (Tensor, nn.Module))]
+        layers = [layers for x in containers if (layers := self._layers_of(x))]
+        mode = kwargs.get("kv_cache_mode", getattr(layers[0][0], "mode", None) if layers else None)
+        self.stores = mode not in READS
+        if self.stores:
+            self.energies.clear()
+        made_inside = bool(self.kind.argument) and self.stores
+        if made_inside or any(not isinstance(layer, Packed) for found in layers for layer in found):
+            self.handle.begin()
+        for found in layers:
+            for number, layer in enumerate(found):
+                self.adopt(number, layer)
+        if layers or mode is not None:
+            self.handle.call()
+
+    def _layers_of(self, container: Any) -> list[Any]:
+        lists = [part for part in vars(container).values() if isinstance(part, list)]
+        return [layer for part in lists for layer in part if isinstance(layer, self.layer_class)]
+
+    def adopt(self, number: int, layer: Any) -> None:
+        """Make a layer cache a packed one, where it is none and its layer is to be packed."""
+        plan = self.plans[number]
+        if isinstance(layer, Packed) or isinstance(plan, str):
+            return
+        attention = self.attentions[number]
+        rope = getattr(attention, "rope_type", None)
+        interleaved = self.kind.interleaved if rope is None else rope == "interleaved"
+        slots = Slots(
+            plan, attention.heads, interleaved, self.handle.config.offload, lambda: self.energies.pop(number, None),
+            self.handle.changed, self.handle.row(f"attn.{number}", plan),
+        )  # fmt: skip
+        adopt(layer, self.kind.stand_in, slots)
+        self.handle.keep(layer)
+        self.handle.changed(slots)
+
+    def before_block(self, number: int) -> Callable[..., None]:
+        """For transformers that make the cache in their own forward: each layer is packed as it is filled."""
+
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            layer = (kwargs.get(self.kind.argument) or {}).get("kv_cache")
+            if isinstance(layer, self.layer_class):
+                self.adopt(number, layer)
+
+        return hook
+
+    def after_queries(self, number: int) -> Callable[..., None]:
+        heads = self.attentions[number].heads
+
+        @torch.compiler.disable
+        def see(q: Tensor) -> None:
+            self.energies[number] = energy(q, heads)
+
+        def hook(norm: nn.Module, args: Any, q: Tensor) -> None:
+            if self.stores:
+                see(q)
+
+        return hook
+
+
+def attach(target: Any, config: Config) -> CachesHandle:
+    """Pack the caches of a pipeline or of a bare transformer. Nothing is changed when this raises."""
+    if extra := [role for role in ("scorer", "strategy", "monitor") if getattr(config, role) is not None]:
+        raise TqaiError(f"{', '.join(extra)} asked for the caches of a diffusion transformer, which take a codec alone: leave it out")
+    models = {"transformer": target} if isinstance(target, nn.Module) else denoisers(target)
+    handle = CachesHandle(config)
+    checked = [(model, found) for model in models.values() if (found := _watch(model, config, handle)) is not None]
+    if not checked:
+        known = ", ".join(kind.pipeline for kind in KINDS.values())
+        raise TqaiError(
+            f"{type(target).__name__} keeps no keys and values from step to step, so level 'kv' has nothing to pack: it is for {known} and "
+            "their transformers, and for language models; level 'model' takes any pipeline"
+        )
+    for model, watch in checked:
+        _hook(model, watch)
+    return handle
+
+
+def _watch(model: Any, config: Config, handle: CachesHandle) -> Watch | None:
+    """What is to be hooked; None for a model that has no cache, TqaiError for one that cannot be hooked."""
+    known = ((cls, kind) for cls in type(model).__mro__ if (kind := KINDS.get(cls.__name__)))
+    cls, kind = next(known, (None, None))
+    if hasattr(model, "_orig_mod"):
+        raise TqaiError(
+            "this transformer is compiled as a whole, so its calls cannot be seen: call tqai.apply first, then compile its blocks "
+            "(transformer.compile_repeated_blocks())"
+        )
+    layer_class = None if cls is None or kind is None else getattr(sys.modules[cls.__module__], kind.layer, None)
+    if kind is None or layer_class is None:
+        return None
+    if any(isinstance(getattr(hook, "__self__", None), Watch) for hook in model._forward_pre_hooks.values()):
+        raise TqaiError("tqai is already applied to the caches of this transformer: call handle.remove() first")
+    attentions = [attention for _, attention in kind.modules(model)]
+    if kind.processor and not any(kind.processor in type(attention.processor).__name__ for attention in attentions):
+        return None
+    plans = layer_plans(config, [""] * len(attentions))
+    handle.exact += [{"where": f"attn.{i}", "why": plan} for i, plan in enumerate(plans) if isinstance(plan, str)]
+    return Watch(kind, layer_class, plans, attentions, handle)
+
+
+def _hook(model: nn.Module, watch: Watch) -> None:
+    hooks = [model.register_forward_pre_hook(watch.before_call, with_kwargs=True)]
+    for number, (block, attention) in enumerate(watch.kind.modules(model)):
+        if isinstance(watch.plans[number], str):
+            continue
+        if watch.kind.argument:
+            hooks.append(block.register_forward_pre_hook(watch.before_block(number), with_kwargs=True))
+        if getattr(attention, "norm_q", None) is not None:
+            hooks.append(attention.norm_q.register_forward_hook(watch.after_queries(number)))
+    for hook in hooks:
+        watch.handle.on_remove(hook.remove)
