@@ -14,13 +14,8 @@ CHUNKS = 2
 LAYERS = 2  # of the text encoder; the connectors read them all and the embeddings
 
 
-<<<<<<< HEAD
-def pipe():
-    transformer = slow(random(SanaWMLTX2RefinerTransformer3DModel, **ltx2.TRANSFORMER))
-=======
 def pipe(**over):
-    transformer = random(SanaWMLTX2RefinerTransformer3DModel, **(ltx2.TRANSFORMER | over))
->>>>>>> 6a36d47d2a3f2ea95402bf7d93c0d45fe3f9f3ae
+    transformer = slow(random(SanaWMLTX2RefinerTransformer3DModel, **(ltx2.TRANSFORMER | over)))
     config = Gemma3TextConfig(
         hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         vocab_size=LETTERS,

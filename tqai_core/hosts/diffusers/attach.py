@@ -18,12 +18,8 @@ from ...handle import Handle
 from ...layers import exact_layers
 from ...roles import AttentionForecaster, EntropyMonitor
 from ...site import probed
-<<<<<<< HEAD
-from .clock import CallClock, Clock, NoClock, SchedulerClock, denoisers
-=======
 from . import kv_caches
-from .clock import CallClock, Clock, SchedulerClock, denoisers
->>>>>>> 6a36d47d2a3f2ea95402bf7d93c0d45fe3f9f3ae
+from .clock import CallClock, Clock, NoClock, SchedulerClock, denoisers
 from .hook import Patch, RootHook
 from .sites import ModuleSite
 from .stand_ins import stand_in, swap_block
