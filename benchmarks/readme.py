@@ -453,12 +453,12 @@ def families() -> str:
 
 
 def parts() -> dict[str, str]:
-    from bench import attention, calibrate, levels, llm_methods, methods, stream_report
+    from bench import attention, calibrate, levels, llm_methods, methods, pipelines, stream_report
 
     dit, vectors, lower, kernels = (load(name) for name in ("dit", "codec", "levels", "attention"))
     lm, caches, made = (load(name) for name in ("llm", "llm_methods", "calibrate"))
     return {
-        **promised.parts(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")), "works": works(),
+        **promised.parts(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")), "works": works(), "bed": sections(pipelines, load("pipelines")),
         "headline": headline(dit), "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit),
         "place": place(dit), "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
         "default": default(load("default")),

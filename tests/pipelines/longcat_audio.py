@@ -3,7 +3,7 @@
 from diffusers import LongCatAudioDiTPipeline, LongCatAudioDiTTransformer, LongCatAudioDiTVae
 from transformers import UMT5Config, UMT5EncoderModel
 
-from .base import WIDTH, random, sample
+from .base import WIDTH, calm, random, sample
 from .base_text import LETTERS, tokenizer
 
 
@@ -11,6 +11,7 @@ def pipe():
     transformer = random(
         LongCatAudioDiTTransformer, dit_dim=32, dit_depth=2, dit_heads=2, dit_text_dim=WIDTH, latent_dim=8, text_conv=False
     )
+    calm(transformer.time_embed)
     vae = random(
         LongCatAudioDiTVae, in_channels=1, channels=16, c_mults=[1, 2], strides=[2], latent_dim=8, encoder_latent_dim=16,
         downsampling_ratio=2, sample_rate=32,
