@@ -12,7 +12,7 @@ from pathlib import Path
 import figures
 import pytest
 import sources
-from bench import attention, calibrate, codec, dit, levels, llm, sampler, stream
+from bench import attention, calibrate, codec, dit, dit_kv, levels, llm, sampler, stream
 from bench.harness import child, closing, medians, promises
 
 import tqai_core as tqai
@@ -27,7 +27,9 @@ def test_figures_are_those_of_the_results_and_no_number_is_without_a_source():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("bench", [dit, codec, stream, calibrate, attention, levels, llm, sampler], ids=lambda bench: bench.__name__)
+@pytest.mark.parametrize(
+    "bench", [dit, codec, stream, calibrate, attention, levels, llm, sampler, dit_kv], ids=lambda bench: bench.__name__
+)
 def test_results_name_their_machine_and_their_promises_are_recomputed(bench):
     result = json.loads((RESULTS / f"{bench.__name__.split('.')[-1]}.json").read_text())
     assert result["machine"]["cpu"]
