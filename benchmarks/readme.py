@@ -13,12 +13,17 @@ import json
 import math
 import re
 import sys
+from collections import defaultdict
 from typing import Any
 
 import figures
 import promised
 import sources
-from figures import KINDS, ROOT, e4, load, table
+from bench.alone import FEWER, NMSE, PRESET, PSNR
+from figures import KINDS, ROOT, e4, load, pick, table
+from promised import counts
+
+from tqai_core.config import PRESETS
 
 
 def minis() -> str:
@@ -36,40 +41,85 @@ def minis() -> str:
 
 
 def headline(dit: dict[str, Any]) -> str:
-    rows = {kind: next(r for r in dit["tables"][kind]["euler"] if r["method"] == "tqai balanced") for kind in KINDS}
-    skipped = min(r["skipped"] for r in rows.values())
-    psnr = ", ".join(f"{r['psnr']:.1f} dB ({kind})" for kind, r in rows.items())
-    low, high = min(r["cpu"] for r in rows.values()), max(r["cpu"] for r in rows.values())
+    alone = {kind: pick(dit["tables"][kind]["alone"], method="tqai balanced") for kind in KINDS}
+    batch = [pick(dit["tables"][kind]["euler"], method="tqai balanced") for kind in KINDS]
+    skipped = min(r["skipped"] for r in [*alone.values(), *batch])
+    psnr = ", ".join(f"{r['psnr']:.1f} dB, least {r['psnr_worst']:.1f} ({kind}, {dit['alone'][kind]} seeds)" for kind, r in alone.items())
+    low, high = min(r["cpu"] for r in batch), max(r["cpu"] for r in batch)
     return (
         f"**{skipped:.0%} or more of the model calls of a 24-step sampler are forecast instead of computed: {low:.2f}x to "
-        f"{high:.2f}x faster, PSNR to the exact run {psnr}, nothing retrained.**"
+        f"{high:.2f}x faster (batches of {counts(dit['samples'])}), nothing retrained. PSNR to the exact run, one picture or clip at a "
+        f"time, median and least: {psnr}.**"
     )
+
+
+def tail(row: dict[str, Any], name: str) -> list[str]:
+    """A figure, its 5 % quantile (errors: 95 %) and the worst; nothing where a result of before has none of these."""
+    form = (lambda v: "exact" if v is None else f"{v:.1f}") if name == "psnr" else e4
+    return [form(row[key]) if key in row else "" for key in (name, f"{name}_tail", f"{name}_worst")]
 
 
 def euler(dit: dict[str, Any]) -> str:
     rows = []
-    for kind in KINDS:
-        for r in dit["tables"][kind]["euler"]:
-            psnr = "exact" if r["psnr"] is None else f"{r['psnr']:.1f}"
+    for kind, tables in dit["tables"].items():
+        for r in tables["euler"]:
             held = f"{r['held']:,.0f} / {r['fp16']:,.0f}" if r["held"] else ""
-            cells = [kind, r["method"], f"{r['calls']:g}", f"{r['skipped']:.0%}" if r["skipped"] else "", f"{r['cpu']:.2f}", psnr]
-            rows.append([*cells, e4(r["nmse"]), f"{r['agreement']:.3f}", held])
-    return table(["mini", "method", "calls", "skipped", "CPU ratio", "PSNR dB", "NMSE e-4", "same label", "bytes held / as fp16"], rows)
+            cells = [kind, r["method"], f"{r['calls']:g}", f"{r['skipped']:.0%}" if r["skipped"] else "", f"{r['cpu']:.2f}"]
+            rows.append([*cells, *tail(r, "psnr"), *tail(r, "nmse"), f"{r['agreement']:.3f}", held])
+    head = ["mini", "method", "calls", "skipped", "CPU ratio", *PSNR, *NMSE, "same label", "bytes held / as fp16"]
+    return f"{table(head, rows)}\n\n{batches(dit)}"
+
+
+def alone(dit: dict[str, Any]) -> str:
+    rows = [
+        [kind, r["method"], f"{r['calls']:.1f}", *tail(r, "psnr"), *tail(r, "nmse"), f"{r['agreement']:.3f}"]
+        for kind in dit["tables"]
+        for r in dit["tables"][kind]["alone"]
+    ]
+    seeds = ", ".join(f"0 to {dit['alone'][kind] - 1} ({kind})" for kind in dit["tables"])
+    note = f"Runs of one picture or clip, seeds {seeds}: median, 5 % quantile (of errors 95 %), the worst."
+    for name in PRESETS:
+        gaps = []
+        for kind in dit["tables"]:
+            ours, fewer = (pick(dit["tables"][kind]["alone"], method=what.format(name)) for what in (PRESET, FEWER))
+            gaps.append(f"{ours['psnr_worst'] - fewer['psnr']:+.1f} dB ({kind})")
+        note += f" The least of `{name}` against the median of fewer steps: {', '.join(gaps)}."
+    return f"{table(['mini', 'method', 'mean calls', *PSNR, *NMSE, 'same label'], rows)}\n\n{note}"
 
 
 def multistep(dit: dict[str, Any]) -> str:
-    rows = [[kind, r["method"], f"{r['calls']:g}", e4(r["nmse"]), e4(r["ode"])] for kind in KINDS for r in dit["tables"][kind]["multistep"]]
-    return table(["mini", "method", "calls", "own", "true ODE"], rows)
+    rows = [
+        [kind, r["method"], f"{r['calls']:g}", *tail(r, "nmse"), *tail(r, "ode")]
+        for kind, tables in dit["tables"].items()
+        for r in tables["multistep"]
+    ]
+    return f"{table(['mini', 'method', 'calls', 'own', *NMSE[1:], 'true ODE', *NMSE[1:]], rows)}\n\n{batches(dit)}"
 
 
 def solvers(dit: dict[str, Any]) -> str:
-    rows = [[kind, r["method"], f"{r['calls']:g}", e4(r["ode"])] for kind in KINDS for r in dit["tables"][kind]["solvers"]]
-    return table(["mini", "method", "calls", "true ODE, NMSE e-4"], rows)
+    rows = [[kind, r["method"], f"{r['calls']:g}", *tail(r, "ode")] for kind, tables in dit["tables"].items() for r in tables["solvers"]]
+    return f"{table(['mini', 'method', 'calls', 'true ODE, NMSE e-4', *NMSE[1:]], rows)}\n\n{batches(dit)}"
+
+
+def batches(dit: dict[str, Any]) -> str:
+    kinds = list(dit["tables"])
+    return (
+        f"Batches of {' / '.join(str(dit['samples'][kind]) for kind in kinds)} ({' / '.join(kinds)}), medians over seeds "
+        f"{', '.join(map(str, dit['seeds']))}; the quantile and the worst are of single pictures of these batches."
+    )
+
+
+def default(result: dict[str, Any]) -> str:
+    """Tuned and untuned, side by side."""
+    from bench import default as bench
+
+    _, head, rows = next(iter(bench.tables_of(result)))
+    return table(head, rows)
 
 
 def place(dit: dict[str, Any]) -> str:
     m = dit["machine"]
-    return f"Measured on {m['cpu']}, one thread, torch {m['torch']}, diffusers {m['diffusers']}; medians over seeds {dit['seeds']}."
+    return f"Measured on {m['cpu']}, one thread, torch {m['torch']}, diffusers {m['diffusers']}."
 
 
 def codec(result: dict[str, Any]) -> str:
@@ -102,10 +152,25 @@ def pictures(demo: dict[str, Any]) -> str:
         for method in methods:
             r = next(r for r in demo["rows"] if r["mini"] == kind and r["method"] == method)
             name = f"docs/img/{kind}-{method.replace(' ', '-')}.{'gif' if kind == 'wan' else 'png'}"
-            note = f"{r['calls']} calls, {r['cpu_ratio']:.2f}x" + ("" if r["psnr"] is None else f", {r['psnr']:.1f} dB")
+            note = f"{r['calls']} calls, {r['cpu_ratio']:.2f}x"
+            note += "" if r["psnr"] is None else f", {r['psnr']:.1f} dB, least {r['psnr_worst']:.1f}"
             cells.append(f"![{kind} {method}]({name})<br>{note}")
         rows.append(cells)
-    return table(methods, rows)
+    single = []
+    for kind in KINDS:
+        found = {r["method"]: r for r in demo["alone"] if r["mini"] == kind}
+        told = ", ".join(f"{name} {r['psnr']:.1f} dB, least {r['psnr_worst']:.1f}" for name, r in found.items())
+        single.append(f"{kind} {told}")
+    note = (
+        f"Batches of {counts(demo['count'])}, seed {demo['seed']}: PSNR of the batch, and the least of one picture. One picture at a time"
+    )
+    return f"{table(methods, rows)}\n\n{note}, median and least: {'; '.join(single)}."
+
+
+def tuning(bench: Any, result: dict[str, Any]) -> str:
+    from tqai_core.calibrate.tune import PROOF
+
+    return f"{of_bench(bench.tuning, result)}\n\nBatches of 8 / 6 / 2 (flux / sd3 / wan), means over seeds {', '.join(map(str, PROOF))}."
 
 
 def of_bench(function: Any, result: dict[str, Any]) -> str:
@@ -170,11 +235,14 @@ def peers(result: dict[str, Any]) -> str:
         least = next(r["cpu"] for r in result["tables"][kind] if r["setting"] == "quality")
         for r in result["tables"][kind]:
             if r["failed"]:
-                rows.append([kind, r["peer"], r["setting"], "", "", "", "", "failed: " + r["failed"].replace("|", "/")[:80]])
+                rows.append([kind, r["peer"], r["setting"], *[""] * 7, "failed: " + r["failed"].replace("|", "/")[:80]])
             elif r["cpu"] >= least and not r["setting"].startswith("tau="):
-                figures = [f"{r['calls']:g}", f"{r['cpu']:.2f}", e4(r["nmse"]), e4(r["ode"])]
+                figures = [f"{r['calls']:g}", f"{r['cpu']:.2f}", *tail(r, "psnr"), e4(r["nmse"]), e4(r["ode"])]
                 rows.append([kind, r["peer"], r["setting"], *figures, f"{r['held']:,.0f}"])
-    return table(["mini", "peer", "setting", "calls", "CPU ratio", "own, NMSE e-4", "true ODE, NMSE e-4", "bytes held"], rows)
+    head = ["mini", "peer", "setting", "calls", "CPU ratio", "PSNR dB", *PSNR[1:], "own, NMSE e-4", "true ODE, NMSE e-4", "bytes held"]
+    seeds = ", ".join(map(str, result["seeds"]))
+    note = f"Batches of {counts(result['samples'])} (flux / sd3 / wan), medians over seeds {seeds}; 5 % and least: PSNR of single pictures."
+    return f"{table(head, rows)}\n\n{note}"
 
 
 def llm_quality(result: dict[str, Any]) -> str:
@@ -336,6 +404,23 @@ def dit_kv_row(result: dict[str, Any]) -> str:
     )
 
 
+def works() -> str:
+    """Which models work, by what they have in common: where tqai acts in them in each host, and what was tried."""
+    from tqai_core.families import FAMILIES
+
+    tried = {kind for row in load("pipelines")["rows"] if row["forced"] < row["calls"] for kind in row["transformer"].split(", ")}
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for f in sorted(FAMILIES.values(), key=lambda f: not f.tolerances):
+        trained = (ROOT / "tqai_core" / "minis" / f"{f.name}.json").exists()
+        evidence = "trained mini, tuned" if f.tolerances else "trained mini, untuned" if trained else "real classes, tiny random weights"
+        classes = {path.partition(":")[2] for path in f.diffusers.classes} if f.diffusers else set()
+        here = ", ".join(f.diffusers.levels) if f.diffusers and classes & tried else ""
+        there = ", ".join(f.comfyui.levels if f.comfyui.blocks else ("model",)) if f.comfyui else ""
+        groups[evidence, here, there].append(f.title)
+    rows = [["; ".join(titles), here, there, evidence] for (evidence, here, there), titles in groups.items()]
+    return table(["model", "diffusers: levels", "ComfyUI: levels", "tried on"], rows)
+
+
 def samplers(result: dict[str, Any]) -> str:
     """ComfyUI's samplers on the minis, the smallest gain over fewer steps first and the runs that are left exact last."""
 
@@ -355,6 +440,23 @@ def samplers(result: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{told}"
 
 
+def breadth(result: dict[str, Any]) -> str:
+    """ComfyUI's models with small random weights, the smallest gain over fewer steps first and what stays exact last."""
+
+    def gain(item: tuple[str, dict[str, Any]]) -> float:
+        return item[1]["fewer"] / item[1]["error"] if item[1]["fewer"] else math.inf
+
+    def figure(error: float | None) -> str:
+        return f"{-20 * math.log10(error):.1f}" if error else ""
+
+    rows = []
+    for name, r in sorted(result["rows"].items(), key=gain):
+        last = ", ".join(r["levels"]) if r["fewer"] else f"exact: {'; '.join(r['why'])}"
+        rows.append([name, f"`{r['class']}`", f"{r['forecast']} of {r['of']}", figure(r["error"]), figure(r["fewer"]), last])
+    head = ["model", "class", "steps forecast", "dB", "fewer steps, dB", "levels"]
+    return f"{table(head, rows)}\n\nComfyUI {result['version']}, Euler, guidance 3."
+
+
 def families() -> str:
     """The models that are known below level model, by their classes."""
     from tqai_core.families import FAMILIES
@@ -372,12 +474,14 @@ def parts() -> dict[str, str]:
     dit, vectors, lower, kernels = (load(name) for name in ("dit", "codec", "levels", "attention"))
     lm, caches, made = (load(name) for name in ("llm", "llm_methods", "calibrate"))
     return {
-        **promised.parts(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")),
-        "headline": headline(dit), "euler": euler(dit), "multistep": multistep(dit), "solvers": solvers(dit), "place": place(dit),
-        "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
-        "streams": streams(load("stream")), "comfyui": comfyui(load("comfyui")), "levels": levels_of(lower), "guidance": guidance_of(lower),
+        **promised.parts(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")), "works": works(),
+        "headline": headline(dit), "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit),
+        "place": place(dit), "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
+        "default": default(load("default")),
+        "streams": streams(load("stream")), "comfyui": comfyui(load("comfyui")), "comfyui-families": breadth(load("comfyui_breadth")),
+        "levels": levels_of(lower), "guidance": guidance_of(lower),
         "sampler": sampler(load("sampler")),
-        **{name: of_bench(getattr(calibrate, name), made) for name in ("calibration", "allocation", "tuning")},
+        **{name: of_bench(getattr(calibrate, name), made) for name in ("calibration", "allocation")}, "tuning": tuning(calibrate, made),
         **attention_of(attention, kernels), "llm": f"{llm_quality(lm)}\n\n{llm_speed(lm)}", "kv": kv_of(caches), "mlx": mlx(load("mlx")),
         "methods": sections(methods, load("methods")), "levels-all": sections(levels, lower), "peers": peers(load("dit_peers")),
         "kv-all": sections(llm_methods, caches), "attention-all": sections(attention, kernels),

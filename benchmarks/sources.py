@@ -51,6 +51,7 @@ ALLOWED = [
     (r"Diffusion 3 and 3\.5|transformers >= 4\.56|before 5\.0|Martens 1412\.1193|with --demo \.8", "a name, a version, a paper, a default"),
     (r"best eighth gets|half-way between|about 1\.3 MiB", "how a method is defined, the size of a buffer"),
     (r"fraction: 2\.5 computes|10 to 50 times as large", "an option's value, how a mini was made"),
+    (r"5 % (?=quantile|\(of errors)|\(of errors:? 95 %\)", "which quantile"),
     (r"[bB]elow\s1(?:\.00)? |Above 1\.00 |ratios below 2 ", "where a ratio means a loss, a gain or a tie"),
 ]
 

@@ -15,7 +15,8 @@ from .pipeline import Pipeline
 from .widgets import CATEGORY, dropdown, pipeline_input
 
 KEEP = "from pipeline"
-ALIASES = ["tqai", "speed up", "step skip", "cache", "teacache", "easycache", "magcache", "wavespeed", "flux", "sd3", "wan"]
+ALIASES = ["tqai", "speed up", "step skip", "cache", "teacache", "easycache", "magcache", "wavespeed"]
+ALIASES += ["flux", "sd3", "wan", "qwen", "z-image", "ltx", "hunyuan", "minimax"]
 MODEL_LEVELS = [level for level in LEVELS if level != "kv"]  # kv is for language models
 
 
@@ -26,12 +27,13 @@ class TQAICompress(io.ComfyNode):
             node_id="TQAICompress",
             display_name="TQAI Compress",
             category=CATEGORY,
-            description="Makes sampling cheaper: steps that can be forecast within a measured error are not computed. Works on Flux, "
-            "SD3, SD3.5 and WAN. Put it last before the sampler; WAN 2.2 A14B takes one per expert. What cannot be forecast is "
-            "computed exactly, and TQAI Report says why.",
+            description="Makes sampling cheaper: steps that can be forecast within a measured error are not computed. Works on every "
+            "flow-matching model: MiniMax-H3, LTX, Qwen-Image, WAN, Z-Image, Krea 2, Flux, SD3, HunyuanVideo, Chroma and others. Put it "
+            "last before the sampler; WAN 2.2 A14B takes one per expert. What cannot be forecast (SD1.5, SDXL) is computed exactly, and "
+            "TQAI Report says why.",
             search_aliases=ALIASES,
             inputs=[
-                io.Model.Input("model", tooltip="A Flux, SD3, SD3.5 or WAN model, after LoRAs and shift nodes."),
+                io.Model.Input("model", tooltip="Any flow-matching model, after LoRAs and shift nodes."),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
@@ -43,7 +45,8 @@ class TQAICompress(io.ComfyNode):
                     options=MODEL_LEVELS,
                     default="model",
                     tooltip="Where tqai acts. model: a step is computed or forecast as a whole, which saves most. block: what each block "
-                    "adds is forecast. attention: each attention's output; needed by strategy window.",
+                    "adds is forecast. attention: each attention's output; needed by strategy window. Where tqai cannot go below model "
+                    "it says so.",
                 ),
                 dropdown("codec", KEEP, "How tensors are stored between steps, and with how many bits.", ()),
                 io.Int.Input(

@@ -23,7 +23,6 @@ from tqai_core.roles import EntropyMonitor
 from tqai_core.site import NO_WINDOW, Site, probed
 
 FORWARD, BLOCK = "tqai_forward", "tqai_block"
-KINDS = {"img": "out", "txt": "out1"}  # tensors of a block -> streams
 
 
 @dataclass
@@ -34,6 +33,7 @@ class Forward:
         lock: held while the flow is used.
         second_attention: kind of a block's second attention, as in ``Family``.
         depth: number of the model's blocks; ``exact`` are the numbers of those that stay exact.
+        numbered: blocks cannot be marked, but the host tells their numbers.
         attentions: attention calls so far in each block (-1: outside of the marked blocks).
     """
 
@@ -44,6 +44,7 @@ class Forward:
     depth: int
     branches: Sequence[str]
     exact: frozenset[int]
+    numbered: bool = False
     attentions: Counter[int] = field(default_factory=Counter)
 
     def site(self, name: str) -> Site:
@@ -51,22 +52,23 @@ class Forward:
 
     @torch.compiler.disable
     def block(self, number: int, args: dict[str, Any], compute: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-        """A block: what it adds to image and text is forecast."""
+        """A block: what it adds to image, text and sound is forecast."""
         if self.level != "block" or number in self.exact:
             return compute(args)
-        site, inputs = self.site(f"block.{number}"), {KINDS[name]: args[name] for name in KINDS if isinstance(args.get(name), Tensor)}
+        site, inputs = self.site(f"block.{number}"), _parts(args)
         with self.lock:
             known = site.known(inputs)
             if "out" in known and all(site.should_skip(kind, inputs[kind]) for kind in known):
                 forecast = {kind: inputs[kind] + site.forecast(kind).to(inputs[kind].dtype) for kind in known}
-                return {name: forecast.get(kind) for name, kind in KINDS.items()}  # SD3's last block throws its text away
+                picture = forecast["out"] if isinstance(args["img"], Tensor) else (forecast["out"], forecast["out2"])
+                return {"img": picture, "txt": forecast.get("out1")}  # SD3's last block throws its text away
             site.compute_instead()
         before = {kind: x.clone() for kind, x in inputs.items()}  # newer blocks add in place
         out = compute(args)
         with self.lock:
-            for name, kind in KINDS.items():
-                if kind in before and isinstance(out.get(name), Tensor):
-                    site.observe(kind, out[name] - before[kind])
+            for kind, x in _parts(out).items():
+                if kind in before:
+                    site.observe(kind, x - before[kind])
         return out
 
     def attend(
@@ -168,9 +170,17 @@ def override(before: Any) -> Callable[..., Tensor]:
                     return heads.flat(dense.attention(heads.q, heads.k, heads.v))
             return compute()
 
-        return forward.attend(options.get(BLOCK), compute, lambda: _heads(args, kwargs), fast)
+        number = options.get("block_index") if forward.numbered else options.get(BLOCK)
+        return forward.attend(number, compute, lambda: _heads(args, kwargs), fast)
 
     return tqai_attention
+
+
+def _parts(values: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a block by the names of their streams: ``out`` picture or video, ``out2`` the sound beside it, ``out1`` text."""
+    picture = values.get("img")
+    parts = dict(zip(("out", "out2"), picture if isinstance(picture, (tuple, list)) else (picture,), strict=False))
+    return {kind: x for kind, x in {**parts, "out1": values.get("txt")}.items() if isinstance(x, Tensor)}
 
 
 def _heads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Heads | None:

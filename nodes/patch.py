@@ -6,6 +6,8 @@ import logging
 import math
 import sys
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -17,6 +19,7 @@ from tqai_core.config import Config
 from tqai_core.errors import TqaiError
 from tqai_core.families import FAMILIES, find
 from tqai_core.layers import exact_layers
+from tqai_core.legacy import Legacies
 from tqai_core.roles import EntropyMonitor
 from tqai_core.scorers.fisher import Fisher, load, origin
 
@@ -27,6 +30,7 @@ from .run_history import HISTORY, Entry
 from .schedule import Schedule
 
 KEY, RUN = "tqai", "tqai_run"
+LEGACIES = Legacies()
 EVENT = "tqai.step"
 
 
@@ -45,7 +49,18 @@ def kind_of(model: Any) -> Kind:
     family = find(inner, "comfyui")
     if family is None or family.comfyui is None:
         return Kind(type(inner).__name__, [], None)
-    return Kind(family.name, [f"{name}.{i}" for name in family.comfyui.blocks for i in range(len(getattr(inner, name)))], family)
+    if not family.comfyui.blocks or _own_cache(type(inner).__module__):
+        return Kind(family.name, [], family)
+    blocks = [f"{name}.{i}" for name in family.comfyui.blocks for i in range(len(getattr(inner, name, ())))]
+    patch = getattr(inner, "patch_size", 2 if family.tolerances else 0)
+    return Kind(family.name, blocks, family, patch if isinstance(patch, int) else patch[-1], family.comfyui.levels)
+
+
+@cache
+def _own_cache(module: str) -> bool:
+    """Whether a model keeps K/V or features over the steps only while nobody replaces its blocks."""
+    path = getattr(sys.modules.get(module), "__file__", None)
+    return path is not None and "not blocks_replace" in Path(path).read_text(encoding="utf-8")
 
 
 def _exact(config: Config, kind: Kind) -> frozenset[int]:
@@ -66,15 +81,15 @@ def _check_files(config: Config, kind: Kind) -> None:
             )
 
 
-def _mark(clone: Any, blocks: list[str]) -> None:
+def _mark(clone: Any, kind: Kind) -> None:
     """Markers around every block and an override in front of attention, each around what was there before."""
     options = clone.model_options.setdefault("transformer_options", {})
     options["optimized_attention_override"] = override(options.get("optimized_attention_override"))
     replaced = options.get("patches_replace", {}).get("dit", {})
-    for number, name in enumerate(blocks):
+    for number, name in enumerate(kind.blocks if "block" in kind.levels else ()):
         place, _, i = name.partition(".")
-        kind = "single_block" if place == "single_blocks" else "double_block"
-        clone.set_model_patch_replace(marker(number, replaced.get((kind, int(i)))), "dit", kind, int(i))
+        slot = "single_block" if place.startswith("single") else "double_block"
+        clone.set_model_patch_replace(marker(number, replaced.get((slot, int(i)))), "dit", slot, int(i))
 
 
 def patch(model: Any, settings: Settings) -> Any:
@@ -84,13 +99,15 @@ def patch(model: Any, settings: Settings) -> Any:
     config, kind = settings.config, kind_of(model)
     _exact(config, kind)
     _check_files(config, kind)
+    if config.level not in kind.levels:
+        known = ", ".join(f.name for f in FAMILIES.values() if f.comfyui and f.comfyui.blocks and config.level in f.comfyui.levels)
+        raise TqaiError(
+            f"level {config.level!r} knows {known} models, this is a {kind.name}: take level {' or '.join(map(repr, kind.levels))}"
+        )
     clone = model.clone()
     strategy, monitor = config.build()[1:3]
     if kind.blocks and strategy is not None and monitor is not None and (config.level != "model" or isinstance(monitor, EntropyMonitor)):
-        _mark(clone, kind.blocks)
-    elif config.level != "model" and not kind.blocks:
-        known = ", ".join(family.name for family in FAMILIES.values() if family.comfyui and family.comfyui.blocks)
-        raise TqaiError(f"level {config.level!r} knows {known} models, this is a {kind.name}: take level 'model'")
+        _mark(clone, kind)
     clone.model_options.setdefault("transformer_options", {})[KEY] = settings
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare_sampling)
@@ -107,12 +124,15 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if settings is None:
         return executor(*args, **kwargs)
     given = dict(zip(("noise", "latent_image", "sampler", "sigmas", "denoise_mask"), args, strict=False)) | kwargs
-    run = _start(guider.model_patcher, settings, original, given["sigmas"], given.get("denoise_mask") is not None)
+    sigmas = given["sigmas"]
+    run = _start(guider.model_patcher, settings, original, sigmas, given.get("denoise_mask") is not None)
+    run.flow.inherit(LEGACIES.get(given["latent_image"], float(sigmas[0])))
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     guider.model_options["transformer_options"][RUN] = run
     failed = True
     try:
         result = executor(*args, **kwargs)
+        result = result if sigmas[-1] == 0 else _handed_on(run, result, float(sigmas[-1]))
         failed = False
         return result
     finally:
@@ -120,6 +140,15 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider.model_options = original
         report = run.close(failed)
         _remember(settings, run.kind.name, report, failed)
+
+
+def _handed_on(run: Run, latent: Any, sigma: float) -> Any:
+    """A latent with noise left, for a second expert to go on with: where and as the host keeps it, so that the history lives as long."""
+    if (legacy := run.flow.leave()) is not None:
+        host = comfy.model_management
+        latent = latent.to(host.intermediate_device(), getattr(host, "intermediate_dtype", lambda: latent.dtype)())
+        LEGACIES.put(latent, sigma, legacy.moved(latent.device))
+    return latent
 
 
 def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: Any, inpainting: bool) -> Run:
@@ -166,7 +195,8 @@ def _predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: A
     run = options.get("transformer_options", {}).get(RUN)
     if run is None:
         return executor(x, timestep, *args, **kwargs)
-    with run.evaluation(run.parametrisation.time(float(timestep.flatten()[0])), x):
+    plus = any(f.__module__ == "comfy.k_diffusion.sampling" for f in options.get("sampler_post_cfg_function", ()))
+    with run.evaluation(run.parametrisation.time(float(timestep.flatten()[0])), x, plus):
         denoised = executor(x, timestep, *args, **kwargs)
     return run.sampled(denoised)
 

@@ -26,7 +26,7 @@ from tqai_core.flow import Flow
 from tqai_core.inputs import Inputs
 from tqai_core.report import Recorder
 from tqai_core.roles import EntropyMonitor
-from tqai_core.sampler_noise import NoiseMeter
+from tqai_core.sampler_noise import LEAST, NoiseMeter
 from tqai_core.types import Step, Where
 
 from .levels import Forward
@@ -36,11 +36,14 @@ BRANCHES = ("cond", "uncond")
 
 
 class Kind(NamedTuple):
-    """What is known of a model: its family's name and the names of its blocks, or its class's name and no blocks."""
+    """What is known of a model: its family's name and the names of its blocks, or its class's name and no blocks; the side of its
+    patches of latents, 0 if unknown; the levels at which tqai can act."""
 
     name: str
     blocks: list[str]
     family: Family | None
+    patch: int = 0
+    levels: tuple[str, ...] = ("model",)
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,9 @@ class Run:
         self._warn()
 
     @contextmanager
-    def evaluation(self, sigma: float, x: Tensor | None = None) -> Iterator[None]:
-        """Around one call of the sampler for a prediction at the latent ``x``: one decision for all forwards within it."""
+    def evaluation(self, sigma: float, x: Tensor | None = None, plus: bool = False) -> Iterator[None]:
+        """Around one call of the sampler for a prediction at the latent ``x``: one decision for all forwards within it. ``plus``: the
+        sampler is one of CFG++, which steps from the branch without guidance."""
         if self.inside:  # a guider that asks another one: still the same evaluation
             yield
             return
@@ -107,6 +111,8 @@ class Run:
             self._seen.clear()
             if x is not None and self.flow.bypass_reason is None:
                 self.flow.fresh_noise = self._noise.latent(x)
+                if self.flow.fresh_noise > LEAST and plus:
+                    self.flow.bypass("a CFG++ sampler that adds noise at every step: forecasts lose to fewer steps there")
             known = self.schedule is not None and (self.flow.bypass_reason is None or not self.evaluations)  # an idle run asks no more
             self.flow.enter(self.schedule.step(self.evaluations, sigma) if known else Step(self.evaluations, sigma))
             self.evaluations += 1
@@ -167,7 +173,7 @@ class Run:
         with self._lock:
             if not self.flow.decision.compute:
                 if all(self.flow.should_skip(where) and self.flow.memory[where].kind == signature for where in wheres):
-                    return restore(torch.cat([self.flow.forecast(where) for where in wheres]))
+                    return self._noted(restore(torch.cat([self.flow.forecast(where) for where in wheres])), n)
                 self.flow.revise("a branch has no history at this step")
         forward = self._forward(wheres) if isinstance(self.flow.monitor, EntropyMonitor) else None
         out = compute(forward)  # outside the lock: the other device's forward runs meanwhile
@@ -180,13 +186,20 @@ class Run:
             for where, part in zip(wheres, parts, strict=True):
                 self.flow.observe(where, part)
         if all(correction is None for correction in corrections):
-            return out
-        return restore(torch.cat([part if add is None else part + add for part, add in zip(parts, corrections, strict=True)]))
+            return self._noted(out, n)
+        corrected = [part if add is None else part + add for part, add in zip(parts, corrections, strict=True)]
+        return self._noted(restore(torch.cat(corrected)), n)
+
+    def _noted(self, denoised: Tensor, n: int) -> Tensor:
+        """CFG++ samplers make their latents of the single branches' predictions too."""
+        for part in denoised.chunk(n):
+            self._noise.output(part)
+        return denoised
 
     def _run_blocks(self, x: Tensor, wheres: Sequence[Where], compute: Callable[[Forward | None], Tensor]) -> Tensor:
         """Levels block and attention: the model runs, its blocks ask."""
-        if x.ndim in (4, 5):  # all families cut latents into 2 x 2 patches
-            self.flow.memory.grid = (*x.shape[2:-2], -(-x.shape[-2] // 2), -(-x.shape[-1] // 2))
+        if x.ndim in (4, 5) and (patch := self.kind.patch):
+            self.flow.memory.grid = (*x.shape[2:-2], -(-x.shape[-2] // patch), -(-x.shape[-1] // patch))
         forward = self._forward(wheres)
         out = compute(forward)
         self._reached += forward.attentions.total()
@@ -196,8 +209,9 @@ class Run:
         return out
 
     def _forward(self, wheres: Sequence[Where]) -> Forward:
-        second = self.kind.family.second_attention if self.kind.family else ""
-        return Forward(self.flow, self._lock, self.level, second, len(self.kind.blocks), [w.branch for w in wheres], self.exact)
+        second, numbered = self.kind.family.second_attention if self.kind.family else "", "block" not in self.kind.levels
+        branches = [where.branch for where in wheres]
+        return Forward(self.flow, self._lock, self.level, second, len(self.kind.blocks), branches, self.exact, numbered)
 
     def close(self, failed: bool = False) -> dict[str, Any]:
         """The report; nothing stays held. Interrupted and failed runs end here too."""

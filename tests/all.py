@@ -34,6 +34,7 @@ class Part:
 
 PARTS = [
     Part("every causal LM class of transformers", ["tests/test_lm_matrix.py", "-m", "slow"]),
+    Part("every pipeline of the bed", ["tests/test_pipelines.py", "-m", "slow"]),
     Part("mlx-lm", ["tests/test_mlx.py", "tests/test_doors.py", "-k", "mlx"], [".[mlx]"]),
     Part(
         "Triton's interpreter",

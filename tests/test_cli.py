@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from bench import dit
+from bench import default, dit
 
 import tqai_core as tqai
 from tqai_core.cli import main
+from tqai_core.config import TAUS
 from tqai_core.demo import chart
 from tqai_core.errors import TqaiError
 from tqai_core.report import dumps
@@ -34,6 +35,12 @@ def test_demo_draws_and_counts(tmp_path, capsys):
     assert rows["tqai fast"]["calls"] < rows["tqai balanced"]["calls"] < 30
     assert rows["fewer steps"]["calls"] == rows["tqai balanced"]["calls"]
     assert rows["tqai balanced"]["psnr"] > rows["fewer steps"]["psnr"] + 3
+    assert rows["tqai balanced"]["psnr_worst"] <= rows["tqai balanced"]["psnr_tail"]
+    alone = {r["method"]: r for r in result["alone"]}
+    assert set(alone) == {"tqai balanced", "tqai fast", "fewer steps"}
+    assert alone["tqai balanced"]["runs"] == 10
+    assert alone["tqai balanced"]["calls"] == alone["fewer steps"]["calls"]
+    assert alone["tqai balanced"]["psnr_worst"] > alone["fewer steps"]["psnr"], "the worst is above the median of fewer steps"
     page = (tmp_path / "d" / "index.html").read_text()
     assert page.count("<img") == 4
     assert page.count("<svg") == 1
@@ -77,6 +84,27 @@ def test_bench_works_in_a_checkout_and_says_so_elsewhere(monkeypatch, capsys, tm
     assert "checkout" in capsys.readouterr().err
 
 
+def test_a_class_that_nobody_tuned_is_close_to_its_exact_run(monkeypatch):
+    monkeypatch.setattr(default, "SEEDS", 2)
+    result = default.bench(["z_image"])
+    data = json.loads(dumps(result))
+    assert {(r["shift"], r["preset"]) for r in data["rows"]} == {(1.0, "untuned"), (3.0, "untuned")}
+    for row in data["rows"]:
+        assert row["skipped"] >= 0.45
+        assert row["psnr"] >= row["least"] >= 45
+    assert all(v["ok"] for v in data["verdicts"])
+    worse = result | {"rows": [r | {"least": 44.0} for r in result["rows"]]}
+    assert not all(v["ok"] for v in default.verdicts(worse)), "a promise can fail"
+
+
+def test_what_a_family_gets_untuned_is_not_its_own_tolerance():
+    for kind in default.KINDS:
+        monitor = default.presets_of(kind)[default.UNTUNED].build()[2]
+        assert monitor.tau == min(tau for family, tau in TAUS["balanced"].items() if family != kind)
+    assert default.presets_of("flux")["flux"] == tqai.preset("balanced", "flux")
+    assert set(default.presets_of("z_image")) == {default.UNTUNED}
+
+
 @pytest.mark.parametrize("calls", range(5, 24))
 def test_the_fixed_schedule_meets_the_calls_it_is_compared_at(calls):
     from tqai_core.monitors.fixed import Fixed
@@ -93,6 +121,7 @@ def test_the_bench_runs_and_its_promises_are_computed_from_its_rows(monkeypatch)
     monkeypatch.setattr(dit, "TRUTH", 48)  # a coarse truth: this test is about the plumbing
     monkeypatch.setattr(dit, "SHIFTS", (1.0,))
     monkeypatch.setattr(dit, "SAMPLES", {"sd3": 2})
+    monkeypatch.setattr(dit, "ALONE", {"sd3": 2})
     result = dit.bench(["sd3"], [0])
     data = json.loads(dumps(result))
     euler = {r["method"]: r for r in data["tables"]["sd3"]["euler"]}
@@ -107,4 +136,12 @@ def test_the_bench_runs_and_its_promises_are_computed_from_its_rows(monkeypatch)
     worse = [r | {"nmse": r["nmse"] * 100} if r["method"] == "tqai balanced" else r for r in result["tables"]["sd3"]["euler"]]
     again = dit.verdicts("sd3", result["tables"]["sd3"] | {"euler": worse})
     assert not next(v for v in again if v["what"] == "NMSE / plain reuse at equal calls")["ok"], "a promise can fail"
-    assert len(list(dit.tables_of(result))) == 4
+    assert len(list(dit.tables_of(result))) == 5
+    alone = {r["method"]: r for r in data["tables"]["sd3"]["alone"]}
+    ours, fewer = alone["tqai balanced"], alone["fewer Euler steps, calls of balanced"]
+    assert ours["calls"] == fewer["calls"]
+    assert ours["psnr_worst"] <= ours["psnr_tail"] <= ours["psnr"]
+    assert fewer["nmse_worst"] >= fewer["nmse_tail"] > ours["nmse_tail"], "errors have their tail at the other end"
+    promise = "one at a time: minimum of balanced above the median of fewer steps at equal calls, dB"
+    assert verdicts[promise]["measured"] == pytest.approx(ours["psnr_worst"] - fewer["psnr"])
+    assert verdicts[promise]["ok"]

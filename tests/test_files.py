@@ -24,6 +24,7 @@ from tqai_core.calibrate.sampler import CalibratedSampler
 from tqai_core.codecs.bases import BasesFile
 from tqai_core.errors import TqaiError
 from tqai_core.files import DEEPEST, model_config, parse_json, read_json, read_tensors
+from tqai_core.plot import Svg
 from tqai_core.scorers import fisher
 
 OLD = Path(__file__).parent / "old"
@@ -288,6 +289,24 @@ def test_no_field_of_a_file_becomes_a_script_of_the_page(tmp_path):
     copy["settings"] = {SCRIPT: SCRIPT}
     path.with_name("k.json").write_text(json.dumps(copy))
     assert "<script" not in page(path.with_name("k.json"))
+
+
+def test_no_name_of_a_file_becomes_a_script_of_the_page(tmp_path):
+    """Neither that of the page's own file nor one that a pipeline names; pictures write every word and attribute as text."""
+    whole = json.loads((OLD / "study.json").read_text())
+    table = "fisher:file=<script>alert(1).safetensors"
+    for config in (whole["config"], whole["tuned"], *(row["config"] for row in whole["trials"])):
+        config["scorer"] = table
+    for name in ("<script>.json", "<img src=x onerror=alert(1)>.json"):
+        (tmp_path / name).write_text(json.dumps(whole))
+        text = page(tmp_path / name)
+        assert "fisher:file=&lt;script" in text
+        assert not re.search("<script|<img", text)
+    svg = Svg(10, 10)
+    svg.text(0, 0, SCRIPT)
+    svg.dot(0, 0, "#000", title=SCRIPT)
+    svg.add("path", d=f'"/>{SCRIPT}')
+    assert "<script" not in str(svg)
 
 
 def test_a_study_names_no_trials_that_are_not_there(tmp_path):

@@ -419,6 +419,26 @@ def test_state_round_trip_and_damage():
         again.restore({**tensors, "segments.0.codes_k": tensors["segments.0.codes_k"][..., :-1]}, header)
     with pytest.raises(ValueError, match="length"):
         again.restore(tensors, {**header, "length": 3})
+    cut = {name: x[:, :, :-1] if name.startswith("segments.0") and name.endswith("v") else x for name, x in tensors.items()}
+    with pytest.raises(ValueError, match=r"segments\.0\.codes_v"):  # values of fewer tokens than keys
+        again.restore(cut, header)
+    for size in (0, 10 * SEGMENT):
+        wrong = {
+            name: x[:, :, :1].expand(-1, -1, size, *x.shape[3:]) if name.startswith("segments.0") else x for name, x in tensors.items()
+        }
+        with pytest.raises(ValueError, match=f"is of {size} tokens, a segment has {SEGMENT} at most"):
+            again.restore(wrong, header)
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 31, 32, 33, 64, 300, 363, 364, 365, 399])
+def test_a_crop_leaves_the_tokens_before_it_as_they_were(count):
+    kv, _, _ = filled(Plan(recent=32))
+    before, packed = [kv.dense(which) for which in "kv"], kv.packed
+    kv.crop(count)
+    assert kv.length == 400 - count
+    assert kv.packed == min(packed, max(packed - (count - 32), 0) if count > 32 else packed), "recent tokens go first"
+    for which, x in zip("kv", before, strict=True):
+        assert torch.equal(kv.dense(which), x[:, :, : 400 - count])
 
 
 # -- padding in front
@@ -522,12 +542,13 @@ def test_what_tells_of_no_padding():
     assert heads.pads.tolist() == [3, 3], "what one head sees is no padding"
 
 
-@pytest.mark.parametrize("left", [300, 43, 14, 13, 12, 9, 5, 1, 0])
+@pytest.mark.parametrize("left", [408, 300, 43, 14, 13, 12, 9, 5, 1, 0])
 def test_a_padded_cache_is_cropped_at_any_place(left):
     kv, *_ = padded((9, 0))
     before = {which: kv.dense(which) for which in "kv"}
-    length = kv.length
+    length, packed = kv.length, kv.packed
     kv.crop(length - left)
+    assert kv.packed == (0 if left < 13 else min(packed, left - 4)), "what stays is not unpacked"
     assert kv.length == left
     if left:
         for which, x in before.items():
@@ -546,7 +567,10 @@ def test_a_padded_cache_survives_a_change_of_its_batch_and_a_file():
     again.restore(tensors, header)
     assert again.nbytes == kv.nbytes
     assert torch.equal(attend(q[:, :, -1:], again, scaling=0.125, mask=mask[:, :, -1:], native=False), want)
+    alike = padded((9, 9))[0]
+    PackedKV(Plan(recent=32)).restore(*alike.state())
     order = torch.tensor([2, 0])
+    PackedKV(Plan(recent=32)).map_batch(lambda x: x[order])  # nothing is held yet
     again.map_batch(lambda x: x[order])
     assert again.pads.tolist() == [70, 9]
     assert torch.allclose(attend(q[order, :, -1:], again, scaling=0.125, mask=mask[order, :, -1:], native=False), want[order], atol=1e-5)

@@ -253,6 +253,40 @@ def test_img2img_and_a_slice_of_a_schedule(host, model):
     assert forecasts(report) >= 7
 
 
+@pytest.mark.shows("WAN 2.2 A14B: the second sampler goes on with the first one's history")
+@pytest.mark.parametrize("changed", ["nothing", "the latent", "the sigma", "the tolerance"])
+def test_a_second_expert_inherits_the_history_of_the_latent_it_goes_on_with(host, model, changed):
+    """It lives as long as the latent that the first sampler made, is used for that latent alone, and only where it fits."""
+    pipeline = host.pipeline("lyapunov", tau=10.0)
+    one, two = (host.compress(model(f"wan_14b_{part}"), pipeline, level="model") for part in ("high", "low"))
+    legacies, sigmas = host.part("nodes.patch").LEGACIES, torch.linspace(1, 0, 41)
+    x = host.sample(one, "wan_14b_high", sigmas=sigmas[:21], raw=True)
+    assert legacies.nbytes > 0
+    whole = host.report()["bytes_held_peak"]
+    assert legacies.nbytes <= whole
+    if changed == "the tolerance":
+        two = host.compress(model("wan_14b_low"), host.pipeline("lyapunov", tau=1e-6), level="model")
+    again = x.clone() if changed != "the latent" else x + 1e-3
+    rest = sigmas[20:] if changed != "the sigma" else sigmas[22:]
+    go = lambda m: host.sample(m, "wan_14b_low", sigmas=rest, latent=again, noise=torch.zeros_like(again))
+    y, report = go(two), host.report()
+    first = report["decisions"][0]
+    assert first["action"] == "compute"
+    if changed == "nothing":
+        assert first["why"] == "the other expert's history fits"
+        assert first["error"] > 0
+        assert [d["action"] for d in report["decisions"][1:4]] == ["forecast"] * 3, "no second warm-up"
+        assert torch.equal(go(two), y), "the history is not used up: the same latent gives the same picture"
+    else:
+        assert first["why"] == ("the other expert's history does not fit" if changed == "the tolerance" else "warm-up")
+        assert [d["action"] for d in report["decisions"][:3]] == ["compute"] * 3
+    if changed == "the tolerance":
+        assert torch.equal(y, go(model("wan_14b_low")))
+    del x
+    gc.collect()
+    assert legacies.nbytes == 0, "the history outlived its latent"
+
+
 @pytest.mark.shows("WAN 2.2 A14B: two models, two samplers")
 def test_two_experts_share_a_pipeline_and_no_state(host, model):
     pipeline = host.pipeline(warmup=2)

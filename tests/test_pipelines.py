@@ -17,6 +17,7 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 sys.path.append(str(Path(__file__).parent))
 import pipelines
+from bench import pipelines as bench
 from pipelines import base_classes
 
 import tqai_core as tqai
@@ -62,7 +63,7 @@ class Bed:
         """Runs with tqai on the pipeline."""
         runs = []
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="nothing was skipped")
+            warnings.filterwarnings("ignore", message="tqai: nothing was skipped")
             with tqai.apply(self.pipe, config) as handle:
                 for _ in range(times):
                     run = self.go()
@@ -86,8 +87,8 @@ def traces(pipe: Any) -> list[tuple[str, set[str]]]:
 
 
 def held(handle: Any, pipe: Any) -> int:
-    """Bytes of the tensors that tqai's own objects lead to, walked; neither weights nor what the pipeline's scheduler holds."""
-    seen = {id(value) for value in vars(pipe.scheduler).values()}
+    """Bytes of the tensors that tqai's own objects lead to, walked; neither weights nor what the pipeline's schedulers hold."""
+    seen = {id(value) for part in pipe.components.values() if hasattr(part, "timesteps") for value in vars(part).values()}
 
     def walk(value: Any) -> int:
         if id(value) in seen or isinstance(value, nn.Module | type):
@@ -115,6 +116,7 @@ bed = cache(Bed)
 def test_a_pipeline_of_the_bed_runs_by_its_seed_alone(name):
     """Else none of the other tests would say anything."""
     here, again = bed(name).exact, bed(name).go()
+    assert here.outputs
     assert all(map(torch.equal, here.outputs, again.outputs))
     assert here.computed == again.computed >= STEPS // 2
     assert all(x.isfinite().all() and x.std() > 0.1 for x in here.outputs)
@@ -142,7 +144,8 @@ def test_every_second_step_is_forecast_closer_than_reused(name):
         assert no_flow in " ".join(fallback["why"] for fallback in run.report.fallbacks)
         return
     assert run.report.calls_skipped >= 0.3 * run.report.calls, run.report.fallbacks
-    assert run.computed == exact.computed - run.report.calls_skipped, "the report counts what the model did not compute"
+    chunks = getattr(bed(name).family, "CHUNKS", 1)
+    assert run.computed == exact.computed - chunks * run.report.calls_skipped, "the report counts what the model did not compute"
     assert run.computed == reuse.computed, "the same steps"
     assert len(run.outputs) == len(exact.outputs) == len(reuse.outputs)
     for ours, theirs, true in zip(run.outputs, reuse.outputs, exact.outputs, strict=True):
@@ -188,3 +191,22 @@ def test_every_transformer_of_a_flow_pipeline_is_taken():
     assert len(kinds) >= 54
     assert len(kinds) - len(refused) >= 50, refused
     assert not refused
+
+
+def test_the_bench_counts_what_ran():
+    result = bench.bench(seeds=(0,), peers=False, tell=lambda text: None, names=("zimage",))
+    (row,) = result["rows"]
+    assert row["pipeline"] == "ZImagePipeline"
+    assert row["transformer"] == "ZImageTransformer2DModel"
+    assert (row["calls"], row["forced"], row["removed_exact"], row["enable_cache"]) == (24, 14, "yes", "no")
+    assert 0 < row["nmse"] < row["nmse_reuse"]
+    counts, took, not_ = result["coverage"], {"takes": True}, {"takes": False}
+    assert (counts["flow"], counts["tqai"], counts["peers_together"]) == (1, 1, 0)
+    with_switch = {**row, "enable_cache": "yes"}
+    counts = bench.coverage([
+        {**row, "peers": {"PAB": took, "cache-dit": not_}}, {**with_switch, "peers": {"PAB": took, "FasterCache": took}},
+        {**with_switch, "forced": 24, "peers": {"cache-dit": took}},
+    ])  # fmt: skip
+    assert (counts["tqai"], counts["PAB"], counts["FasterCache"], counts["cache-dit"]) == (2, 2, 1, 1)
+    assert (counts["diffusers"], counts["enable_cache"]) == (2, 1), "by their functions, and by the transformer's own switch"
+    assert (counts["enable_cache_or_cache_dit"], counts["peers_together"]) == (2, 3)

@@ -116,3 +116,21 @@ def test_axes_survive_batch_changes_crops_files_and_a_move():
     kv.clear()
     assert kv.basis is None
     assert kv.bits_v == (4,)
+
+
+def test_damaged_axes_in_a_file_are_refused():
+    kv = filled(falling())
+    tensors, header = kv.state()
+    basis = tensors["basis"]
+    first = tensors["segments.0.gain_v"]
+    for change, bits in (
+        ({"basis": basis.float()}, None), ({"basis": basis[:1]}, None), ({"basis": basis[..., :-8]}, None),
+        ({"basis": basis[:, :-1]}, None), ({"basis": basis[:, :0]}, None), ({"basis": torch.cat([basis] * 3, 1)[:, :40]}, None),
+        ({"basis": basis.clone().index_fill_(1, torch.tensor([0]), 0)}, None), ({}, [4]), ({}, [3, 7]), ({}, [9, 1]),
+        ({"segments.0.gain_v": first[..., 0].contiguous()}, None), ({"segments.0.gain_v": torch.cat([first, first[..., :1]], -1)}, None),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"basis|gain_v"):
+            PackedKV(kv.plan).restore({**tensors, **change}, header | ({"bits_v": bits} if bits else {}))
+    plain, own = PackedKV(kv.plan), {name: x for name, x in tensors.items() if name != "basis"}
+    with pytest.raises(ValueError, match="basis"):
+        plain.restore(own, {**header, "bits_v": [3]})

@@ -593,6 +593,10 @@ def test_a_positive_crop_reaches_layers_of_every_kind():
     Gemma2ForCausalLM(config).eval()(prompt(1, 20), past_key_values=cache)
     cache.crop(12)
     assert [layer.get_seq_length() for layer in cache.layers] == [12, 12, 12]
+    layer = cache.packed_layers[0]
+    for count, left in ((10, 10), (11, 10), (-3, 7)):
+        layer.crop(count)
+        assert layer.get_seq_length() == left, "of one layer too, as older transformers ask it"
 
 
 def test_a_cache_goes_through_pickle_and_torch_save(qwen, tmp_path):

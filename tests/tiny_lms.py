@@ -97,8 +97,9 @@ def build(kind: str) -> Any:
     torch.manual_seed(0)
     if kind in TOO_LARGE:
         raise ValueError("parts of it stay large: no tiny one can be made")
-    part = CONFIGS[kind][1].config_class  # of some models of several parts it is the text alone
-    config = shrunk(kind if issubclass(CONFIGS[kind][0], part) else part.model_type)
+    default = AutoConfig.for_model(kind)
+    text = default.get_text_config()  # of some models of several parts the class is that of the text alone
+    config = shrunk(text.model_type if text is not default and isinstance(text, CONFIGS[kind][1].config_class) else kind)
     model = CONFIGS[kind][1](config).eval().requires_grad_(False)
     if sum(p.numel() for p in model.parameters()) > 30_000_000:
         raise ValueError("no small one could be made")

@@ -26,6 +26,7 @@ BENCHES = {
     "attention": "sparse and dense kernels", "sampler": "the calibrated sampler", "codec": "vectors", "stream": "trajectories",
     "llm": "KV caches", "dit_kv": "caches of references in diffusion transformers", "calibrate": "calibration and tuning (also --kinds lm)",
     "default": "the preset of a class that nobody tuned (also --kinds z_image)",
+    "pipelines": "which pipelines of diffusers are taken",
 }  # fmt: skip
 
 

@@ -78,6 +78,7 @@ class Flow:
         self.legacy: Legacy | None = None  # another expert's history, until the first step has judged it
         self._inherited: dict[Where, Stream] = {}  # its streams, with the first step's values in them
         self.step: Step | None = None
+        self._renewed = False  # the sampler put fresh noise in and asks for the sigma of the last evaluation again
         self.exact: set[Where] = set()
         self.fresh_noise = 0.0  # share of a latent that the sampler's own noise makes up, where the host measures it
         self.importance: float | None = None  # mean score of the last computed step
@@ -108,12 +109,18 @@ class Flow:
 
     @property
     def nbytes(self) -> int:
-        return self.memory.nbytes + nbytes(self.gate_state.state)
+        return self.memory.nbytes + self._beside
 
     @property
     def counted(self) -> int:
         """``nbytes``, walked stream by stream as they change instead of all at once."""
-        return self.memory.counted + nbytes(self.gate_state.state)
+        return self.memory.counted + self._beside
+
+    @property
+    def _beside(self) -> int:
+        """Bytes beside the memory: the gate's state, and another expert's streams until they are judged."""
+        left = [s.tensors for s in (*(self.legacy.streams.values() if self.legacy else ()), *self._inherited.values())]
+        return nbytes([self.gate_state.state, left])
 
     def enter(self, step: Step) -> Decision:
         """The gate: one decision a step, for all sites and branches."""
@@ -132,6 +139,7 @@ class Flow:
             self.skipped_steps = list(self.legacy.skipped) if self.legacy is not None and self.step is None else []
         else:
             self.skipped_steps.append((self.step.sigma, step.sigma - self.step.sigma))
+        self._renewed = self.step is not None and self.fresh_noise > LEAST and step.repeats(self.step.sigma)
         self.opening, self.step = self.step is None, step
         if self.opening and self.bypass_reason is None:
             self.bypass_reason = self.monitor.idle(step)
@@ -163,7 +171,7 @@ class Flow:
         for where in [where for where, stream in self.memory.streams.items() if stream.step is not self.step]:
             self.memory.drop(where)
         self.monitor.restart(self.gate_state.state)
-        self.skipped_steps = []
+        self.skipped_steps, self.legacy, self._inherited = [], None, {}
         self.recorder.fallback(self.model, f"{why}: computed from here until there is a new history")
         if not self.decision.compute:
             self.revise(why)
@@ -327,6 +335,8 @@ class Flow:
         score = self.scorer.score(tokens(x), step, stream) if self.scorer else None
         if isinstance(score, Tensor) and score.numel():
             self.signal("importance", score.float().mean())
+        if self._renewed:  # the same sigma with other noise: a line from the last value to this one would follow the noise
+            stream.parts = {}
         for history in filter(None, (stream, self._inherited.get(where)) if x.numel() else ()):
             history.hold({name: _finite(part) for name, part in self.strategy.plan(x, score, history, step).items()}, x, step)
         held = self.memory.count(where, self.strategy.order + 1)
@@ -392,7 +402,7 @@ class Flow:
         at = 2 * len(self._pending)
         pairs, signals = list(zip(flat[:at:2], flat[1:at:2], strict=True)), {}
         for name, part in zip(names, parts[1:], strict=True):
-            signals[name] = [v / ranks for v in flat[at : at + len(part)]]
+            signals[name] = [v if name == "reuse" else v / ranks for v in flat[at : at + len(part)]]  # reuse: squares too
             at += len(part)
         return pairs, signals
 

@@ -17,8 +17,8 @@ class Mark:
 
     form: Any  # shape, dtype and device of a tensor; another value itself, where it can be compared; the type of a number
     tensor: weakref.ref[Tensor] | None = None
-    number: float | None = None
     version: int = 0
+    number: float | None = None
 
     @staticmethod
     def of(value: Any, moving: bool, batch: int) -> Mark:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .memory import Stream
-from .types import Where
+from .types import Where, nbytes
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,17 @@ class Legacies:
     def __init__(self) -> None:
         self._by_latent = WeakIdKeyDictionary()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held beside the latents."""
+        return nbytes([s.tensors for _, legacy in self._by_latent.values() for s in legacy.streams.values()])
+
     def put(self, latent: Tensor, sigma: float, legacy: Legacy) -> None:
         self._by_latent[latent] = sigma, legacy
 
     def get(self, latent: Tensor, sigma: float) -> Legacy | None:
         for known, (left, legacy) in self._by_latent.items():
-            same = known is latent or (
-                known.shape == latent.shape and known.dtype == latent.dtype and bool((known == latent.to(known)).all())
-            )
-            if same and abs(left - sigma) < 1e-6:
+            alike = known.shape == latent.shape and known.dtype == latent.dtype and abs(left - sigma) < 1e-6
+            if alike and (known is latent or torch.equal(known, latent.to(known.device))):
                 return legacy  # type: ignore[no-any-return]
         return None

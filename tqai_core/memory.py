@@ -66,7 +66,11 @@ class Stream:
     @property
     def nbytes(self) -> int:
         """Bytes of the coded parts, of the scorer's state, and of anything decoded that was left alive."""
-        return nbytes([[p.tensors for p in self.parts.values()], self.state, self.decoded])
+        return nbytes(self.tensors)
+
+    @property
+    def tensors(self) -> list[Any]:
+        return [[p.tensors for p in self.parts.values()], self.state, self.decoded]
 
     def _pack(self, part: Part) -> Packed:
         codec = self.codec if part.bits is None else _changed(self.codec, bits=part.bits)

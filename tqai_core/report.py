@@ -136,7 +136,8 @@ class Recorder:
         self.report.seconds_cpu = time.process_time() - self._clock
         for site in self.report.per_site.values():
             site.pop("errors", None)
-        if self.report.calls and not self.report.calls_skipped:
+        alone = self.report.evaluations == 1 and not self.report.fallbacks  # a call that fills a cache before the loop
+        if self.report.calls and not self.report.calls_skipped and not alone:
             reasons = [f["why"] for f in self.report.fallbacks] or [why for why, _ in self._why.most_common(3)]
             self.warn(f"nothing was skipped in {self.report.evaluations} evaluations: {'; '.join(reasons)}")
 

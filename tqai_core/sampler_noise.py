@@ -46,9 +46,9 @@ class NoiseMeter:
         return self.share
 
     def output(self, x: Tensor) -> None:
-        """What the model, or the guider, made of the last latent."""
-        if not self.done and self._known and x.numel():
-            self._known.append(self._sketch(x))
+        """What the model, or the guider, made of the last latent: of the whole, not of an area of it."""
+        if not self.done and self._known and x.numel() and len(now := self._sketch(x)) == len(self._known[0]):
+            self._known.append(now)
 
     def _sketch(self, x: Tensor) -> Tensor:
         flat = x.detach().flatten()

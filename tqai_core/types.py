@@ -19,6 +19,8 @@ from .registry import build
 FORMAT = 1  # of a saved Packed; a reader refuses newer ones
 MOST = 2**40  # numbers of a packed tensor
 AGAIN = "save the tensor again"
+SAME = 1e-6  # difference of two sigmas that differ by rounding alone
+BEND = 0.1  # below this sigma an output bends too sharply for a parabola: a correction would add more error than it removes
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ class Step:
     last: bool = False
     width: float = 1.0
     next: float | None = None
+
+    @property
+    def near_end(self) -> bool:
+        """Whether an error made here stays in the result: the next step is too near to the end to correct it."""
+        return min(self.sigma, self.sigma if self.next is None else self.next) < BEND
+
+    def repeats(self, sigma: float | None) -> bool:
+        """Whether this is the same sigma: samplers that come back to one compute it anew, with another rounding."""
+        return sigma is not None and abs(self.sigma - sigma) < SAME
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tqai_core.config import PRESETS, preset
 from tqai_core.metrics import nmse, psnr, ssim
 
 from . import dit
-from .harness import Mini, Row, Table, closing, machine, medians, one_thread, promises
+from .harness import Mini, Row, Table, closing, each, machine, medians, one_thread, promises
 
 STEPS = dit.STEPS
 SAMPLES = {"flux": 6, "sd3": 6, "wan": 2}
@@ -305,6 +305,7 @@ def _figures(track: Track, result: Result, exact: Result, truth: dict[int, Tenso
     labels = (track.mini.labels(result.latents) == track.mini.labels(exact.latents)).float().mean()
     return {
         "calls": result.calls, "attention": result.attention, "psnr": psnr(result.latents, exact.latents), "ssim": alike,
+        "psnr_each": each(psnr, result.latents, exact.latents),
         "nmse": nmse(result.latents, exact.latents), "ode": nmse(result.latents, truth[seed]) if truth else None,
         "agreement": float(labels), "held": result.held,
     }  # fmt: skip
@@ -431,16 +432,32 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
 
 
 def tables_of(result: Row) -> Iterable[Table]:
-    head = ["method", "setting", "calls", "attn", "CPU x", "PSNR", "SSIM", "NMSE e-4", "ODE e-4", "labels", "held B", "note"]
+    head = [
+        "method",
+        "setting",
+        "calls",
+        "attn",
+        "CPU x",
+        "PSNR",
+        "5 %",
+        "least",
+        "SSIM",
+        "NMSE e-4",
+        "ODE e-4",
+        "labels",
+        "held B",
+        "note",
+    ]
     cell = lambda v, f: "" if v is None else format(v, f)  # noqa: E731
     for kind, rows in result["tables"].items():
         body = []
         for r in rows:
             name = r["peer"] + (" +" if r["helped"] else "")
             if r["failed"]:
-                body.append([name, r["setting"], *[""] * 9, f"failed: {r['failed']}"])
+                body.append([name, r["setting"], *[""] * 11, f"failed: {r['failed']}"])
                 continue
-            scores = [cell(r["psnr"], ".1f"), cell(r["ssim"], ".4f"), f"{r['nmse'] * 1e4:.2f}"]
+            scores = [*(cell(r.get(key), ".1f") for key in ("psnr", "psnr_tail", "psnr_worst")), cell(r["ssim"], ".4f")]
+            scores.append(f"{r['nmse'] * 1e4:.2f}")
             ode = "" if r["ode"] is None else f"{r['ode'] * 1e4:.2f}"
             figures = [
                 f"{r['calls']:.1f}",
@@ -453,7 +470,9 @@ def tables_of(result: Row) -> Iterable[Table]:
             ]
             body.append([name, r["setting"], *figures, r["note"]])
         title = (
-            f"{kind}: {result['steps']} Euler steps, shift 1, guidance 2; calls and attention that ran, in steps; +: helped by this bench"
+            f"{kind}: {result['steps']} Euler steps, shift 1, guidance 2, batches of {result['samples'][kind]}, seeds "
+            f"{', '.join(map(str, result['seeds']))}: medians; 5 % and least: PSNR of single pictures; calls and attention that ran, in "
+            "steps; +: helped by this bench"
         )
         yield title, head, body
     if result["pab_guidance"]:

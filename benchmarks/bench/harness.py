@@ -13,9 +13,9 @@ from statistics import median
 from typing import Any
 
 import tqai_core
-from tqai_core.measure import Mini, Run, compare, machine, one_thread
+from tqai_core.measure import Mini, Run, compare, each, machine, one_thread, tails
 
-__all__ = ["Mini", "Row", "Run", "Table", "Verdict", "child", "closing", "compare", "machine", "medians", "one_thread", "promises"]
+__all__ = ["Mini", "Row", "Run", "Table", "Verdict", "child", "closing", "compare", "each", "machine", "medians", "one_thread", "promises"]
 
 Row = dict[str, Any]
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
@@ -70,9 +70,16 @@ def closing(result: Row) -> Iterator[Table]:
 
 
 def medians(rows: Iterable[Row]) -> Row:
-    """Every figure's median over ``rows``; names, and what the first row has not measured, as in the first row."""
+    """Every figure's median over ``rows``; names, and what the first row has not measured, as in the first row. Lists of pictures
+    are pooled: their 5 % quantile and the worst."""
     rows = list(rows)
-    return {k: v if v is None or isinstance(v, str) else median(r[k] for r in rows) for k, v in rows[0].items()}
+
+    def over(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [x for r in rows for x in r[key]]
+        return value if value is None or isinstance(value, str) else median(r[key] for r in rows)
+
+    return tails({key: over(key, value) for key, value in rows[0].items()})
 
 
 def child(work: str, *arguments: str) -> Row:

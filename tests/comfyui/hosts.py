@@ -87,22 +87,25 @@ class Host:
         return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
 
     def sample(
-        self, model: Any, name: str, *, steps: int = 20, cfg: float = 4.0, sampler: str = "euler", seed: int = 0, callback: Any = None,
+        self, model: Any, name: str, *, steps: int = 20, cfg: float = 4.0, sampler: Any = "euler", seed: int = 0, callback: Any = None,
         positive: Any = None, negative: Any = None, sigmas: Tensor | None = None, noise: Tensor | None = None, latent: Tensor | None = None,
+        mask: Tensor | None = None, raw: bool = False,
     ) -> Tensor:  # fmt: skip
-        """The latent in the model's own scale, sampled without gradients as the host's executor does it."""
+        """The latent in the model's own scale (``raw``: as the host gives it), sampled without gradients as the host's executor does it.
+        ``sampler`` is a name, or one of the host's objects; ``latent`` stays where ``mask`` is 0."""
         import comfy.sample
         import comfy.samplers
 
         noise = self.noise(name, seed) if noise is None else noise
         with torch.inference_mode():
             out = comfy.sample.sample_custom(
-                model, noise, cfg, comfy.samplers.sampler_object(sampler),
+                model, noise, cfg, comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler,
                 torch.linspace(1, 0, steps + 1) if sigmas is None else sigmas,
                 self.conds(name, 1) if positive is None else positive, self.conds(name, 2) if negative is None else negative,
                 torch.zeros_like(noise) if latent is None else latent, callback=callback, disable_pbar=True, seed=seed,
+                **({} if mask is None else {"noise_mask": mask}),
             )  # fmt: skip
-            return model.model.process_latent_in(out) if self.real else out
+            return model.model.process_latent_in(out) if self.real and not raw else out
 
     def report(self) -> dict[str, Any]:
         return self.part("nodes.run_history").HISTORY.last()[0].report

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+# the first layer behind the waves of the time, by its name in the classes of ComfyUI
+FIRST = ("in_layer.weight", "linear_1.weight", "mlp.0.weight", "time_embedding.0.weight", "proj_in.weight")
+LAST = ("final_layer", "proj_out", "head.head", "distilled_guidance", "norm_out")
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,34 @@ class Setup:
         config.set_inference_dtype(torch.float32, None)
         config.unet_config["dtype"] = torch.float32
         model = config.get_model({}, "").eval()
-        weights = checkpoints.fill(model.diffusion_model, seed)
         kept = model.diffusion_model.state_dict()
-        for key, value in weights.items():
-            if "freq" in key or ("pos_embed" in key and value.ndim < 2) or not kept[key].is_floating_point():
-                continue
-            low = key.lower()
-            if value.ndim > 1 and any(part in low for part in ("time", "t_embed", "t_block", "adaln_single.emb", "tproj", "tmlp")):
-                value = 0.2 * value
-            if value.ndim > 1 and any(part in key for part in ("final_layer", "proj_out", "head.head", "distilled_guidance", "norm_out")):
-                value = 0.3 * value
-            kept[key].copy_(value.to(kept[key].dtype))
+        for key, value in checkpoints.fill(model.diffusion_model, seed).items():
+            if key.endswith("inv_freq"):  # left empty by MiniMax-H3
+                kept[key].copy_(10_000.0 ** -(torch.arange(len(value)) / len(value)))
+            elif "freqs" not in key and (value.ndim > 1 or "pos_embed" not in key) and kept[key].is_floating_point():
+                kept[key].copy_(_gentle(key, value).to(kept[key].dtype))
         return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def _gentle(key: str, weight: Tensor) -> Tensor:
+    """A matrix scaled so that the model acts like a trained one: small outputs, and no dependence on the fast waves of the time, which
+    make the velocity of a random model jump from step to step."""
+    if weight.ndim < 2:
+        return weight
+    low = f".{key.lower()}"
+    if any(part in low for part in ("time", "t_embed", ".t_block", "adaln_single.emb", "tproj", "tmlp")):
+        weight = 0.5 * weight
+        if low.endswith(FIRST) and weight.ndim == 2:
+            weight = weight * _slow(weight.shape[1])
+    if low.endswith("distilled_guidance_layer.in_proj.weight"):  # Chroma: 16 numbers of time, 16 of guidance, 32 of the block
+        weight = torch.cat([weight[:, :16] * _slow(16), weight[:, 16:]], 1)
+    return 0.3 * weight if any(part in key for part in LAST) else weight
+
+
+def _slow(width: int) -> Tensor:
+    """1 for the waves of a time embedding that turn less than once over a schedule of times up to 1000, else 0: ``[width]``."""
+    waves = 10_000.0 ** -(torch.arange(width // 2) / (width // 2))
+    return (waves * 1000 < 6).float().repeat(2)
 
 
 def random(shape: Shape, seed: int) -> Tensor:

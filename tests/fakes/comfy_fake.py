@@ -476,6 +476,7 @@ def modules(profile: str, folder: Path) -> dict[str, ModuleType]:
             "ModelSamplingDiscreteFlow": ModelSamplingDiscreteFlow,
         },
         "comfy.model_management": {
+            "intermediate_device": lambda: torch.device("cpu"),
             "get_free_memory": lambda device=None, torch_free_too=False: 10**12,
             "InterruptProcessingException": InterruptProcessingException,
             "interrupt_current_processing": PENDING.append,

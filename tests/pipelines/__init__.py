@@ -3,7 +3,8 @@
 A file has ``pipe()``, which builds the pipeline (no network, the same weights each time), and ``call(pipe, steps, seed)``, which
 runs it and returns its outputs as a list of tensors: latents, and audio where there is audio. It may set ``FAST = True``: then
 `make test` runs it, else `make test-all` alone. ``EXACT = "word"`` says that the sampler is no flow: tqai computes it exactly, for a
-reason in its report that has this word.
+reason in its report that has this word. ``CHUNKS = 2`` says that a video is made of two parts, a schedule for each: each is a
+generation of its own for tqai, and the report is that of the last.
 """
 
 from __future__ import annotations

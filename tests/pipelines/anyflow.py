@@ -3,21 +3,23 @@
 from diffusers import AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
 
 from . import wan
-from .base import HEADS, WIDTH, random
+from .base import HEADS, WIDTH, random, slow
 
 
 def parts(build=AnyFlowTransformer3DModel, **config):
-    transformer = random(
-        build,
-        in_channels=16,
-        out_channels=16,
-        text_dim=WIDTH,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=2,
-        rope_max_seq_len=32,
-        **HEADS,
-        **config,
+    transformer = slow(
+        random(
+            build,
+            in_channels=16,
+            out_channels=16,
+            text_dim=WIDTH,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=2,
+            rope_max_seq_len=32,
+            **HEADS,
+            **config,
+        )
     )
     return wan.parts() | dict(transformer=transformer, scheduler=FlowMapEulerDiscreteScheduler(shift=5.0))
 

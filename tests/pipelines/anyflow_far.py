@@ -4,6 +4,8 @@ from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel
 
 from . import anyflow, wan
 
+CHUNKS = 3
+
 
 def pipe():
     chunks = dict(full_chunk_limit=3, compressed_patch_size=(1, 4, 4), chunk_partition=(1, 1, 1))

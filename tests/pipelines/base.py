@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -59,6 +60,16 @@ def calm(module: nn.Module, by: float = 0.3) -> None:
         p.mul_(by)
 
 
+def slow(model: Any) -> Any:
+    """``model`` without the fast waves of its embedding of time, to which a trained one gives little weight: they turn more than once
+    between two steps, so that with random weights no step would tell of the next."""
+    for module in model.modules():
+        if isinstance(module, TimestepEmbedding):
+            waves = module.linear_1.weight.unflatten(1, (2, -1))  # sine and cosine, the fastest first
+            waves[:, :, : waves.shape[2] // 2] = 0
+    return model
+
+
 def vae(channels: int = 4, build: Callable[..., nn.Module] = AutoencoderKL, **config: Any) -> Any:
     """An autoencoder of ``channels`` channels that shrinks a picture by 8."""
     own = dict(
@@ -83,32 +94,6 @@ def no_text(*numbers: int) -> dict[str, None]:
     return {f"{part}{end}": None for end in ("", *(f"_{n}" for n in numbers)) for part in ("text_encoder", "tokenizer")}
 
 
-def byte_tokenizer(template: str = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}") -> Any:
-    """A tokenizer of single bytes, made here: no file is read."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!", model_max_length=256)
-    made.chat_template = template
-    return made
-
-
-def language_model(name: str = "Qwen2", layers: int = 2, **over: Any) -> Any:
-    """A tiny random ``<name>ForCausalLM`` of transformers whose hidden states are ``[1, n, WIDTH]``."""
-    import transformers
-
-    sizes = dict(
-        vocab_size=256, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=16, pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    config = getattr(transformers, f"{name}Config")(**(sizes | over))
-    return random(getattr(transformers, f"{name}ForCausalLM"), config=config)
-
-
 def sample(pipe: Any, steps: int, seed: int, **inputs: Any) -> list[Tensor]:
     """Every tensor that the pipeline returns, float32: latents unless ``inputs`` says otherwise."""
     pipe.set_progress_bar_config(disable=True)
@@ -116,22 +101,6 @@ def sample(pipe: Any, steps: int, seed: int, **inputs: Any) -> list[Tensor]:
     given = {"output_type": "latent", "return_dict": False, "num_inference_steps": steps, **inputs}
     with torch.no_grad():
         out = pipe(**given, generator=torch.Generator().manual_seed(seed))
-    return tensors(out)
-
-
-def modular(blocks: Any, **components: Any) -> Any:
-    """The pipeline of modular ``blocks`` with these components."""
-    made = blocks.init_pipeline()
-    made.update_components(**components)
-    return made
-
-
-def sample_modular(pipe: Any, steps: int, seed: int, output: str | list[str] = "latents", **inputs: Any) -> list[Tensor]:
-    """The tensors of one or more named outputs of a modular pipeline."""
-    pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        out = pipe(output=output, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **inputs)
     return tensors(out)
 
 

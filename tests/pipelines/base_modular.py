@@ -31,9 +31,11 @@ def _all(blocks: Any) -> Iterator[Any]:
         yield from _all(block)
 
 
-def sample_modular(pipe: Any, steps: int, seed: int, outputs: tuple[str, ...] = ("latents",), **inputs: Any) -> list[Tensor]:
-    """The state's ``outputs`` after a run, float32."""
+def sample_modular(pipe: Any, steps: int | None, seed: int, outputs: tuple[str, ...] = ("latents",), **inputs: Any) -> list[Tensor]:
+    """The state's ``outputs`` after a run, float32. ``steps=None`` where ``inputs`` tell the steps."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    found = pipe(**{"num_inference_steps": steps, **inputs}, generator=generator, output=list(outputs))
+    if steps is not None:
+        inputs["num_inference_steps"] = steps
+    found = pipe(**inputs, generator=generator, output=list(outputs))
     return tensors([found[name] for name in outputs])

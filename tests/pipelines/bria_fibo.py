@@ -2,7 +2,8 @@
 
 from diffusers import BriaFiboPipeline, BriaFiboTransformer2DModel
 
-from .base import HEADS, WIDTH, byte_tokenizer, euler, language_model, random, sample, vae
+from .base import HEADS, WIDTH, euler, random, sample, vae
+from .base_text import language_model, tokenizer
 
 
 def pipe():
@@ -10,7 +11,7 @@ def pipe():
         BriaFiboTransformer2DModel, patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=2 * WIDTH,
         text_encoder_dim=WIDTH, axes_dims_rope=[4, 6, 6], **HEADS,
     )  # fmt: skip
-    text = dict(text_encoder=language_model("SmolLM3"), tokenizer=byte_tokenizer())
+    text = dict(text_encoder=language_model("SmolLM3"), tokenizer=tokenizer())
     return BriaFiboPipeline(transformer=transformer, scheduler=euler(), vae=vae(), **text)
 
 

@@ -1,4 +1,4 @@
-"""ChronoEdit: WAN image to video that edits the picture; no cache context, and the frames between are dropped half way."""
+"""ChronoEdit: WAN image to video that edits the picture; no cache context."""
 
 from diffusers import ChronoEditPipeline, ChronoEditTransformer3DModel
 
@@ -11,6 +11,5 @@ def pipe():
     return ChronoEditPipeline(**(wan.parts() | dict(transformer=transformer, **wan.eye())))
 
 
-def call(pipe, steps, seed):
-    reasoning = dict(enable_temporal_reasoning=True, num_temporal_reasoning_steps=steps // 2)
-    return wan.call(pipe, steps, seed, image=picture(), num_frames=29, **reasoning)
+def call(pipe, steps, seed, **inputs):
+    return wan.call(pipe, steps, seed, image=picture(), **inputs)

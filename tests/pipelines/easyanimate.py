@@ -2,14 +2,14 @@
 
 from diffusers import AutoencoderKLMagvit, EasyAnimatePipeline, EasyAnimateTransformer3DModel
 
-from .base import HEADS, ONES, SIZE, WIDTH, euler, no_text, prompts, random, sample
+from .base import HEADS, ONES, SIZE, WIDTH, euler, no_text, prompts, random, sample, slow
 
 
 def pipe():
-    transformer = random(
+    transformer = slow(random(
         EasyAnimateTransformer3DModel, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=WIDTH, num_layers=2,
         sample_width=16, sample_height=16, patch_size=2, **HEADS,
-    )  # fmt: skip
+    ))  # fmt: skip
     vae = random(
         AutoencoderKLMagvit, block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2, spatial_group_norm=False
     )

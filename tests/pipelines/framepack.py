@@ -6,6 +6,7 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 from . import hunyuanvideo
 from .base import SIZE, picture, random, sample
 
+CHUNKS = 2
 WINDOW = 3  # latent frames of a section
 
 

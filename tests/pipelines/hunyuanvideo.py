@@ -2,7 +2,7 @@
 
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 
-from .base import HEADS, ONES, SIZE, WIDTH, euler, no_text, prompts, random, rnd, sample
+from .base import HEADS, ONES, SIZE, WIDTH, euler, no_text, prompts, random, rnd, sample, slow
 
 POOLED = 8
 
@@ -15,10 +15,10 @@ def vae():
 
 
 def transformer(build=HunyuanVideoTransformer3DModel, **config):
-    return random(
+    return slow(random(
         build, in_channels=4, out_channels=4, num_layers=2, num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1,
         guidance_embeds=True, text_embed_dim=WIDTH, pooled_projection_dim=POOLED, rope_axes_dim=(4, 6, 6), **HEADS, **config,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def parts():

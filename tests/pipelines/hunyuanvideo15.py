@@ -2,15 +2,15 @@
 
 from diffusers import AutoencoderKLHunyuanVideo15, ClassifierFreeGuidance, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 
-from .base import HEADS, ONES, WIDTH, WORDS, euler, no_text, random, rnd, sample
+from .base import HEADS, ONES, WIDTH, WORDS, euler, no_text, random, rnd, sample, slow
 
 
 def transformer():
-    return random(
+    return slow(random(
         HunyuanVideo15Transformer3DModel, in_channels=9, out_channels=4, num_layers=2, num_refiner_layers=1, mlp_ratio=2.0, patch_size=1,
         patch_size_t=1, text_embed_dim=WIDTH, text_embed_2_dim=WIDTH, image_embed_dim=12, rope_axes_dim=(4, 6, 6), target_size=16,
         task_type="t2v", **HEADS,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def vae():

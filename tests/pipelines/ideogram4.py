@@ -4,7 +4,8 @@ from diffusers import AutoencoderKLFlux2, Ideogram4Pipeline, Ideogram4Transforme
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import QWEN3_VL_ACTIVATION_LAYERS
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
-from .base import SIZE, byte_tokenizer, euler, random, sample, vae
+from .base import SIZE, euler, random, sample, vae
+from .base_text import tokenizer
 
 
 def transformer(seed):
@@ -22,7 +23,7 @@ def pipe():
     eyes = dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=1, out_hidden_size=16, deepstack_visual_indexes=[0])
     encoder = random(Qwen3VLModel, config=Qwen3VLConfig(text_config=text, vision_config=eyes))
     models = dict(transformer=transformer(0), unconditional_transformer=transformer(1), text_encoder=encoder)
-    return Ideogram4Pipeline(**models, tokenizer=byte_tokenizer(), scheduler=euler(1.0), vae=vae(4, AutoencoderKLFlux2))
+    return Ideogram4Pipeline(**models, tokenizer=tokenizer(), scheduler=euler(1.0), vae=vae(4, AutoencoderKLFlux2))
 
 
 def call(pipe, steps, seed):

@@ -3,17 +3,17 @@
 from diffusers import Kandinsky6TI2VAPipeline, Kandinsky6Transformer3DModel, MMAudioVAE, MMAudioVocoder
 
 from . import hunyuanvideo
-from .base import SIZE, WIDTH, euler, no_text, prompts, random, rnd, sample
+from .base import SIZE, WIDTH, euler, no_text, prompts, random, rnd, sample, slow
 
 CLIP = 16
 
 
 def pipe():
-    transformer = random(
+    transformer = slow(random(
         Kandinsky6Transformer3DModel, in_visual_dim=4, out_visual_dim=4, in_text_dim=WIDTH, in_text_dim2=CLIP, time_dim=16, model_dim=32,
         ff_dim=64, num_text_blocks=1, num_visual_blocks=2, axes_dims=(8, 12, 12), in_audio_dim=8, out_audio_dim=8, model_dim_a=32,
         time_dim_a=16, ff_dim_a=64, axes_dims_a=(32,),
-    )  # fmt: skip
+    ))  # fmt: skip
     sound = random(
         MMAudioVAE, mel_bins=8, latent_channels=8, hidden_channels=8, layers_per_block=1, sample_rate=1600, n_fft=64, hop_length=16
     )

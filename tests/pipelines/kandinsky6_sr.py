@@ -5,6 +5,7 @@ from diffusers.models.autoencoders.autoencoder_kandinsky6_sr import Kandinsky6SR
 
 from .base import euler, film, random, sample
 
+CHUNKS = 2
 TILE = 128  # pixels
 
 
@@ -15,6 +16,8 @@ def pipe():
     )  # fmt: skip
     widths = dict(encoder_block_out_channels=(8,) * 5, decoder_block_out_channels=(8,) * 5)
     vae = random(Kandinsky6SRVAE, latent_channels=4, layers_per_block=1, **widths)
+    for weight in vae.decoder.conv_out.parameters():
+        weight.mul_(4)  # else the picture is nearly grey, whatever the latents
     return Kandinsky6SRPipeline(transformer=transformer, vae=vae, scheduler=euler())
 
 

@@ -2,7 +2,8 @@
 
 from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
 
-from .base import HEADS, SIZE, WIDTH, byte_tokenizer, euler, language_model, random, sample, vae
+from .base import HEADS, SIZE, WIDTH, euler, random, sample, vae
+from .base_text import language_model, tokenizer
 
 
 def pipe():
@@ -10,7 +11,7 @@ def pipe():
         LongCatImageTransformer2DModel, patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, joint_attention_dim=WIDTH,
         pooled_projection_dim=WIDTH, axes_dims_rope=[4, 6, 6], **HEADS,
     )  # fmt: skip
-    text = dict(text_encoder=language_model(), tokenizer=byte_tokenizer(), text_processor=None)
+    text = dict(text_encoder=language_model(), tokenizer=tokenizer(), text_processor=None)
     made = LongCatImagePipeline(transformer=transformer, scheduler=euler(), vae=vae(16), **text)
     made.tokenizer_max_length = 16
     return made

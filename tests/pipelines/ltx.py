@@ -2,12 +2,14 @@
 
 from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
 
-from .base import HEADS, ONES, SIZE, WIDTH, euler, no_text, prompts, random, sample
+from .base import HEADS, ONES, SIZE, WIDTH, euler, no_text, prompts, random, sample, slow
 
 
 def pipe():
-    transformer = random(
-        LTXVideoTransformer3DModel, in_channels=8, out_channels=8, cross_attention_dim=32, num_layers=2, caption_channels=WIDTH, **HEADS
+    transformer = slow(
+        random(
+            LTXVideoTransformer3DModel, in_channels=8, out_channels=8, cross_attention_dim=32, num_layers=2, caption_channels=WIDTH, **HEADS
+        )
     )
     vae = random(
         AutoencoderKLLTXVideo, latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,

@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2Pipeline, LTX2VideoTransformer3DModel
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
-from .base import WIDTH, euler, no_text, prompts, random, sample
+from .base import WIDTH, euler, no_text, prompts, random, sample, slow
 
 FAST = True
 WORDS, LAYERS = 8, 3  # tokens of a prompt, and layers of the text encoder whose states are its embedding
@@ -29,7 +29,7 @@ def connectors(layers):
 
 
 def parts():
-    models = dict(transformer=random(LTX2VideoTransformer3DModel, **TRANSFORMER), connectors=connectors(LAYERS))
+    models = dict(transformer=slow(random(LTX2VideoTransformer3DModel, **TRANSFORMER)), connectors=connectors(LAYERS))
     return dict(**models, vae=video_vae(), audio_vae=audio_vae(), vocoder=vocoder(), scheduler=euler())
 
 

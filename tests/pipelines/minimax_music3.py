@@ -12,6 +12,7 @@ from diffusers.modular_pipelines.minimax_music3.modular_blocks_minimax_music3 im
 from .base import HEADS, WIDTH, random, rnd
 from .base_modular import modular, sample_modular
 
+CHUNKS = 2
 FRAMES = 300  # of the language model; a window has 200
 
 

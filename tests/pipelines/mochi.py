@@ -2,14 +2,14 @@
 
 from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
 
-from .base import ONES, WIDTH, WORDS, euler, no_text, prompts, random, sample
+from .base import ONES, WIDTH, WORDS, euler, no_text, prompts, random, sample, slow
 
 
 def pipe():
-    transformer = random(
+    transformer = slow(random(
         MochiTransformer3DModel, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=12,
-        text_embed_dim=WIDTH, time_embed_dim=4, max_sequence_length=WORDS,
-    )  # fmt: skip
+        text_embed_dim=WIDTH, time_embed_dim=16, max_sequence_length=WORDS,
+    ))  # fmt: skip
     vae = random(AutoencoderKLMochi, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5)
     return MochiPipeline(transformer=transformer, vae=vae, scheduler=euler(shift=1.0, invert_sigmas=True), **no_text())
 

@@ -3,18 +3,20 @@
 from diffusers import AdaptiveProjectedGuidance, MotifVideoPipeline, MotifVideoTransformer3DModel
 
 from . import wan
-from .base import HEADS, ONES, WIDTH, euler, no_text, prompts, random, sample
+from .base import HEADS, ONES, WIDTH, euler, no_text, prompts, random, sample, slow
 
 
 def pipe():
-    transformer = random(
-        MotifVideoTransformer3DModel,
-        num_layers=1,
-        num_single_layers=2,
-        patch_size=2,
-        text_embed_dim=WIDTH,
-        rope_axes_dim=(4, 6, 6),
-        **HEADS,
+    transformer = slow(
+        random(
+            MotifVideoTransformer3DModel,
+            num_layers=1,
+            num_single_layers=2,
+            patch_size=2,
+            text_embed_dim=WIDTH,
+            rope_axes_dim=(4, 6, 6),
+            **HEADS,
+        )
     )
     parts = dict(transformer=transformer, vae=wan.vae(), scheduler=euler(), guider=AdaptiveProjectedGuidance(guidance_scale=3.0))
     return MotifVideoPipeline(**parts, **no_text())

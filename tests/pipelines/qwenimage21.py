@@ -3,7 +3,8 @@
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline, QwenImage21Transformer2DModel
 from transformers.processing_utils import ProcessorMixin
 
-from .base import HEADS, ONES, WIDTH, WORDS, byte_tokenizer, euler, random, rnd, sample
+from .base import HEADS, ONES, WIDTH, WORDS, euler, random, rnd, sample
+from .base_text import tokenizer
 
 FAST = True
 
@@ -28,7 +29,7 @@ def pipe(**over):
         latents_std=[1.0] * 8,
     )  # fmt: skip
     parts = dict(transformer=transformer, vae=vae, scheduler=euler())
-    return QwenImage21Pipeline(**parts, text_encoder=None, processor=Processor(byte_tokenizer()))
+    return QwenImage21Pipeline(**parts, text_encoder=None, processor=Processor(tokenizer()))
 
 
 def call(pipe, steps, seed):

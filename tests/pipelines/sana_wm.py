@@ -4,17 +4,17 @@ import numpy as np
 from diffusers import SanaWMPipeline, SanaWMTransformer3DModel
 
 from . import ltx2
-from .base import ONES, WIDTH, euler, no_text, picture, prompts, random, sample
+from .base import ONES, WIDTH, euler, no_text, picture, prompts, random, sample, slow
 
 FRAMES = 9
 
 
 def pipe():
     vae = ltx2.video_vae()
-    transformer = random(
+    transformer = slow(random(
         SanaWMTransformer3DModel, in_channels=4, num_layers=2, hidden_size=32, num_attention_heads=2, linear_head_dim=16, softmax_every_n=2,
         chunk_plucker_channels=6 * vae.temporal_compression_ratio, chunk_plucker_post_attn_blocks=2, caption_channels=WIDTH,
-    )  # fmt: skip
+    ))  # fmt: skip
     return SanaWMPipeline(transformer=transformer, vae=vae, scheduler=euler(), **no_text())
 
 

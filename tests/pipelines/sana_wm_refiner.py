@@ -7,14 +7,15 @@ from diffusers import SanaWMLTX2Refiner, SanaWMLTX2RefinerTransformer3DModel
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from . import ltx2
-from .base import WIDTH, euler, random, rnd, tensors
+from .base import WIDTH, euler, random, rnd, slow, tensors
 from .base_text import LETTERS, tokenizer
 
+CHUNKS = 2
 LAYERS = 2  # of the text encoder; the connectors read them all and the embeddings
 
 
 def pipe(**over):
-    transformer = random(SanaWMLTX2RefinerTransformer3DModel, **(ltx2.TRANSFORMER | over))
+    transformer = slow(random(SanaWMLTX2RefinerTransformer3DModel, **(ltx2.TRANSFORMER | over)))
     config = Gemma3TextConfig(
         hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         vocab_size=LETTERS,

@@ -4,6 +4,8 @@ from diffusers import SkyReelsV2DiffusionForcingPipeline
 
 from . import skyreels, wan
 
+EXACT = "without a step of its scheduler"
+
 
 def pipe():
     return SkyReelsV2DiffusionForcingPipeline(**skyreels.parts())

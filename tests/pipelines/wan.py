@@ -3,7 +3,7 @@
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from .base import HEADS, SIZE, WIDTH, no_text, prompts, random, sample, unipc
+from .base import HEADS, SIZE, WIDTH, no_text, prompts, random, sample, slow, unipc
 
 FRAMES = dict(num_frames=9, **SIZE)
 
@@ -18,7 +18,7 @@ def transformer(build=WanTransformer3DModel, **config):
         patch_size=(1, 2, 2), in_channels=16, out_channels=16, text_dim=WIDTH, freq_dim=32, ffn_dim=64, num_layers=2,
         cross_attn_norm=True, rope_max_seq_len=32, **HEADS,
     )  # fmt: skip
-    return random(build, **(own | config))
+    return slow(random(build, **(own | config)))
 
 
 def eye():

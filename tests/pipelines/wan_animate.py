@@ -5,6 +5,7 @@ from diffusers import WanAnimatePipeline, WanAnimateTransformer3DModel
 from . import wan
 from .base import euler, film, picture, prompts, sample
 
+CHUNKS = 2
 SEGMENT = 5  # frames
 
 

@@ -12,6 +12,7 @@ from . import wan
 from .base import WIDTH, WORDS, euler, film, picture, prompts, random, rnd
 from .base_modular import modular, sample_modular
 
+CHUNKS = 2
 EYE = 1280  # channels of the picture's embedding, fixed in the transformer
 
 

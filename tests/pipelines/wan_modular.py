@@ -12,5 +12,5 @@ def pipe():
     return modular(WanModularPipeline, WanBlocks(), transformer=wan.transformer(), scheduler=unipc())
 
 
-def call(pipe, steps, seed):
-    return sample_modular(pipe, steps, seed, **prompts(), **wan.FRAMES)
+def call(pipe, steps, seed, **inputs):
+    return sample_modular(pipe, steps, seed, **prompts(), **(wan.FRAMES | inputs))

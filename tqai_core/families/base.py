@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import TqaiError
 
 ALL = ("model", "block", "attention")
+ATTENTION = ("model", "attention")  # the host tells the number of a block, and lets nobody around it
 MODEL = ("model",)
 SELF = ("attn", "attn1")  # names of a block's self-attention in diffusers
 
@@ -39,6 +40,7 @@ class Family:
 
     Attributes:
         name: as in ``tqai.preset("balanced", family=name)``.
+        title: the models' own names, for tables.
         diffusers, comfyui: the family in these hosts; None where a host does not have it.
         tolerances: ``tau`` of the monitor ``lyapunov`` for each preset, where it was tuned for this family.
         time_scale: ``timestep`` argument of the diffusers class, divided by sigma; None where only the scheduler knows sigma.
@@ -50,6 +52,7 @@ class Family:
     """
 
     name: str
+    title: str = ""
     diffusers: InHost | None = None
     comfyui: InHost | None = None
     tolerances: Mapping[str, float] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="chroma",
+    title="Chroma",
     diffusers=InHost(classes=(f"{MODULE}.transformer_chroma:ChromaTransformer2DModel",), levels=MODEL),
-    comfyui=InHost(classes=("comfy.ldm.chroma.model:Chroma",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.chroma.model:Chroma",), blocks=("double_blocks", "single_blocks")),
 )

@@ -1,10 +1,11 @@
 """Cosmos Predict 2 and later, where the schedule is a flow."""
 
-from .base import MODEL, Family, InHost
+from .base import ATTENTION, MODEL, Family, InHost
 
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="cosmos",
+    title="Cosmos Predict 2, 2.5, 3",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_cosmos:CosmosTransformer3DModel",
@@ -12,5 +13,6 @@ FAMILY = Family(
         ),
         levels=MODEL,
     ),
-    comfyui=InHost(classes=("comfy.ldm.cosmos.predict2:MiniTrainDIT",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.cosmos.predict2:MiniTrainDIT",), blocks=("blocks",), levels=ATTENTION),
+    second_attention="cross",
 )

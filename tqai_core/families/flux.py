@@ -21,13 +21,14 @@ class Flux(Family):
 MODULE = "diffusers.models.transformers.transformer_flux"
 FAMILY = Flux(
     name="flux",
+    title="FLUX.1, FLUX.2",
     diffusers=InHost(
         classes=(f"{MODULE}:FluxTransformer2DModel", f"{MODULE}2:Flux2Transformer2DModel"),
         blocks=("transformer_blocks", "single_transformer_blocks"),
         entry="x_embedder.weight",
     ),
     comfyui=InHost(classes=("comfy.ldm.flux.model:Flux",), blocks=("double_blocks", "single_blocks"), entry="img_in.weight"),
-    tolerances={"quality": 0.04, "balanced": 0.06, "fast": 0.09},
+    tolerances={"quality": 0.045, "balanced": 0.075, "fast": 0.1},
     time_scale=1.0,
     text_first=True,
     tokens="x_embedder",

@@ -1,10 +1,11 @@
-"""HunyuanVideo 1.0 and 1.5, Framepack, HunyuanImage 2.1. 1.5 guides by a guider object."""
+"""HunyuanVideo, its Framepack and HunyuanImage. The newer HunyuanVideo guides by a guider object."""
 
 from .base import MODEL, Family, InHost
 
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="hunyuan",
+    title="HunyuanVideo 1.0, 1.5, Framepack, HunyuanImage 2.1",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_hunyuan_video:HunyuanVideoTransformer3DModel",
@@ -14,5 +15,5 @@ FAMILY = Family(
         ),
         levels=MODEL,
     ),
-    comfyui=InHost(classes=("comfy.ldm.hunyuan_video.model:HunyuanVideo",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.hunyuan_video.model:HunyuanVideo",), blocks=("double_blocks", "single_blocks")),
 )

@@ -1,10 +1,11 @@
 """Kandinsky 5 and 6, pictures and video."""
 
-from .base import MODEL, Family, InHost
+from .base import ATTENTION, MODEL, Family, InHost
 
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="kandinsky",
+    title="Kandinsky 5, 6",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_kandinsky:Kandinsky5Transformer3DModel",
@@ -12,5 +13,6 @@ FAMILY = Family(
         ),
         levels=MODEL,
     ),
-    comfyui=InHost(classes=("comfy.ldm.kandinsky5.model:Kandinsky5",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.kandinsky5.model:Kandinsky5",), blocks=("visual_transformer_blocks",), levels=ATTENTION),
+    second_attention="cross",
 )

@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="ltx",
+    title="LTX-Video, LTX-2",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_ltx:LTXVideoTransformer3DModel",
@@ -17,6 +18,7 @@ FAMILY = Family(
             "comfy.ldm.lightricks.model:LTXVModel",
             "comfy.ldm.lightricks.av_model:LTXAVModel",
         ),
-        levels=MODEL,
+        blocks=("transformer_blocks",),
     ),
+    second_attention="cross",
 )

@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="minimax_h3",
+    title="MiniMax-H3",
     diffusers=InHost(classes=(f"{MODULE}.transformer_minimax_h3:MiniMaxH3Transformer3DModel",), levels=MODEL),
-    comfyui=InHost(classes=("comfy.ldm.minimax.model:MiniMaxH3Model",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.minimax.model:MiniMaxH3Model",), blocks=("blocks",)),
 )

@@ -1,10 +1,11 @@
-"""Qwen-Image, its edit models, and Qwen-Image 2.1, whose first step fills a K/V cache: a step that is always computed."""
+"""Qwen-Image, its edit models, and its successor, whose first step fills a K/V cache: a step that is always computed."""
 
 from .base import MODEL, Family, InHost
 
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="qwen_image",
+    title="Qwen-Image, Edit, 2.1",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_qwenimage:QwenImageTransformer2DModel",
@@ -12,5 +13,5 @@ FAMILY = Family(
         ),
         levels=MODEL,
     ),
-    comfyui=InHost(classes=("comfy.ldm.qwen_image.model:QwenImageTransformer2DModel",), levels=MODEL),
+    comfyui=InHost(classes=("comfy.ldm.qwen_image.model:QwenImageTransformer2DModel",), blocks=("transformer_blocks",)),
 )

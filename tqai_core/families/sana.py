@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="sana",
+    title="Sana, Sana-Video",
     diffusers=InHost(
         classes=(
             f"{MODULE}.sana_transformer:SanaTransformer2DModel",

@@ -4,11 +4,12 @@ from .base import Family, InHost
 
 FAMILY = Family(
     name="wan",
+    title="WAN 2.1, 2.2",
     diffusers=InHost(
         classes=("diffusers.models.transformers.transformer_wan:WanTransformer3DModel",), blocks=("blocks",), entry="patch_embedding.weight"
     ),
     comfyui=InHost(classes=("comfy.ldm.wan.model:WanModel",), blocks=("blocks",), entry="patch_embedding.weight"),
-    tolerances={"quality": 0.04, "balanced": 0.065, "fast": 0.085},
+    tolerances={"quality": 0.06, "balanced": 0.09, "fast": 0.11},
     time_scale=1000.0,
     tokens="patch_embedding",
     rope="rope",

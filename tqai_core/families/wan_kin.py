@@ -5,6 +5,7 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="wan_kin",
+    title="WAN VACE, Animate, SkyReels V2",
     diffusers=InHost(
         classes=(
             f"{MODULE}.transformer_wan_vace:WanVACETransformer3DModel",

@@ -5,5 +5,6 @@ from .base import MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="z_image",
+    title="Z-Image",
     diffusers=InHost(classes=(f"{MODULE}.transformer_z_image:ZImageTransformer2DModel",), levels=MODEL),
 )

@@ -17,6 +17,9 @@ from . import distinct_sigmas, forced
 NOISY = 6.0
 SURPRISE = 1.5  # times the estimate: errors of one model's own forecasts stay below it
 ROUGH = 4  # steps in a row at which the forecast was no better than the last value: the history tells nothing
+# Near the end outputs bend: an estimate there is several times too small, and no later step corrects the error.
+NEAR_END = 0.35
+CALM = 0.18  # sigma below which a sampler that comes back to each sigma with fresh noise replaces little of what was made
 LOOK = 8  # sigmas after which such a run that had no forecast is left exact
 
 
@@ -33,8 +36,10 @@ class Lyapunov(
     The remainder of a polynomial through the last order + 1 computed sigmas grows as the product of the distances to
     them. The tolerance is tau / sqrt(width) * (1.3 - .9 importance): ``width`` is the sampler's step from here relative
     to its mean step, since an error counts in proportion to it; without a scorer the last factor is 1. One tau then
-    means the same on every grid and shift. The first ``warmup`` sigmas of a model and the last one are
-    computed. Where a sampler evaluates a sigma again, the error measured at such a repeat bounds that of the next one.
+    means the same on every grid and shift. In steps that end at a sigma below .1, and in the last but one, the tolerance is
+    smaller: outputs bend there, so that the estimate is too small, and no later step corrects the error. The first
+    ``warmup`` sigmas of a model and the last one are computed. Where a sampler evaluates a sigma again, the error measured at
+    such a repeat bounds that of the next one.
     """
 
     tau: float = param(0.06, "relative error a forecast may have", low=0.0, high=10.0)
@@ -50,10 +55,16 @@ class Lyapunov(
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         seen = distinct_sigmas(step, state)
         gap = state["gap"] = state.get("gap", 0) + 1
-        estimate = self._estimate(step.sigma, order, state)
+        estimate = self._estimate(step, order, state)
+        state["repeats"] = step.repeats(state.get("sigma"))
         state["sigma"] = step.sigma
         noisy = state.get("fresh_noise", 0.0) > 0
-        tolerance = self._tolerance(step) * (NOISY if noisy else 1.0) * (1.0 if importance is None else 1.3 - 0.9 * importance)
+        ends = step.near_end or (step.next is not None and seen + 1 == step.total)  # the last step corrects nothing either
+        tolerance = (
+            self._tolerance(step)
+            * (NOISY if noisy else NEAR_END if ends else 1.0)
+            * (1.0 if importance is None else 1.3 - 0.9 * importance)
+        )
         why = forced(step, seen, self.warmup)
         if why:
             return Decision(True, why, estimate)
@@ -61,10 +72,14 @@ class Lyapunov(
             why = "no forecast to judge by"
         elif gap > (most := 1 if noisy else self.max_gap):
             why = f"{most} forecasts in a row"
+        elif noisy and "repeat_error" in state and step.sigma < CALM:
+            why = "no later noise covers an error"
+        elif noisy and state.get("unmeasured", 0) >= self.max_gap:
+            why = f"{self.max_gap} forecasts that no error was measured for"
         elif not estimate <= tolerance:
             why = "estimate over the tolerance"
         else:
-            state["forecasts"] = True
+            state["forecasts"], state["unmeasured"] = True, state.get("unmeasured", 0) + 1
             return Decision(False, "estimate within the tolerance", estimate)
         return Decision(True, why, estimate)
 
@@ -74,7 +89,7 @@ class Lyapunov(
 
     def fits(self, step: Step, error: float, order: int, state: dict[str, Any]) -> bool:
         """Where it errs no more than it would have, had its own model gone on, or no more than a forecast may."""
-        return error <= max(self._tolerance(step), SURPRISE * (self._estimate(step.sigma, order, state) or 0.0))
+        return error <= max(self._tolerance(step), SURPRISE * (self._estimate(step, order, state) or 0.0))
 
     def _tolerance(self, step: Step) -> float:
         return self.tau / max(step.width, 1e-6) ** 0.5
@@ -88,12 +103,12 @@ class Lyapunov(
             return None
         return f"the sampler adds fresh noise at every step: a forecast would err by {error:.2f} of the output, more than {most:.2f}"
 
-    def _estimate(self, sigma: float, order: int, state: dict[str, Any]) -> float | None:
-        """The error that a forecast at ``sigma`` would have, or None while nothing was measured to judge by."""
+    def _estimate(self, step: Step, order: int, state: dict[str, Any]) -> float | None:
+        """The error that a forecast at ``step`` would have, or None while nothing was measured to judge by."""
         if state.get("error") is None:
             return None
-        estimate = state["error"] * _remainder(sigma, state["nodes"], order) / state["remainder"]
-        if sigma != state["sigma"]:
+        estimate = state["error"] * _remainder(step.sigma, state["nodes"], order) / state["remainder"]
+        if not step.repeats(state["sigma"]):
             return estimate
         # the sampler evaluates a sigma again, at another latent: no distance in sigma tells how far that is
         return None if "repeat_error" not in state else max(estimate, state["repeat_error"])
@@ -101,13 +116,20 @@ class Lyapunov(
     def observe(self, step: Step, error: float | None, order: int, state: dict[str, Any]) -> None:
         nodes = state.setdefault("nodes", [])
         state["gap"] = 0
-        if step.sigma in nodes:
+        known = any(map(step.repeats, nodes))
+        fresh = state.get("fresh_noise", 0.0) > 0 and state.get("repeats", False)  # the error is that of the sampler's noise
+        if known or fresh:
             if error is not None:
                 state["repeat_error"] = error
+            if not known:
+                nodes.append(step.sigma)
+                del nodes[: -order - 1]
             return
+        state["unmeasured"] = 0
         if error is not None and len(nodes) > order:  # a forecast through fewer nodes is one of a lower order
             state["error"], state["remainder"] = error, _remainder(step.sigma, nodes, order)
-            worse = not state.get("fresh_noise") and error > max(state.get("reuse") or math.inf, self.tau / 4)  # below: the codec's error
+            enough = max(state.get("reuse") or math.inf, self._tolerance(step))  # within the tolerance it may be worse than reuse
+            worse = not state.get("fresh_noise") and error > enough
             state["rough"] = state.get("rough", 0) + 1 if worse else 0
         nodes.append(step.sigma)
         del nodes[: -order - 1]

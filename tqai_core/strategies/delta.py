@@ -13,7 +13,7 @@ from ..types import Part, Step
 
 @dataclass(frozen=True)
 class Delta(Forecaster, BlockPredictor, name="delta"):
-    """Forecast = the last value (plain reuse). On the same schedule it has 28 (Flux), 5 (SD3) and 7 (WAN) times the error of
+    """Forecast = the last value (plain reuse). On the same schedule it has 24 (Flux), 5 (SD3) and 7 (WAN) times the error of
     ``delta2`` (minis, 24 Euler steps, half of them computed). Holds one tensor a stream.
     At level kv keys are residuals against the mean of their block (values are not: theirs share too little), in the layers where
     that spares more bits than the means take: 1.04 (2 bits) and .90 (4 bits) of the KL of a

@@ -19,7 +19,7 @@ from ...layers import exact_layers
 from ...roles import AttentionForecaster, EntropyMonitor
 from ...site import probed
 from . import kv_caches
-from .clock import CallClock, Clock, SchedulerClock, denoisers
+from .clock import CallClock, Clock, NoClock, SchedulerClock, denoisers
 from .hook import Patch, RootHook
 from .sites import ModuleSite
 from .stand_ins import stand_in, swap_block
@@ -35,7 +35,7 @@ def is_attached(model: Any) -> bool:
 
 def attach(target: Any, config: Config, steps: int | None = None) -> Handle:
     """Hook every transformer of a pipeline, or a bare one. Nothing is changed when this raises."""
-    pipe = target if hasattr(target, "scheduler") and not isinstance(target, nn.Module) else None
+    pipe = target if (hasattr(target, "scheduler") or hasattr(target, "components")) and not isinstance(target, nn.Module) else None
     if pipe is None and not isinstance(target, nn.Module):
         raise TqaiError(f"{type(target).__name__} is neither a diffusers pipeline nor a transformer: give one of these")
     models = denoisers(pipe) if pipe is not None else {"transformer": target}
@@ -47,7 +47,7 @@ def attach(target: Any, config: Config, steps: int | None = None) -> Handle:
         raise TqaiError(f"steps={steps!r}: give the number of denoiser evaluations of your loop, 1 or more")
     checked = [(name, model, *_check(name, model, config)) for name, model in models.items()]
     handle = Handle()
-    clock: Clock = SchedulerClock(pipe) if pipe is not None else CallClock(steps)
+    clock: Clock = CallClock(steps) if pipe is None else SchedulerClock(pipe) if hasattr(pipe, "scheduler") else NoClock(pipe)
     for name, model, family, protected in checked:
         for site in _hook(name, model, family, config, handle, clock, protected):
             if hasattr(site.module, "set_processor"):
@@ -158,7 +158,7 @@ def _hook(
     if flow.disabled_reason is None and isinstance(flow.strategy, AttentionForecaster) and flow.strategy.tiles_once:
         order = TokenOrder(model, family, flow, flow.strategy)
         handle.on_remove(order.remove)
-    whole = config.level == "model" and protected.issuperset(block for block, _ in family.layers(model))
+    whole = config.level == "model" and bool(protected) and protected.issuperset(block for block, _ in family.layers(model))
     _register(model, RootHook(Patch(flow, family, config, handle, clock, sites, protected, whole, order), model), handle)
 
     def undo() -> None:

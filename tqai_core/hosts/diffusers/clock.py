@@ -71,8 +71,8 @@ class SchedulerClock:
         fresh = scheduler.timesteps is not self.timesteps  # every generation calls set_timesteps
         if fresh:
             self.timesteps = scheduler.timesteps
-            self.sigmas = _numbers(getattr(scheduler, "sigmas", None))
-            self.audio_sigmas = _numbers(getattr(getattr(self.pipe, "audio_scheduler", None), "sigmas", None))
+            self.sigmas = _noise_levels(scheduler)
+            self.audio_sigmas = _noise_levels(getattr(self.pipe, "audio_scheduler", None))
             if len(self.audio_sigmas) != len(self.sigmas):
                 self.audio_sigmas = []
             self.bypass = self._unusable()
@@ -156,8 +156,28 @@ class CallClock:
         return Tick(at, Step(at, sigma, total, total is not None and at == total - 1), fresh, bypass)
 
 
-def _numbers(sigmas: Any) -> list[float]:
-    return [] if sigmas is None else torch.as_tensor(sigmas).float().cpu().tolist()  # type: ignore[no-any-return]
+class NoClock:
+    """A pipeline whose loop has no scheduler, such as one that noises its picture anew after each step: nothing can be forecast."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.bypass = f"{type(pipe).__name__} has no scheduler, so sigma and step are unknown"
+        self.reset()
+
+    def reset(self) -> None:
+        self.calls = -1
+
+    def tick(self, timestep: Any, family: Family, context: Any) -> Tick:
+        self.calls += 1
+        return Tick(self.calls, Step(self.calls, 0.0, None, False), self.calls == 0, self.bypass)
+
+
+def _noise_levels(scheduler: Any) -> list[float]:
+    """Sigma of each step and of the end, falling; [] where the scheduler has none."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        return []
+    numbers: list[float] = torch.as_tensor(sigmas).float().cpu().tolist()
+    return [1 - x for x in numbers] if getattr(scheduler, "config", {}).get("invert_sigmas") else numbers  # else it is the share of data
 
 
 def _time_of_the_loop() -> float | None:
@@ -175,7 +195,7 @@ def _time_of_the_loop() -> float | None:
     return None
 
 
-Clock = SchedulerClock | CallClock  # ``tick`` at each call of the transformer, ``reset`` when a generation is over
+Clock = SchedulerClock | CallClock | NoClock  # ``tick`` at each call of the transformer, ``reset`` when a generation is over
 
 
 def pipelines_on_the_stack() -> Iterator[tuple[Any, Mapping[str, Any]]]:
