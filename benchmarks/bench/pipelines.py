@@ -43,6 +43,7 @@ DIFFUSERS: dict[str, Callable[[Any], Callable[[], None]]] = {
     "FasterCache": partial(dit_caches.faster_cache, distilled=True),
 }  # MagCache wants ratios that were calibrated on the model
 PEERS = {**DIFFUSERS, "cache-dit": partial(dit_caches.db_cache, threshold=0.5, steps=STEPS)}
+NO_FLOW = ("allegro", "cogvideox", "latte", "stable_audio")  # families whose model predicts noise, v or the clean picture
 INSTALL = "pip install --no-deps cache-dit==1.5.3 pyyaml packaging"
 
 
@@ -153,8 +154,8 @@ def bench(seeds: Sequence[int] = (0, 1, 2), peers: bool = True, tell: Callable[[
 
 
 def coverage(rows: list[Row]) -> Row:
-    """Pipelines that each one takes, of those whose sampler is a flow."""
-    flow = [row for row in rows if not getattr(bed.family(row["family"]), "EXACT", "")]
+    """Pipelines that each one takes, of all but those of noise or v-prediction."""
+    flow = [row for row in rows if row["family"] not in NO_FLOW]
     any_of = lambda *labels, rows=flow: sum(any(takes(row, label) for label in labels) for row in rows)  # noqa: E731
     switch = [row for row in flow if row["enable_cache"] == "yes"]
     either = sum(takes(row, "cache-dit") or (row in switch and any(takes(row, label) for label in DIFFUSERS)) for row in flow)

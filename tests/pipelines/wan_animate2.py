@@ -9,7 +9,7 @@ from diffusers.modular_pipelines import WanAnimate2Blocks
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from . import wan
-from .base import WIDTH, WORDS, euler, film, picture, prompts, random, rnd
+from .base import WIDTH, WORDS, calm, euler, film, picture, prompts, random, rnd
 from .base_modular import modular, sample_modular
 
 CHUNKS = 2
@@ -22,6 +22,7 @@ def pipe():
     transformer = random(
         WanAnimate2Transformer3DModel, text_len=WORDS, dim=32, ffn_dim=64, freq_dim=32, text_dim=WIDTH, num_heads=2, num_layers=2
     )
+    calm(transformer.time_embedding)
     config = CLIPVisionConfig(
         hidden_size=EYE, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=112
     )
