@@ -12,11 +12,12 @@ SOLVERS = ("Euler", "UniPC", "DPM++")
 PROMISES = {
     "steps": ("dit", "default", "levels", "dit_peers"), "codec": ("codec", "stream"), "pipelines": ("stream_report",), "llm": ("llm",),
     "sparse": ("attention",), "sampler": ("sampler",), "calibration": ("calibrate",),
-    "methods": ("levels", "attention", "dit_peers", "llm"),
+    "methods": ("levels", "attention", "dit_peers", "llm"), "dit-kv": ("dit_kv",),
 }  # fmt: skip
 COMMANDS = {
     "dit": "dit", "default": "default", "levels": "levels", "dit_peers": "dit --peers", "codec": "codec", "stream": "stream",
     "stream_report": "stream --report", "llm": "llm", "attention": "attention", "sampler": "sampler", "calibrate": "calibrate",
+    "dit_kv": "dit_kv",
 }  # fmt: skip
 
 
@@ -29,6 +30,13 @@ WORDS = {  # what a promise is about -> what its failure means
     ),
     "whole model at 4k, torch": (
         "a whole model with a packed cache on torch alone (no compiler) takes more time per token at 4,096 tokens than DynamicCache."
+    ),
+    "k4v4: dB below int8": (
+        "on random weights the error of a reference cache is that of its bits, and four bits do not come near eight; of trained models "
+        "nothing is known yet."
+    ),
+    "k4v4: dB above rotated int4 in groups of 256, plain": (
+        "where keys have no outlier channels, a packed reference cache has little less error than rotated int4."
     ),
     "one at a time: minimum of": (
         "a run that lies between two pictures is decided by its first steps: forecasts there leave the worst picture further from its "

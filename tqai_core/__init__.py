@@ -38,7 +38,8 @@ HOMES = {
 
 def apply(target: Any, config: Config | None = None, *, steps: int | None = None) -> Handle:
     """Patch a diffusers pipeline (``transformer`` and ``transformer_2``), a bare transformer, or a language model of
-    transformers (``level="kv"``: its handle makes the caches); returns the undo.
+    transformers (``level="kv"``: its handle makes the caches); returns the undo. At level ``kv`` a pipeline's own caches of
+    references and earlier frames are packed.
 
     ``steps`` is the number of evaluations of a loop of your own around a bare transformer, so that the last one is
     known. Raises ValueError, with the model untouched, for what it cannot patch.

@@ -81,7 +81,8 @@ class CachesHandle(Handle):
         self.config = config
         self.exact: list[dict[str, str]] = []  # layers that are never packed, and why
         self._layers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._report, self._began, self._guarded = Report(warnings=["nothing has run yet"]), time.process_time(), True
+        self._report, self._guarded = Report(warnings=["nothing has run yet"], fallbacks=self.exact), True
+        self._began = time.process_time()
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +111,7 @@ class CachesHandle(Handle):
         if not self._guarded and (bar := running_bar()) is not None:
             self._guarded = True
             on_failure(self._drop, bar)
-        self._report.evaluations += 1
+        self._report.evaluations, self._report.warnings = self._report.evaluations + 1, []
         self._report.seconds_cpu = time.process_time() - self._began
 
     def changed(self, slots: Slots) -> None:
@@ -171,8 +172,8 @@ class Watch:
         self.stores = mode not in READS
         if self.stores:
             self.energies.clear()
-        made_inside = bool(self.kind.argument) and self.stores
-        if made_inside or any(not isinstance(layer, Packed) for found in layers for layer in found):
+        new = [i for found in layers for i, layer in enumerate(found) if not isinstance(layer, Packed) and isinstance(self.plans[i], Plan)]
+        if new or (self.kind.argument and self.stores):
             self.handle.begin()
         for found in layers:
             for number, layer in enumerate(found):

@@ -112,7 +112,7 @@ class Packed:
 
 
 class Whole(Packed):
-    """One store of all tokens, read at every later step (Qwen-Image 2.1, FLUX.2 Klein, Wan-Animate 2)."""
+    """One store of all tokens, read at every later step (QwenImage21, Flux2, WanAnimate2)."""
 
     @torch.compiler.disable
     def store(self, k: Tensor, v: Tensor) -> None:
