@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tests" / "comfyui"), str(ROOT / "benchmarks"), str(ROOT)]
 SAMPLERS = (
     "euler", "heun", "exp_heun_2_x0", "dpm_2", "dpm_2_ancestral", "uni_pc", "res_multistep", "dpmpp_2m", "deis", "ipndm", "er_sde",
-    "euler_ancestral", "dpmpp_2m_sde", "lcm", "dpmpp_2s_ancestral_cfg_pp",
+    "euler_ancestral", "dpmpp_2m_sde", "lcm", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp",
 )  # fmt: skip
 STEPS, SEEDS, LABELS = 24, (0, 1, 2), (3, 7)
 SHAPES = {"flux": (16, 16, 16), "sd3": (16, 16, 16), "wan": (16, 9, 16, 16)}
