@@ -410,8 +410,9 @@ def works() -> str:
 
     tried = {kind for row in load("pipelines")["rows"] if row["forced"] < row["calls"] for kind in row["transformer"].split(", ")}
     groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for f in sorted(FAMILIES.values(), key=lambda f: not f.tolerances):
-        trained = (ROOT / "tqai_core" / "minis" / f"{f.name}.json").exists()
+    has_mini = lambda f: (ROOT / "tqai_core" / "minis" / f"{f.name}.json").exists()  # noqa: E731
+    for f in sorted(FAMILIES.values(), key=lambda f: (not f.tolerances, not has_mini(f))):
+        trained = has_mini(f)
         evidence = "trained mini, tuned" if f.tolerances else "trained mini, untuned" if trained else "real classes, tiny random weights"
         classes = {path.partition(":")[2] for path in f.diffusers.classes} if f.diffusers else set()
         here = ", ".join(f.diffusers.levels) if f.diffusers and classes & tried else ""

@@ -5,7 +5,7 @@ from .base import ATTENTION, MODEL, Family, InHost
 MODULE = "diffusers.models.transformers"
 FAMILY = Family(
     name="lumina2",
-    title="Lumina-Image 2 (in ComfyUI Z-Image too)",
+    title="Lumina-Image 2",
     diffusers=InHost(classes=(f"{MODULE}.transformer_lumina2:Lumina2Transformer2DModel",), levels=MODEL),
     comfyui=InHost(classes=("comfy.ldm.lumina.model:NextDiT",), blocks=("layers",), levels=ATTENTION),
 )
