@@ -39,12 +39,16 @@ def reader_table(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
     from tqai_core.calibrate.page import page
     from tqai_core.calibrate.sampler import CalibratedSampler
     from tqai_core.codecs.bases import BasesFile
+    from tqai_core.families import entry
     from tqai_core.scorers import fisher
 
     def config(path: Path) -> Any:
         made = tqai.Config.from_json(path.read_text(errors="surrogateescape"))
         made.build()
         return [len(made.to_json())]
+
+    def family(path: Path) -> Any:
+        return [tqai.preset(name, path).build()[2].tau for name in entry.read(path).tolerances]
 
     def packed(path: Path) -> Any:
         read = tqai.Packed.read(path)
@@ -100,8 +104,9 @@ def reader_table(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
         ("config", "config.json", config), ("config of a cache", "config_kv.json", config), ("packed", "packed.safetensors", packed),
         ("packed, trellis", "packed_trellis.safetensors", packed), ("packed, exact", "packed_exact.safetensors", packed),
         ("step of a stream", steps, stream), ("sampler", "sampler.json", sampler), ("fisher table", calibrated, table),
-        ("bases", calibrated, bases), ("calibration", calibrated, calibration), ("unfinished", unfinished, resume),
-        ("study, JSON", "study.json", lambda path: clean(page(path))), ("study, SQLite", "study.db", lambda path: clean(page(path))),
+        ("family entry", "family.json", family), ("bases", calibrated, bases), ("calibration", calibrated, calibration),
+        ("unfinished", unfinished, resume), ("study, JSON", "study.json", lambda path: clean(page(path))),
+        ("study, SQLite", "study.db", lambda path: clean(page(path))),
         *((f"cache{kind}", f"cache{kind}.safetensors", cache) for kind in ("", "_palm", "_window", "_tiered")),
     ]  # fmt: skip
     return {name: (OLD / path, read) for name, path, read in pairs}

@@ -69,7 +69,7 @@ MISTAKES = [
     *((("calibrate", "--demo", "flux", *extra), f"-o={place}", "cannot be written" if "x" in place else "is a folder")
       for extra in ((), ("--sampler",)) for place in PLACES),
     *((("tune", "--demo", "flux"), f"{option}={place}", "cannot be written" if "x" in place else "is a folder")
-      for option in ("-o", "--plot", "--study") for place in PLACES),
+      for option in ("-o", "--plot", "--study", "--family") for place in PLACES),
     *((("report", "file"), f"-o={place}", "cannot be written" if "x" in place else "is a folder") for place in PLACES),
     *((("bench", "codec"), f"--plot={place}", "cannot be written" if "x" in place else "is a folder") for place in PLACES),
     *((("demo",), f"--out={place}", "file" if place == "file" else "cannot be written") for place in ("file", "file/x", "/proc/tqai")),
@@ -133,6 +133,10 @@ MISTAKES = [
     (("tune", "--demo", "flux"), "--study foreign.db", "is no study of tqai tune"),
     (("tune", "--demo", "flux"), "--study file", "is no study of tqai tune"),
     (("tune", "--demo", "flux"), "--prompts file", "--prompts asked"),
+    (("tune", "--demo", "flux"), "--family my.py", "--family my.py: give a name that ends in .json"),
+    (("tune", "--demo", "flux"), "--family my.json --steps 30", "--steps asked, but --family tries tolerances alone"),
+    (("tune", "--demo", "flux"), "--family my.json --study s.db", "--study asked, but --family"),
+    (("tune", "--demo", "flux"), "--family my.json -o my.json", "is asked for twice, as out and as family"),
     (("tune",), "-m folder", "no folder of a diffusers pipeline"),
     # demo and benches
     (("demo",), "--kinds ", "is empty: give one or more"),

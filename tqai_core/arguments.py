@@ -44,7 +44,9 @@ def words_of(argv: Sequence[str]) -> list[str]:
 
 def refuse_ignored(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
     """TqaiError for options that were given and would have no effect."""
-    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != args.parser.get_default(name)]:
+    default = args.parser.get_default
+    left_out = lambda name: getattr(args, name) in (default(name), Path(str(default(name))))  # types for places make a path of it  # noqa: E731
+    if given := [f"--{name.replace('_', '-')}" for name in names if not left_out(name)]:
         raise TqaiError(f"{', '.join(given)} asked, but {why}: leave it out")
 
 

@@ -66,7 +66,7 @@ def _main(words: list[str]) -> int:
 def _check_places(args: argparse.Namespace) -> None:
     """TqaiError where two files of a command are the same one, which the second would overwrite."""
     seen: dict[Path, str] = {}
-    for name in ("file", "study", "json", "plot", "out", "output"):
+    for name in ("file", "study", "json", "plot", "out", "output", "family"):
         given = getattr(args, name, None)
         if given in (None, "-") or ((path := Path(given).resolve()).exists() and not path.is_file()):  # a device takes both
             continue
@@ -170,9 +170,10 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from .calibrate import cli, tune
+    from .calibrate import cli, family, tune
 
-    return _finish(args.json, result := cli.tune(args), tune.tables_of(result))
+    result = cli.tune(args)
+    return _finish(args.json, result, (family if args.family else tune).tables_of(result))
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import TqaiError
-from .families import FAMILIES
+from .families import FAMILIES, entry
 from .files import checked, parse_json
 from .registry import ROLES, Method, build, parse
 from .roles import Codec, Monitor, Scorer, Strategy
@@ -168,18 +169,23 @@ TAUS = {name: {family.name: family.tolerances[name] for family in FAMILIES.value
 KV_PRESETS = ("k8v4", "k4v4", "k4v3", "k4v2", "k2v2")  # bits of keys and values
 
 
-def preset(name: str = "balanced", family: str | None = None) -> Config:
+def preset(name: str = "balanced", family: str | os.PathLike[str] | None = None) -> Config:
     """A ready pipeline: ``quality`` (42 to 46 % of the calls of 24 Euler steps skipped), ``balanced`` (50 to 54 %), ``fast``
     (54 to 58 %).
 
     ``k8v4``, ``k4v4``, ``k4v3``, ``k4v2``, ``k2v2``: KV caches with so many bits for keys and values.
-    ``family`` is a name of ``FAMILIES``; without one, or where it was not tuned, the strictest tolerance of all families is taken.
+    ``family`` is a name of ``FAMILIES``, or a file ``NAME.json`` of ``tqai tune --family``; without one, or where it was not tuned,
+    the strictest tolerance of all families is taken.
     """
     if name in KV_PRESETS and family is None:
         return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])})
     if name not in PRESETS:
         raise TqaiError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, and for caches {', '.join(KV_PRESETS)}")
-    if family is not None and family not in FAMILIES:
-        raise TqaiError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}, or leave it out")
-    tau = TAUS[name].get(family or "", min(TAUS[name].values()))
+    given = "" if family is None else os.fspath(family)
+    if given.endswith(".json"):
+        tau = entry.read(given).tolerances[name]
+    elif family is None or given in FAMILIES:
+        tau = TAUS[name].get(given, min(TAUS[name].values()))
+    else:
+        raise TqaiError(f"unknown family {given!r}; known: {', '.join(FAMILIES)}, a file NAME.json of tqai tune --family, or leave it out")
     return Config(monitor={"name": "lyapunov", "tau": tau})

@@ -103,6 +103,14 @@ Study = record(
     kept=(Literal["tuned", "default"], "default"), tuned=(ConfigDictionary, {}), config=(ConfigDictionary, {}), default_fits=(bool, False),
 )  # fmt: skip
 
+# families of users
+Tolerance = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+FamilyEntry = record(
+    format=Literal["tqai-family"], version=Literal[1], name=Name, title=Name, classes=some(Name, 16, 1),
+    levels=some(Literal["model"], 1, 1), tolerances=record(quality=Tolerance, balanced=Tolerance, fast=Tolerance), measured=(Text, ""),
+    proof=(named(record(tau=Tolerance, default=Row, found=Row), 3), {}),
+)  # fmt: skip
+
 # caches
 Decision = record(
     step=Count, sigma=None, action=Literal["raise", "pack"], error_estimate=Amount | None, error=Amount | None, why=Name, model=Name

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import comma_list, lines_in, out_file, refuse_ignored, seed, text_in, whole
+from ..arguments import comma_list, lines_in, out_file, refuse_ignored, seed, text_in, whole, write_out
 from ..errors import TqaiError
 from ..progress import progress_bar
 
@@ -34,6 +35,8 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     levels = comma_list(str, ("model", "block", "attention"))
     parser.add_argument("--levels", type=levels, default=("model",), help="levels to search, as in model,block")
     parser.add_argument("-o", "--out", type=out_file, default="out/tuned.json", metavar="FILE", help="the best Config, as JSON")
+    entry = "find the tolerances of the three presets for this model instead, and write them; tqai.preset(NAME, family=FILE) reads them"
+    parser.add_argument("--family", type=out_file, metavar="FILE.json", help=f"{entry}; --out is preset balanced then")
     parser.add_argument("--plot", type=out_file, metavar="FILE", help="error against cost of all trials, as SVG")
 
 
@@ -68,6 +71,8 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     elif not (args.model / "model_index.json").is_file():
         raise TqaiError(f"{args.model} is no folder of a diffusers pipeline (model_index.json), whose pipelines tune searches: give one; "
                         "for a language model give Config(level='kv') a scorer or bits")  # fmt: skip
+    if args.family:
+        return _family(args)
     budget = Budget.parse(args.budget)
     check_study_file(args.study)
     with progress_bar("tuning") as progress:
@@ -79,6 +84,25 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         args.plot.write_text(pareto(found))
+    return found
+
+
+def _family(args: argparse.Namespace) -> dict[str, Any]:
+    from ..config import preset
+    from ..files import write_text
+    from ..hosts.calibration_targets import Diffusion
+    from .family import STEPS, measure
+
+    search = ("steps", "budget", "trials", "study", "sampler", "levels", "plot")
+    refuse_ignored(args, search, f"--family tries tolerances alone, at {STEPS} steps, and searches no pipelines")
+    if args.family.suffix != ".json":
+        raise TqaiError(f"--family {args.family}: give a name that ends in .json")
+    with progress_bar("tuning") as progress:
+        target = target_of(args)
+        assert isinstance(target, Diffusion)
+        found = measure(target, args.family.stem, progress)
+    write_text(args.family, json.dumps(found, indent=2) + "\n")
+    write_out(args.out, preset("balanced", args.family).to_json())
     return found
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config import Config, preset
 from ..errors import TqaiError
-from ..families import FAMILIES
+from ..families import FAMILIES, family_of
 from ..files import checked
 from ..hosts.calibration_targets import Diffusion
 from ..modelhash import model_hash
@@ -167,10 +167,12 @@ def tune(
         "model": model_hash(target.model), "class": type(target.model).__name__, "steps": target.steps, "levels": list(levels),
         "budget": [budget.what, budget.limit], "seeds": list(SEEDS),
     }  # fmt: skip
+    for level in levels:
+        family_of(target.model, level)  # a class whose blocks no file knows has level model alone
     study = _open(study_file, sampler, settings)
     bench = Bench(target)
     layers: list[tuple[int, float]] = [tuple(pair) for pair in study.user_attrs.get("layers", [])]
-    if not layers:
+    if not layers and "block" in getattr(target.family.diffusers, "levels", ()):
         layers = fragile_layers(bench, SEEDS[0], lambda text, share: progress(text, 0.0))
         study.set_user_attr("layers", layers)
     if not study.trials:

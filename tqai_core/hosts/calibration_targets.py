@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..config import Config
 from ..errors import TqaiError
@@ -74,12 +76,16 @@ class Diffusion:
             raise TqaiError(f"{type(self.pipe).__name__} has no {self.part}: give --part transformer")
         if not 1 <= self.bands <= self.steps:
             raise TqaiError(f"bands={self.bands}: give 1 to {self.steps}, the number of steps")
-        self.family = family_of(self.model)
+        self.family = family_of(self.model, "model")  # all that calibration needs beyond that, it asks for itself
         self.model.requires_grad_(False).eval()
 
     def _generate(self, seed: int) -> Tensor:
         given = {"num_inference_steps": self.steps, "output_type": "latent", "return_dict": False, **self.inputs(seed)}
-        return self.pipe(**given, generator=torch.Generator("cpu").manual_seed(seed))[0].float()
+        made = tree_leaves(self.pipe(**given, generator=torch.Generator("cpu").manual_seed(seed)))
+        tensors = [part.float() for part in made if isinstance(part, Tensor)]
+        if not tensors:
+            raise TqaiError(f"{type(self.pipe).__name__} returns no tensor when asked for latents: measure errors on another pipeline")
+        return tensors[0] if len(tensors) == 1 else torch.cat([part.flatten() for part in tensors])  # a film and its sound
 
     @torch.no_grad()
     def final(self, seed: int, change: Change | None = None) -> Tensor:
@@ -210,6 +216,8 @@ def folder(
         pipe = pipeline(path, local_files_only=True)
         pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
+        if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
+            raise TqaiError(f"{type(pipe).__name__} takes no prompt: give a Diffusion(pipe, inputs) of your own to tqai_core.calibrate")
         lines = list(prompts) or list(PROMPTS)
         inputs = lambda seed: {"prompt": [lines[(seed * count + i) % len(lines)] for i in range(count)]}  # noqa: E731
         return Diffusion(pipe, inputs, steps, bands, part)
