@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from comfy_api.latest import io, ui
+from torch import Tensor
 
+from tqai_core.closeness import Comparison
 from tqai_core.report import Report
 
 from .chart import draw
@@ -23,15 +26,24 @@ class TQAIReport(io.ComfyNode):
             display_name="TQAI Report",
             category=CATEGORY,
             description="Shows what the TQAI Compress nodes before it did: steps computed and forecast, measured forecast error, bytes "
-            "held, and why something was computed exactly.",
+            "held, and why something was computed exactly. With the exact run linked too: how close this one is to it.",
             search_aliases=["tqai", "statistics", "speed", "chart"],
             is_output_node=True,
-            inputs=[io.Latent.Input("samples", tooltip="Link the sampler's latent, so that this runs after it. It passes through.")],
+            inputs=[
+                io.Latent.Input("samples", tooltip="Link the sampler's latent, so that this runs after it. It passes through."),
+                io.Latent.Input("exact", optional=True, tooltip="The latent of the same seed without TQAI Compress, to compare with."),
+                io.Image.Input("image", optional=True, tooltip="The pictures of `samples`, to compare with `exact_image`."),
+                io.Image.Input("exact_image", optional=True, tooltip="The pictures of the exact run."),
+            ],
             outputs=[
                 io.Latent.Output(display_name="samples", tooltip="The latent, unchanged."),
                 io.String.Output(display_name="text", tooltip="The report as Markdown."),
                 io.Image.Output(display_name="chart", tooltip="Decision, forecast error and bytes held, step by step."),
                 io.String.Output(display_name="json", tooltip="The same figures as JSON."),
+                io.Image.Output(
+                    display_name="difference",
+                    tooltip="The worst picture or frame: white where it differs most from the exact run's. Black without one.",
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
@@ -42,14 +54,30 @@ class TQAIReport(io.ComfyNode):
         return time.time()
 
     @classmethod
-    def execute(cls, samples: dict[str, Any]) -> io.NodeOutput:
-        before = upstream(cls.hidden.prompt, cls.hidden.unique_id)
+    def execute(cls, samples: dict[str, Any], exact: Any = None, image: Any = None, exact_image: Any = None) -> io.NodeOutput:
+        before = upstream(cls.hidden.prompt, cls.hidden.unique_id, "samples")  # what made the exact run is not reported
         # another workflow of this session may have used the same ids for other nodes
         entries = [e for e in HISTORY.of(before) if e.patch in upstream(cls.hidden.prompt, e.sampler)] if before else HISTORY.last()
-        text, chart = _text(entries), draw(entries)
-        data = json.dumps([{"node": e.patch, "sampler": e.sampler, "model": e.family, "done": e.done, **e.report} for e in entries])
-        shown = {**ui.PreviewText(text).as_dict(), **ui.PreviewImage(chart, cls=cls).as_dict()}
-        return io.NodeOutput(samples, text, chart, data, ui=shown)
+        against = Comparison.of(_pairs(samples, exact, image, exact_image))
+        if (image is None) != (exact_image is None):
+            against.notes.append("image and exact_image are compared with each other: link both")
+        text, chart = against.to_markdown() + _text(entries), draw(entries)
+        told = [{"node": e.patch, "sampler": e.sampler, "model": e.family, "done": e.done, **e.report} for e in entries]
+        data = json.dumps([{**entry, "exact": against.to_dict()} if against.rows else entry for entry in told])
+        grey = against.difference[None, :, :, None].repeat(1, 1, 1, 3)  # as ComfyUI's IMAGE
+        previews = [ui.PreviewImage(picture, cls=cls).as_dict() for picture in ([chart, grey] if against.rows else [chart])]
+        shown = {**ui.PreviewText(text).as_dict(), **previews[0], "images": [saved for p in previews for saved in p["images"]]}
+        shown["closeness"] = [{"node": e.patch, "text": against.short} for e in entries if against.rows]
+        return io.NodeOutput(samples, text, chart, data, grey, ui=shown)
+
+
+def _pairs(samples: Any, exact: Any, image: Tensor | None, exact_image: Tensor | None) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What is compared with what, channels second."""
+    if exact is not None:  # video with sound is a nest of latents
+        ours, theirs = ([*t.unbind()] if getattr(t, "is_nested", False) else [t] for t in (samples["samples"], exact["samples"]))
+        yield from ((f"latent {i + 1}" if i else "latent", *pair) for i, pair in enumerate(zip(ours, theirs, strict=False)))
+    if image is not None and exact_image is not None:
+        yield "picture", image.movedim(-1, 1), exact_image.movedim(-1, 1)
 
 
 def _text(entries: list[Entry]) -> str:

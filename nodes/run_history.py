@@ -51,13 +51,14 @@ class RunHistory:
 HISTORY = RunHistory()
 
 
-def upstream(prompt: Any, node: str | None) -> set[str]:
-    """Ids of the nodes that ``node`` depends on, from an API-format prompt."""
+def upstream(prompt: Any, node: str | None, through: str | None = None) -> set[str]:
+    """Ids of the nodes that ``node`` depends on, from an API-format prompt; with ``through``, by this one input of it."""
     found: set[str] = set()
     todo = [str(node)]
     while todo:
         inputs = (prompt or {}).get(todo.pop(), {}).get("inputs", {})
-        links = {str(value[0]) for value in inputs.values() if isinstance(value, (list, tuple)) and len(value) == 2}
+        given = inputs.values() if through is None or found else [inputs.get(through)]
+        links = {str(value[0]) for value in given if isinstance(value, (list, tuple)) and len(value) == 2}
         todo += links - found
         found |= links
     return found

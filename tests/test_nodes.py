@@ -458,8 +458,12 @@ def test_report_finds_the_samplings_before_it(host, model):
     host.sample(host.compress(model("sd3"), host.pipeline(), unique_id="70"), "sd3")
     latent = {"samples": torch.zeros(1, 16, 4, 4)}
     out = host.run("TQAIReport", unique_id="9", prompt=prompt, samples=latent)
-    samples, text, chart, data = out.result
+    samples, text, chart, data, difference = out.result
     assert samples is latent
+    assert difference.shape == (1, 64, 64, 3), "nothing to compare with: black"
+    assert difference.max() == 0
+    assert len(out.ui["images"]) == 1
+    assert out.ui["closeness"] == []
     assert "sampler 8" in text
     assert text in out.ui["text"]
     assert chart.shape == (1, 300, 800, 3)
@@ -480,6 +484,66 @@ def test_report_finds_the_samplings_before_it(host, model):
     }
     other = host.run("TQAIReport", unique_id="10", prompt=foreign, samples=latent)
     assert json.loads(other.result[3]) == []
+
+
+def test_the_report_compares_with_the_exact_run(host, model):
+    from tqai_core.metrics import psnr, ssim
+
+    prompt = {
+        "7": {"class_type": "TQAICompress", "inputs": {"model": ["1", 0]}},
+        "8": {"class_type": "KSampler", "inputs": {"model": ["7", 0]}},
+        "6": {"class_type": "TQAICompress", "inputs": {"model": ["1", 0]}},
+        "5": {"class_type": "KSampler", "inputs": {"model": ["6", 0]}},
+        "9": {"class_type": "TQAIReport", "inputs": {"samples": ["8", 0], "exact": ["5", 0]}},
+    }
+    patch, finals = host.part("nodes.patch"), {}
+    real = patch._executing
+    try:
+        for node, sampler in (("6", "5"), ("7", "8")):
+            patch._executing = lambda sampler=sampler: sampler
+            finals[node] = host.sample(host.compress(model("sd3"), host.pipeline(), unique_id=node), "sd3")
+    finally:
+        patch._executing = real
+    ours, theirs = finals["7"], host.sample(model("sd3"), "sd3")
+    assert torch.equal(ours, finals["6"])
+    assert not torch.equal(ours, theirs)
+    given = {"samples": {"samples": ours}, "exact": {"samples": theirs}}
+    report = lambda **more: host.run("TQAIReport", unique_id="9", prompt=prompt, **{**given, **more})
+
+    out = report()
+    assert out.result[0] is given["samples"]
+    (entry,) = json.loads(out.result[3])
+    assert entry["node"] == "7", "what made the exact run is not reported"
+    found, close = entry["exact"]["latent"], psnr(ours, theirs)
+    assert found == {
+        "psnr": pytest.approx(close), "ssim": pytest.approx(ssim(ours, theirs)), "identical": False,
+        "largest_error": pytest.approx(float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))),
+    }  # fmt: skip
+    assert close > 20
+    assert f"| latent | {close:.1f} dB | {found['ssim']:.4f} | " in out.result[1]
+    assert out.ui["closeness"] == [{"node": "7", "text": f"{close:.1f} dB to exact"}]
+    assert len(out.ui["images"]) == 2
+    assert out.result[4].shape == (1, *ours.shape[-2:], 3)
+    assert out.result[4].max() == 1
+
+    image = torch.rand(2, 24, 16, 3, generator=torch.Generator().manual_seed(0))
+    wrong = image.clone()
+    wrong[1, 5, 6] = 1 - wrong[1, 5, 6]
+    out = report(image=wrong, exact_image=image)
+    assert out.ui["closeness"][0]["text"] == f"{psnr(wrong, image):.1f} dB to exact", "the picture is what counts"
+    assert (out.result[4] > 0).nonzero().tolist() == [[0, 5, 6, c] for c in range(3)]
+    assert report(image=image, exact_image=image).ui["closeness"][0]["text"] == "identical to exact"
+    assert "link both" in report(image=image).result[1]
+    nest = lambda *parts: {"samples": torch.nested.nested_tensor(list(parts))}
+    video, sound = theirs, torch.ones(1, 16, 4, 7)
+    out = report(samples=nest(ours, sound), exact=nest(video, sound))
+    told = json.loads(out.result[3])[0]["exact"]
+    assert told["latent"]["psnr"] == pytest.approx(close)
+    assert told["latent 2"]["identical"]
+    smaller = report(exact={"samples": theirs[..., 1:]})
+    assert "latent not compared" in smaller.result[1]
+    assert "exact" not in json.loads(smaller.result[3])[0]
+    assert smaller.ui["closeness"] == []
 
 
 def test_pipelines_are_saved_and_loaded(host):

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tqai_core.metrics import psnr
+
 FOLDER = Path(__file__).resolve().parents[1] / "workflows"
 TWINS = sorted(FOLDER.glob("api/*.json"))
 ORDER = sorted(TWINS, key=lambda p: p.stem != "save_pipeline")  # the one that loads needs what that one saves
@@ -134,3 +136,6 @@ def test_the_twins_run(host, sampler_file):
         if path.stem == "compare":
             plain, ours_ = results["21"][0]["samples"], results["20"][0]["samples"]
             assert 0 < (plain - ours_).abs().max() < 0.5 * plain.abs().max()
+            assert entries[0]["exact"].keys() == {"latent", "picture"}
+            assert entries[0]["exact"]["latent"]["psnr"] == pytest.approx(psnr(ours_, plain))
+            assert 0 < results["30"][4].mean() < 0.5, "the difference of the pictures"

@@ -37,7 +37,9 @@ export function describe(view) {
   // what forecast steps may be off by; before there is one, what the last computed step would have been off by
   const [error, known] = view.estimate != null ? [view.estimate, "up to "] : [view.error, ""];
   const held = view.ended ? `${size(view.peak)} at most` : `${size(view.bytes)} held`;
-  return { head, figures: `skipped ${view.skipped} (${share} %) · error ${error == null ? "not measured yet" : known + percent(error)} · ${held}`, why: view.why ?? "" };
+  // what TQAI Report measured against the exact run of the same seed, once that is linked to it
+  const close = view.closeness ? ` · ${view.closeness}` : "";
+  return { head, figures: `skipped ${view.skipped} (${share} %)${close} · error ${error == null ? "not measured yet" : known + percent(error)} · ${held}`, why: view.why ?? "" };
 }
 
 /** 0.0123 -> "1.2 %" */

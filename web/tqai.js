@@ -105,7 +105,18 @@ function onStep({ detail }) {
   panels.get(node)(view);
 }
 
+/** A report on nodes that have run: how close their run is to the exact one. */
+function onCloseness(nodes) {
+  for (const { node: id, text } of nodes) {
+    const node = find(id);
+    if (!views.has(node) || !panels.has(node) || !wanted()) continue;
+    views.set(node, { ...views.get(node), closeness: text });
+    panels.get(node)(views.get(node));
+  }
+}
+
 function onExecuted({ detail }) {
+  onCloseness(detail.output?.closeness ?? []);
   const node = find(detail.display_node ?? detail.node);
   const height = TEXT_NODES[node?.comfyClass];
   const text = detail.output?.text;

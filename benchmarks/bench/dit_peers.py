@@ -26,10 +26,7 @@ SAMPLES = {"flux": 6, "sd3": 6, "wan": 2}
 CALIBRATION = (100, 101)  # seeds of MagCache's ratios
 TAUS = (0.015, 0.02, 0.03, 0.13, 0.2)  # beside the presets: what tqai does at the peers' CPU times
 ANCHOR = 5  # rows between two exact runs
-CAUSES = {
-    "cache-dit": "pip install --no-deps cache-dit==1.5.3 pyyaml packaging",
-    "scikit-image": "pip install scikit-image",
-}
+CACHE_DIT = "not installed: pip install --no-deps cache-dit==1.5.3 pyyaml packaging"
 # what it switches on (None: nothing) -> (undo, bytes held now)
 Enable = Callable[[Mini], tuple[Callable[[], None], Callable[[], int]]]
 
@@ -242,15 +239,12 @@ def _of_cache_dit(kind: str, steps: int) -> list[Rival]:
 
 
 def absent() -> dict[str, str]:
-    """Peers and measures that cannot run here, and the cure."""
+    """Peers that cannot run here, and the cure."""
     import importlib.util
 
     from . import dit_caches as peers
 
-    missing = {}
-    for name, module in (("cache-dit", "cache_dit"), ("scikit-image", "skimage")):
-        if importlib.util.find_spec(module) is None:
-            missing[name] = f"not installed: {CAUSES[name]}"
+    missing = {} if importlib.util.find_spec("cache_dit") else {"cache-dit": CACHE_DIT}
     return missing | peers.absent()
 
 
@@ -298,13 +292,9 @@ def measure(
 
 def _figures(track: Track, result: Result, exact: Result, truth: dict[int, Tensor] | None, seed: int) -> Row:
     a, b = track.pixels(result.latents), track.pixels(exact.latents)
-    try:
-        alike: float | None = ssim(a, b)
-    except ImportError:
-        alike = None
     labels = (track.mini.labels(result.latents) == track.mini.labels(exact.latents)).float().mean()
     return {
-        "calls": result.calls, "attention": result.attention, "psnr": psnr(result.latents, exact.latents), "ssim": alike,
+        "calls": result.calls, "attention": result.attention, "psnr": psnr(result.latents, exact.latents), "ssim": ssim(a, b),
         "psnr_each": each(psnr, result.latents, exact.latents),
         "nmse": nmse(result.latents, exact.latents), "ode": nmse(result.latents, truth[seed]) if truth else None,
         "agreement": float(labels), "held": result.held,

@@ -48,6 +48,12 @@ test("samplers may evaluate more often than they step", () => {
   assert.equal(describe(play(event(5, 0, { total: null }))).head, "active: evaluation 5");
 });
 
+test("the error against the exact run stands beside what was skipped, until the next run", () => {
+  const view = { ...play(event(1, 0), event(2, 1), event(2, 1)), closeness: "45.2 dB to exact" };
+  assert.match(describe(view).figures, /^skipped 1 \(50 %\) · 45\.2 dB to exact · error/);
+  assert.doesNotMatch(describe(advance(view, event(1, 0))).figures, /dB/);
+});
+
 test("figures are short", () => {
   assert.equal(describe(undefined).head, "not run yet");
   assert.match(describe(play(event(1, 0))).figures, /^skipped 0 \(0 %\) · error not measured yet · 100 B held$/);
