@@ -4,8 +4,6 @@ from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
 
 from .base import ONES, SIZE, WIDTH, euler, no_text, prompts, random, sample, vae
 
-FAST = True
-
 
 def pipe():
     transformer = random(

@@ -4,8 +4,6 @@ from diffusers import AutoencoderKLFlux2, ErnieImagePipeline, ErnieImageTransfor
 
 from .base import SIZE, WIDTH, WORDS, euler, no_text, random, rnd, sample, vae
 
-FAST = True
-
 
 def pipe():
     transformer = random(

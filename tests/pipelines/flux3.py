@@ -6,8 +6,6 @@ from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3CoreDeno
 from .base import HEADS, SIZE, WIDTH, euler, prompts, random
 from .base_modular import modular, sample_modular
 
-FAST = True
-
 
 def transformer(**over):
     return random(
