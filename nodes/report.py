@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from tqai_core.closeness import Comparison
-from tqai_core.report import Report
+from tqai_core.report import Report, dumps
 
 from .chart import draw
 from .run_history import HISTORY, Entry, upstream
@@ -63,11 +63,12 @@ class TQAIReport(io.ComfyNode):
             against.notes.append("image and exact_image are compared with each other: link both")
         text, chart = against.to_markdown() + _text(entries), draw(entries)
         told = [{"node": e.patch, "sampler": e.sampler, "model": e.family, "done": e.done, **e.report} for e in entries]
-        data = json.dumps([{**entry, "exact": against.to_dict()} if against.rows else entry for entry in told])
+        close = {name: asdict(row) for name, row in against.rows.items()}
+        data = dumps([{**entry, "exact": close} if close else entry for entry in told])
         grey = against.difference[None, :, :, None].repeat(1, 1, 1, 3)  # as ComfyUI's IMAGE
-        previews = [ui.PreviewImage(picture, cls=cls).as_dict() for picture in ([chart, grey] if against.rows else [chart])]
+        previews = [ui.PreviewImage(picture, cls=cls).as_dict() for picture in ([chart, grey] if close else [chart])]
         shown = {**ui.PreviewText(text).as_dict(), **previews[0], "images": [saved for p in previews for saved in p["images"]]}
-        shown["closeness"] = [{"node": e.patch, "text": against.short} for e in entries if against.rows]
+        shown["closeness"] = [{"node": e.patch, "text": against.short([*close][-1])} for e in entries if close]
         return io.NodeOutput(samples, text, chart, data, grey, ui=shown)
 
 

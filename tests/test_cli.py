@@ -8,8 +8,8 @@ from bench import default, dit
 import tqai_core as tqai
 from tqai_core.cli import main
 from tqai_core.config import TAUS
-from tqai_core.demo import chart
 from tqai_core.errors import TqaiError
+from tqai_core.plot import chart
 from tqai_core.report import dumps
 
 

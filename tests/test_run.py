@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import tqai_core as tqai
 from tqai_core import run as run_module
 from tqai_core.cli import main
+from tqai_core.metrics import psnr, ssim
 from tqai_core.peak import Peak
 from tqai_core.report import dumps
 
@@ -304,9 +306,13 @@ def wan(folder):
     pipe.save_pretrained(folder)
 
 
-def test_a_picture(capsys, picture_folder, tmp_path):
+def test_a_picture(capsys, picture_folder, tmp_path, monkeypatch):
     from PIL import Image
 
+    from tqai_core.hosts.diffusers import run as host
+
+    made, save = {}, host.save  # what is written, before it is rounded to 8 bits
+    monkeypatch.setattr(host, "save", lambda pixels, folder, name, video: save(made.setdefault(name, pixels), folder, name, video))
     argv = ("a cat", "-m", picture_folder, "--steps", 18, "--height", 64, "--width", 64, "--out", tmp_path, "--seed", 5)
     result, _ = ask(capsys, *argv, *FIXED, "--compare")
     assert result["kind"] == "pipeline"
@@ -321,6 +327,17 @@ def test_a_picture(capsys, picture_folder, tmp_path):
     assert not other["identical"]
     assert other["psnr"] > 20
     assert other["psnr_latents"] > 20
+    ours, exact = (torch.from_numpy(made[f"{name}-5"]).movedim(-1, 1) for name in ("tqai", "exact"))
+    assert other["psnr"] == pytest.approx(psnr(ours, exact))
+    assert other["ssim"] == pytest.approx(ssim(ours, exact))
+    assert other["largest"] == pytest.approx(float((ours - exact).abs().max() / (exact.max() - exact.min())))
+    assert np.asarray(Image.open(tmp_path / "difference-5.png")).max() == 255
+    page = (tmp_path / "compare-5.html").read_text()
+    assert other["page"] == str(tmp_path / "compare-5.html")
+    assert [page.count(f'src="{name}-5.png"') for name in ("tqai", "exact", "difference")] == [1, 1, 1]
+    assert f"<td>{other['psnr']:.1f} dB</td><td>{other['ssim']:.4f}</td>" in page
+    assert page.count("<td>forecast</td>") == 7
+    assert page.count("<svg") == 1
     assert main(["run", *map(str, argv), *FIXED]) == 0
     assert "7 of 18 model calls skipped (39%)" in capsys.readouterr().out
 

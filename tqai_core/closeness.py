@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +38,6 @@ class Closeness:
         """The cells of a table under ``HEAD``, without the first one."""
         same = "1" if self.identical else "none" if math.isnan(self.ssim) else f"{self.ssim:.4f}"
         return ["identical" if self.identical else f"{self.psnr:.1f} dB", same, f"{self.largest:.2%} of the range"]
-
-    def to_dict(self) -> dict[str, float | bool | None]:
-        """For JSON, which knows no inf and no nan: null stands for them."""
-        figures = {"psnr": self.psnr, "ssim": self.ssim, "largest_error": self.largest}
-        return {name: value if math.isfinite(value) else None for name, value in figures.items()} | {"identical": self.identical}
 
 
 def difference(x: Tensor, exact: Tensor) -> Tensor:
@@ -81,13 +75,9 @@ class Comparison:
             rows[name] = Closeness.of(x, exact)
         return cls(rows, notes, picture)
 
-    @property
-    def short(self) -> str:
-        """Of the last row; empty without one."""
-        if not self.rows:
-            return ""
-        last = [*self.rows.values()][-1]
-        return "identical to exact" if last.identical else f"{last.psnr:.1f} dB to exact"
+    def short(self, name: str) -> str:
+        row = self.rows[name]
+        return "identical to exact" if row.identical else f"{row.psnr:.1f} dB to exact"
 
     def table(self) -> list[list[str]]:
         return [[name, *row.cells()] for name, row in self.rows.items()]
@@ -95,6 +85,3 @@ class Comparison:
     def to_markdown(self) -> str:
         lines = [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *self.table())] if self.rows else []
         return "".join(f"{line}\n" for line in [*lines, *self.notes])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: row.to_dict() for name, row in self.rows.items()}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
@@ -20,7 +19,7 @@ from .config import preset
 from .errors import TqaiError
 from .measure import Mini, Run, compare, machine, one_thread, tails
 from .minis.names import KINDS, present, weights
-from .plot import BLUE, ORANGE, Svg
+from .plot import chart
 from .progress import progress_bar
 
 STEPS = 24
@@ -145,28 +144,6 @@ def _strip(x: Tensor) -> Image.Image:
     levels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
     image = Image.fromarray(rearrange(levels, "(row column) h w -> (row h) (column w)", column=min(len(x), 5)).numpy())
     return image.resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.NEAREST)
-
-
-def chart(decisions: Sequence[dict[str, Any]], width: int = 760, height: int = 190) -> str:
-    """An SVG of one run: bars where a step was computed, the forecast's error (measured) and its estimate, log scale."""
-    left, top, right, floor, low, high = 44, 14, width - 8, height - 26, -3.0, 0.5
-    column = (right - left) / max(len(decisions), 1)
-    y = lambda e: floor - (min(max(math.log10(max(e, 1e-9)), low), high) - low) / (high - low) * (floor - top)  # noqa: E731
-    svg = Svg(width, height, 10)
-    for e in (0.001, 0.01, 0.1, 1):
-        svg.level(y(e), left, right, f"{e:g}")
-    for i, d in enumerate(decisions):
-        middle, colour = left + (i + 0.5) * column, "#b9cfe8" if d["action"] == "compute" else "#f3f3f3"
-        title = f"step {d['step']}, sigma {d['sigma']:.3f}: {d['action']}, {d['why']}"
-        place = {"x": middle - 0.4 * column, "y": top, "width": 0.8 * column, "height": floor - top}
-        svg.add("rect", title, **place, fill=colour, opacity=".6")
-        svg.text(middle, height - 14, str(d["step"]), text_anchor="middle")
-        if d["error"]:
-            svg.dot(middle, y(d["error"]), BLUE, 3.5)
-        if d["error_estimate"]:
-            svg.line([(middle - 4, y(d["error_estimate"])), (middle + 4, y(d["error_estimate"]))], ORANGE, stroke_width=2)
-    svg.text(left, height - 2, "step: blue = computed, grey = forecast; dot = measured relative error of the forecast, dash = its estimate")
-    return str(svg)
 
 
 PAGE = """<!doctype html><meta charset=utf-8><title>tqai demo</title>

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 INK, GRID, BLUE, ORANGE = "#222", "#ddd", "#1f5fa8", "#d2691e"
@@ -42,6 +43,28 @@ class Svg:
 
     def __str__(self) -> str:
         return "".join([*self._parts, "</svg>"])
+
+
+def chart(decisions: Sequence[dict[str, Any]], width: int = 760, height: int = 190) -> str:
+    """An SVG of one run: bars where a step was computed, the forecast's error (measured) and its estimate, log scale."""
+    left, top, right, floor, low, high = 44, 14, width - 8, height - 26, -3.0, 0.5
+    column = (right - left) / max(len(decisions), 1)
+    y = lambda e: floor - (min(max(math.log10(max(e, 1e-9)), low), high) - low) / (high - low) * (floor - top)  # noqa: E731
+    svg = Svg(width, height, 10)
+    for e in (0.001, 0.01, 0.1, 1):
+        svg.level(y(e), left, right, f"{e:g}")
+    for i, d in enumerate(decisions):
+        middle, colour = left + (i + 0.5) * column, "#b9cfe8" if d["action"] == "compute" else "#f3f3f3"
+        title = f"step {d['step']}, sigma {d['sigma']:.3f}: {d['action']}, {d['why']}"
+        place = {"x": middle - 0.4 * column, "y": top, "width": 0.8 * column, "height": floor - top}
+        svg.add("rect", title, **place, fill=colour, opacity=".6")
+        svg.text(middle, height - 14, str(d["step"]), text_anchor="middle")
+        if d["error"]:
+            svg.dot(middle, y(d["error"]), BLUE, 3.5)
+        if d["error_estimate"]:
+            svg.line([(middle - 4, y(d["error_estimate"])), (middle + 4, y(d["error_estimate"]))], ORANGE, stroke_width=2)
+    svg.text(left, height - 2, "step: blue = computed, grey = forecast; dot = measured relative error of the forecast, dash = its estimate")
+    return str(svg)
 
 
 def _written(attributes: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 from .types import Decision, Step, Where
 
+DECISIONS = ("step", "sigma", "action", "estimate", "error", "why")
+
 
 @dataclass
 class Report:
@@ -39,6 +41,11 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
 
+    def rows(self) -> list[list[str]]:
+        """The decisions as cells of a table under ``DECISIONS``."""
+        figures = lambda d: [_figure(d["error_estimate"]), _figure(d["error"])]  # noqa: E731
+        return [[str(d["step"]), _figure(d["sigma"]), d["action"], *figures(d), d["why"]] for d in self.decisions]
+
     def to_markdown(self) -> str:
         share = self.calls_skipped / self.calls if self.calls else 0.0
         lines = [
@@ -48,10 +55,7 @@ class Report:
             f"| {self.bytes_exact:,} B | {self.seconds_cpu:.2f} s |",
         ]
         if self.decisions:
-            lines += ["", "| step | sigma | action | estimate | error | why |", "|---|---|---|---|---|---|"]
-            for d in self.decisions:
-                cells = [d["step"], _figure(d["sigma"]), d["action"], _figure(d["error_estimate"]), _figure(d["error"]), d["why"]]
-                lines.append("| " + " | ".join(map(str, cells)) + " |")
+            lines += ["", *(f"| {' | '.join(cells)} |" for cells in (DECISIONS, ["---"] * len(DECISIONS), *self.rows()))]
         judged = {site: row["far"] for site, row in self.per_site.items() if "far" in row}
         if worse := [f"{site} ({ratio:.2f})" for site, ratio in judged.items() if ratio > 1]:
             lines.append(f"\nfar field: off in {len(worse)} of {len(judged)} attentions, where it errs more than none: {', '.join(worse)}")

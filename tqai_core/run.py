@@ -209,7 +209,8 @@ def _pipe_lines(result: dict[str, Any]) -> list[str]:
     ]
     if (other := result.get("compare")) is None:
         return lines
-    close = "identical" if other["identical"] else f"PSNR {other['psnr']:.1f} dB"
+    figures = f"PSNR {other['psnr']:.1f} dB, SSIM {other['ssim']:.4f}, largest error {other['largest']:.2%} of the range"
+    close = "identical" if other["identical"] else figures
     if not other["identical"] and other["psnr_latents"] is not None:
         close += f", of the latents {other['psnr_latents']:.1f} dB"
     return [
@@ -218,4 +219,5 @@ def _pipe_lines(result: dict[str, Any]) -> list[str]:
         f"exact run: {other['seconds']:.2f} s, {other['seconds'] / result['seconds']:.2f}x as long; to it: {close}",
         _peak(other),
         f"saved {', '.join(other['files'])}",
+        f"both, their difference and every decision: {other['page']}",
     ]

@@ -13,13 +13,10 @@ from torch import Tensor
 
 from ..errors import TqaiError
 from ..files import MOST_HEADER, read_json
+from ..pages import sheet, table
 from ..plot import BLUE, INK, ORANGE, Svg
 from . import tune
 from .file import Calibration
-
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #ccc;padding:2px 8px;text-align:left;vertical-align:top}
-.row{display:flex;flex-wrap:wrap;gap:14px}svg{max-width:100%}.won{color:#17632f}.lost{color:#8a3d00}pre{white-space:pre-wrap}"""
 
 
 def page(path: Path) -> str:
@@ -29,19 +26,19 @@ def page(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(16).removeprefix(b"\xef\xbb\xbf")
     if head.startswith(b"SQLite format"):
-        return _page(f"tqai tune: {path.name}", _study(tune.load_study(path)))
+        return sheet(f"tqai tune: {path.name}", _study(tune.load_study(path)))
     if head.lstrip().startswith(b"{"):
         found = read_json(path, what="study", again="give what tqai tune --json wrote", most=MOST_HEADER)
         if not isinstance(found, dict) or found.get("what") != "study":
             raise TqaiError(f"{path} is JSON, but no study: give what tqai tune --json wrote")
-        return _page(f"tqai tune: {path.name}", _study(tune.check_study(found, str(path))))
-    return _page(f"tqai calibrate: {path.name}", _calibration(Calibration.load(path)))
+        return sheet(f"tqai tune: {path.name}", _study(tune.check_study(found, str(path))))
+    return sheet(f"tqai calibrate: {path.name}", _calibration(Calibration.load(path)))
 
 
 def _calibration(made: Calibration) -> list[str]:
     h, t = made.header, made.tensors
     rows = [[key, json.dumps(h.get(key))] for key in ("class", "model", "seeds", "held_out", "steps", "samples", "codec", "versions")]
-    parts = [_table(["what", "value"], rows), "<h2>Sensitivity</h2><p>What a unit of squared error of keys or values costs the output.</p>"]
+    parts = [table(["what", "value"], rows), "<h2>Sensitivity</h2><p>What a unit of squared error of keys or values costs the output.</p>"]
     sigmas = t["sigmas"].tolist()
     for band, sigma in enumerate(sigmas):
         parts.append(_maps(t["fisher"][..., band], f"{{}}, sigma {sigma:.2f}"))
@@ -61,7 +58,7 @@ def _calibration(made: Calibration) -> list[str]:
         for i, v in enumerate(heads)
     ]
     parts.append(f"<h2>Bases</h2><p>NMSE at {h['basis_bits']:d} bits on seed {h['held_out']:d}, which nothing was fitted on.</p>")
-    parts.append(_table(["stream", "head", "KLT", "rotation", "kept"], rows, raw=(4,)))
+    parts.append(table(["stream", "head", "KLT", "rotation", "kept"], rows, raw=(4,)))
     return parts
 
 
@@ -73,11 +70,11 @@ def _maps(table: Tensor, title: str, log: bool = True) -> str:
 
 def _study(found: dict[str, Any]) -> list[str]:
     parts = [
-        _table(["what", "value"], [[key, json.dumps(value)] for key, value in found["settings"].items()]),
+        table(["what", "value"], [[key, json.dumps(value)] for key, value in found["settings"].items()]),
         f"<h2>Error against {html.escape(str(found['budget']['what']))}</h2>",
         pareto(found) if found["trials"] else "<p>no trial is finished yet</p>",
     ]
-    parts += [f"<h2>{html.escape(title)}</h2>" + _table(head, rows) for title, head, rows in tune.tables_of(found)]
+    parts += [f"<h2>{html.escape(title)}</h2>" + table(head, rows) for title, head, rows in tune.tables_of(found)]
     if "config" in found:
         parts.append(f"<h2>Config</h2><pre>{html.escape(json.dumps(found['config'], indent=1))}</pre>")
     return parts
@@ -85,17 +82,6 @@ def _study(found: dict[str, Any]) -> list[str]:
 
 def _mark(kept: str, winner: str) -> str:
     return f'<b class="{"won" if kept == winner else "lost"}">{html.escape(kept)}</b>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], raw: Sequence[int] = ()) -> str:
-    cells = lambda row: "".join(f"<td>{c if i in raw else html.escape(c)}</td>" for i, c in enumerate(row))  # noqa: E731
-    body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
-    return f"<table><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr>{body}</table>"
-
-
-def _page(title: str, parts: Sequence[str]) -> str:
-    title = html.escape(title)
-    return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{''.join(parts)}\n"
 
 
 def pareto(found: Mapping[str, Any], width: int = 640, height: int = 320) -> str:

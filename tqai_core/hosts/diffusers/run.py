@@ -7,6 +7,7 @@ import inspect
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from transformers.utils import logging as transformers_logging
 
 import tqai_core
 
+from ...closeness import Comparison
 from ...config import Config, preset
 from ...errors import TqaiError
 from ...families import find
 from ...metrics import psnr
 from ...peak import Peak
+from ...run_page import page
 from ...text import first_line
 from .clock import denoisers
 from .load import pipeline
@@ -101,11 +104,15 @@ def run(args: argparse.Namespace, config: Config | None, device: torch.device) -
         }  # fmt: skip
         if args.compare:
             exact, exact_latents, figures = generate()
+            ours, theirs = (torch.as_tensor(p).movedim(-1, 1) for p in (pixels, exact))
+            against = Comparison.of([("picture", ours, theirs)])
             result["compare"] = {
                 **figures, "files": save(exact, args.out, f"exact-{args.seed}", video), "identical": bool((pixels == exact).all()),
-                "psnr": psnr(torch.as_tensor(pixels), torch.as_tensor(exact)),
+                **asdict(against.rows["picture"]), "page": str(args.out / f"compare-{args.seed}.html"),
                 "psnr_latents": None if latents is None or exact_latents is None else psnr(latents, exact_latents),
             }  # fmt: skip
+            grey = save(against.difference[None, :, :, None].repeat(1, 1, 1, 3).numpy(), args.out, f"difference-{args.seed}", video)
+            Path(result["compare"]["page"]).write_text(page(result, against, grey, report), encoding="utf-8")
     return result
 
 
