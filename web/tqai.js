@@ -55,7 +55,7 @@ function render(root, text) {
     if (!line.startsWith("|")) {
       table = undefined;
       if (line.trim()) element("div", { whiteSpace: "pre-wrap", fontWeight: line.startsWith("#") ? "600" : "" }, root).textContent = line.replace(/^#+ /, "");
-    } else if (!/^[|-]+$/.test(line)) {
+    } else if (!/^[| -]+$/.test(line)) {
       const kind = table ? "td" : "th";
       table ??= element("table", { borderCollapse: "collapse", margin: "3px 0" }, root);
       const row = element("tr", {}, table);
