@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.dit_peers import lost_first
 from bench.harness import Verdict
 from figures import KINDS, e4, load, pick, table
 
@@ -95,9 +96,21 @@ def comfyui(versions: dict[str, Any]) -> str:
     return f"No row of the table below fails ({sum(map(len, versions.values()))} rows, {len(versions)} versions)."
 
 
+def worse(peers: dict[str, Any]) -> str:
+    """What is as fast as ``balanced`` and has no more error."""
+    found = [d for d in peers["duels"] if d["default"] == "WORSE"]
+    if not found:
+        return "No setting of another cache or solver is both as fast as `balanced` and as close to the exact run, on any mini."
+    ours = {kind: pick(peers["tables"][kind], peer="tqai", setting="balanced") for kind in peers["tables"]}
+    pair = lambda r: [f"{r['cpu']:.2f}", e4(r["nmse"])]  # noqa: E731
+    rows = [[d["mini"], d["peer"], d["setting"], *pair(d), *pair(ours[d["mini"]])] for d in found]
+    head = ["mini", "cache or solver", "setting", "CPU ratio", "NMSE e-4", "`balanced`: CPU ratio", "NMSE e-4"]
+    return f"**These are at least as fast as `balanced` and have no more error:**\n\n{table(head, rows)}"
+
+
 def lost(peers: dict[str, Any]) -> str:
     rows = []
-    for d in peers["duels"]:
+    for d in lost_first(peers["duels"]):
         if not d["ok"]:
             ours = [d["tqai"], f"{d['tqai_cpu']:.2f}", e4(d["tqai_nmse"])] if d["tqai"] else ["none", "", ""]
             rows.append([d["mini"], d["peer"], d["setting"], f"{d['cpu']:.2f}", e4(d["nmse"]), *ours])

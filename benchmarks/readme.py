@@ -229,20 +229,29 @@ def attention_of(bench: Any, result: dict[str, Any]) -> dict[str, str]:
 
 
 def peers(result: dict[str, Any]) -> str:
-    """The rows as fast as ``quality`` or faster: what somebody would choose between."""
+    """What beats ``balanced``, then the rows as fast as ``quality`` or faster: what somebody would choose between."""
+    figure = lambda r, key: "" if r.get(key) is None else f"{r[key]:.1f}"  # noqa: E731
     rows = []
     for kind in KINDS:
         least = next(r["cpu"] for r in result["tables"][kind] if r["setting"] == "quality")
         for r in result["tables"][kind]:
             if r["failed"]:
-                rows.append([kind, r["peer"], r["setting"], *[""] * 7, "failed: " + r["failed"].replace("|", "/")[:80]])
+                failed = "failed: " + r["failed"].replace("|", "/")[:80]
+                rows.append([kind, r["peer"], r["setting"], *[""] * 10, failed, r.get("zero", "")])
             elif r["cpu"] >= least and not r["setting"].startswith("tau="):
-                figures = [f"{r['calls']:g}", f"{r['cpu']:.2f}", *tail(r, "psnr"), e4(r["nmse"]), e4(r["ode"])]
-                rows.append([kind, r["peer"], r["setting"], *figures, f"{r['held']:,.0f}"])
-    head = ["mini", "peer", "setting", "calls", "CPU ratio", "PSNR dB", *PSNR[1:], "own, NMSE e-4", "true ODE, NMSE e-4", "bytes held"]
+                figures = [f"{r['calls']:g}", f"{r['calls'] / result['steps']:.0%}", f"{r['cpu']:.2f}"]
+                figures += [*tail(r, "psnr"), figure(r, "psnr_mean"), figure(r, "psnr_sd"), e4(r["nmse"]), e4(r["ode"])]
+                rows.append([kind, r["peer"], r["setting"], *figures, f"{r['held']:,.0f}", r.get("zero", "")])
+    head = ["mini", "peer", "setting", "calls", "computed", "CPU ratio", "PSNR dB", *PSNR[1:], "mean", "sd"]
+    head += ["own, NMSE e-4", "true ODE, NMSE e-4", "bytes held", "threshold 0 exact"]
     seeds = ", ".join(map(str, result["seeds"]))
-    note = f"Batches of {counts(result['samples'])} (flux / sd3 / wan), medians over seeds {seeds}; 5 % and least: PSNR of single pictures."
-    return f"{table(head, rows)}\n\n{note}"
+    note = (
+        f"Batches of {counts(result['samples'])} (flux / sd3 / wan), medians over seeds {seeds}; 5 %, least, mean and sd: PSNR of single "
+        "pictures of all these (no mean where one is exact). Computed: share of the steps. "
+        "Threshold 0 exact: whether it gives the exact run bit for bit, where a "
+        "method has a threshold. Spectrum: a form of ours, written from the paper."
+    )
+    return f"{promised.worse(result)}\n\n{table(head, rows)}\n\n{note}"
 
 
 def llm_quality(result: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ pytest.importorskip("diffusers")
 
 from bench import dit, dit_peers
 from bench import dit_caches as peers
-from bench.dit_peers import Rival, Track, duels, measure, mixing, summary_lines, verdicts
+from bench.dit_peers import Rival, Track, at_zero, duels, lost_first, measure, mixing, summary_lines, verdicts
+from bench.spectrum import Fit, Schedule
 
 from tqai_core.report import dumps
 from tqai_core.types import nbytes
@@ -31,13 +32,16 @@ def sd3():
     return track
 
 
-def rival(name, function, helped=False, **options):
-    def enable(mini):
-        clear = peers.context(mini.pipe) if helped else lambda: None
-        undo = function(mini.pipe, **options)
-        return (lambda: (undo(), clear())), (lambda: peers.held(mini.pipe))
+def rival(name, function, helped=False, zero=None, **options):
+    def on(**options):
+        def enable(mini):
+            clear = peers.context(mini.pipe) if helped else lambda: None
+            undo = function(mini.pipe, **options)
+            return (lambda: (undo(), clear())), (lambda: peers.held(mini.pipe))
 
-    return Rival(name, "test", enable, steps=STEPS)
+        return enable
+
+    return Rival(name, "test", on(**options), steps=STEPS, zero=on(**zero) if zero else None)
 
 
 def clean(track):
@@ -54,13 +58,14 @@ def ratios(flux):
     return peers.calibrated_ratios(flux.mini.pipe, lambda: flux.exact(100), STEPS)
 
 
-@pytest.mark.parametrize("name", ["PAB", "FirstBlockCache", "MagCache", "TaylorSeer"])
+@pytest.mark.parametrize("name", ["PAB", "FirstBlockCache", "MagCache", "TaylorSeer", "Spectrum"])
 def test_a_peer_runs_saves_holds_and_leaves_no_trace(flux, ratios, name):
     one = {
         "PAB": rival("PAB", peers.pab, low=-1, high=1001),
         "FirstBlockCache": rival("FirstBlockCache", peers.first_block, threshold=0.5),
         "MagCache": rival("MagCache", peers.mag_cache, threshold=0.3, ratios=ratios, steps=STEPS),
         "TaylorSeer": rival("TaylorSeer", peers.taylor_seer, interval=2, lite=True, dtype=torch.float32),
+        "Spectrum": rival("Spectrum", peers.spectrum, schedule=Schedule(warmup=3, window=2, flex=0, stop=1)),
     }[name]
     before = flux.exact(0)
     exact, row = measure(flux, [one], [0])
@@ -74,6 +79,70 @@ def test_a_peer_runs_saves_holds_and_leaves_no_trace(flux, ratios, name):
     clean(flux)
     assert peers.held(flux.mini.pipe) == 0
     assert torch.equal(flux.exact(0).latents, before.latents)
+
+
+def test_spectrum_computes_a_warm_up_then_growing_gaps_then_the_end():
+    assert Schedule(warmup=5, window=2, flex=0.75, stop=0.9).computed(24) == {0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 22, 23}
+    assert Schedule(warmup=2, window=3, flex=0, stop=1).computed(12) == {0, 1, 4, 7, 10}
+    assert Schedule(warmup=30).computed(24) == set(range(24))
+
+
+def test_spectrum_fits_what_it_can_span_and_ridge_and_blend_do_as_said():
+    times, now = torch.linspace(-1, 0.2, 8, dtype=torch.float64), torch.tensor([0.7], dtype=torch.float64)
+    cubic = lambda t: 4 * t**3 - 2 * t**2 + t - 3
+    forecast = lambda fit: float(fit.weights(times, now) @ cubic(times))
+    want, values = float(cubic(now)), cubic(times)
+    slope = (values[-1] - values[-2]) / (times[-1] - times[-2])
+    line = float(values[-1] + slope * (now - times[-1]))
+    assert forecast(Fit(order=3, ridge=0)) == pytest.approx(want, abs=1e-9)
+    assert forecast(Fit(order=3, ridge=0, blend=0)) == pytest.approx(line, abs=1e-9)
+    assert forecast(Fit(order=3, ridge=0, blend=0.25)) == pytest.approx(0.25 * want + 0.75 * line, abs=1e-9)
+    errors = [abs(forecast(Fit(order=3, ridge=ridge)) - want) for ridge in (1e-4, 1e-2, 1)]
+    assert errors == sorted(errors)
+    assert errors[-1] > 10 * errors[0]
+
+
+def test_spectrum_is_closer_than_reuse_and_keeps_a_fit_for_each_branch(flux):
+    schedule = Schedule(warmup=4, window=2, flex=0, stop=1)
+    fitted = rival("Spectrum", peers.spectrum, blend=0.5, schedule=schedule)
+    seen = []
+
+    def reuse(mini):
+        model = mini.pipe.transformer
+        original, at = model.forward, {"step": -1, "call": 0, "held": {}}
+
+        def forward(*args, **kwargs):
+            step = mini.pipe.scheduler.step_index or 0
+            at["call"] = at["call"] + 1 if step == at["step"] else 0
+            at["step"] = step
+            if step in schedule.computed(STEPS):
+                at["held"][at["call"]] = original(*args, **kwargs)
+            return at["held"][at["call"]]
+
+        model.forward = forward
+        return (lambda: vars(model).pop("forward")), (lambda: seen.append(len(at["held"])) or 0)
+
+    _, spectrum, plain = measure(flux, [fitted, Rival("reuse", "test", reuse, steps=STEPS)], [0, 1])
+    assert spectrum["calls"] == plain["calls"] == len(schedule.computed(STEPS))
+    assert spectrum["nmse"] < 0.5 * plain["nmse"]
+    assert set(seen) == {2}, "guidance is two calls"
+    clean(flux)
+
+
+def test_threshold_zero_is_judged_bit_by_bit(flux):
+    first = rival("FirstBlockCache", peers.first_block, threshold=0.5, zero=dict(threshold=0.0))
+    loose = rival("loose", peers.first_block, threshold=0.5, zero=dict(threshold=0.5))
+    broken = Rival("broken", "test", None, steps=STEPS, zero=lambda mini: (_ for _ in ()).throw(RuntimeError("why")))
+    none = rival("PAB", peers.pab, low=-1, high=1001)
+    found = at_zero(flux, [first, loose, broken, none], 0)
+    assert found == {("FirstBlockCache", ""): "yes", ("loose", ""): "NO", ("broken", ""): "fails: RuntimeError"}
+    exact, row, other = measure(flux, [first, none], [0, 1])
+    assert (exact["zero"], row["zero"], other["zero"]) == ("", "yes", "")
+    assert row["psnr_worst"] <= row["psnr_mean"]
+    assert row["psnr_sd"] > 0
+    assert exact["psnr_sd"] is None
+    assert row["share"] == row["calls"] / STEPS
+    clean(flux)
 
 
 def test_ratios_come_from_the_peers_own_calibration(ratios, flux):
@@ -171,7 +240,17 @@ def test_cache_dit_runs_and_is_undone(flux):
 def test_every_family_has_its_rows():
     for kind in ("flux", "sd3", "wan"):
         names = {r.peer for r in dit_peers.rivals(kind, [1.0] * 24)}
-        assert names >= {"PAB", "FasterCache", "FirstBlockCache", "MagCache", "TaylorSeer", "SeaCache", "DBCache", "DBCache + TaylorSeer"}
+        assert names >= {
+            "PAB",
+            "FasterCache",
+            "FirstBlockCache",
+            "MagCache",
+            "TaylorSeer",
+            "SeaCache",
+            "DBCache",
+            "DBCache + TaylorSeer",
+            "Spectrum",
+        }
         assert names >= {"Euler", "UniPC", "DPM++"}
         mine = [r.setting for r in dit_peers.ours(kind)]
         assert mine[:3] == ["quality", "balanced", "fast"]
@@ -213,6 +292,8 @@ def test_duels_compare_at_no_more_cpu_time_and_promises_can_fail():
     assert [v["ok"] for v in checks] == [True, False]
     assert checks[1]["measured"] == 3
     assert "A close" in summary_lines(result)[0]
+    ordered = [(d["default"] == "WORSE", d["ok"]) for d in lost_first(duels("flux", [*rows, row("B", "x", 2.1, 1e-5)]))]
+    assert ordered == [(True, False), *[(False, False)] * 1, *[(False, True)] * 3]
     worse = {"tables": {"flux": [*rows, row("B", "x", 2.1, 1e-5)]}}
     assert not verdicts(worse)[0]["ok"]
     assert "B x" in summary_lines(worse)[0]
@@ -245,5 +326,6 @@ def test_the_shipped_result_names_its_machine_and_its_promises_are_recomputed(ro
     assert result["machine"]["threads"] == 1
     assert set(result["tables"]) == {"flux", "sd3", "wan"}
     assert result["verdicts"] == verdicts(result)
+    assert result["duels"] == lost_first(duel for kind, rows in result["tables"].items() for duel in duels(kind, rows))
     for rows in result["tables"].values():
         assert all(r["failed"] or r["cpu"] > 0 for r in rows)

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from tqai_core.types import nbytes
 
+from .spectrum import Fit, Schedule, Spectrum
+
 Undo = Callable[[], None]
 
 
@@ -184,6 +186,13 @@ def db_cache(
     return undo
 
 
+def spectrum(pipe: Any, keep: int = 24, schedule: Schedule | None = None, **fit: float) -> Undo:
+    """Spectrum (arXiv:2603.01623) in a form of ours: :mod:`bench.spectrum` says what is the paper's and what is assumed."""
+    model = pipe.transformer
+    model.forward = Spectrum(pipe.scheduler, model.forward, schedule or Schedule(), Fit(**fit), keep)  # type: ignore[arg-type]
+    return lambda: vars(model).pop("forward", None)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the log lines and warnings of peers; what goes wrong is raised."""
@@ -238,6 +247,7 @@ def context(pipe: Any) -> Undo:
 def held(pipe: Any) -> int:
     """Bytes of the distinct tensors that peers hold right now, walked through their hooks and contexts."""
     roots: list[Any] = [getattr(pipe, "_context_manager", None)]
+    roots += [own.outputs] if isinstance(own := pipe.transformer.forward, Spectrum) else []
     for module in pipe.transformer.modules():
         registry = vars(module).get("_diffusers_hook")
         if registry is not None:

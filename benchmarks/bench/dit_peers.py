@@ -2,14 +2,17 @@
 
 Every peer runs at a few settings of its own. A row is a median over the seeds; its error is taken against the exact run of
 the same seed (24 Euler steps, shift 1) and its distance against the true ODE (240 calls of Adams-Bashforth 2 at shift 2). A
-row that fails stays, with its reason; so does one that saves nothing.
+row that fails stays, with its reason; so does one that saves nothing. Beside the medians stand mean, sd and least PSNR of the single
+pictures of all seeds, and for a method with a threshold whether threshold 0 is the exact run, bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -41,6 +44,7 @@ class Rival:
     helped: str = ""  # what the bench did for it that its pipeline does not
     steps: int = STEPS
     solver: str = "euler"
+    zero: Enable | None = None  # the same with its threshold at 0; None: it has none
 
 
 @dataclass
@@ -138,18 +142,19 @@ def ours(kind: str) -> list[Rival]:
 
         return enable
 
-    rivals = [Rival("tqai", name, on(preset(name, kind))) for name in PRESETS]
     balanced = preset("balanced", kind)
-    rivals += [Rival("tqai", f"tau={tau:g}", on(replace(balanced, monitor=f"lyapunov:tau={tau}"))) for tau in TAUS]
+    at = lambda tau: on(replace(balanced, monitor=f"lyapunov:tau={tau}"))  # noqa: E731
+    rivals = [Rival("tqai", name, on(preset(name, kind)), zero=at(0)) for name in PRESETS]
+    rivals += [Rival("tqai", f"tau={tau:g}", at(tau), zero=at(0)) for tau in TAUS]
     bare = [(name, replace(preset(name, kind), codec="exact")) for name in PRESETS]
-    return rivals + [Rival("tqai", f"{name}, uncoded", on(config)) for name, config in bare]
+    return rivals + [Rival("tqai", f"{name}, uncoded", on(config), zero=at(0)) for name, config in bare]
 
 
 def _rows(name: str, function: Callable[..., Any], *settings: tuple[str, dict[str, Any]], helped: str = "") -> list[Rival]:
     """A peer at its settings; ``function(pipe, **options)`` switches it on and returns what switches it off."""
     from . import dit_caches as peers
 
-    def row(setting: str, options: dict[str, Any]) -> Rival:
+    def on(options: dict[str, Any]) -> Enable:
         def enable(mini: Mini) -> tuple[Callable[[], None], Callable[[], int]]:
             pipe = mini.pipe
             clear = peers.context(pipe) if "context" in helped else lambda: None
@@ -160,16 +165,32 @@ def _rows(name: str, function: Callable[..., Any], *settings: tuple[str, dict[st
                 raise
             return (lambda: (undo(), clear())[1]), (lambda: peers.held(pipe))
 
-        return Rival(name, setting, enable, helped)
+        return enable
 
-    return [row(*setting) for setting in settings]
+    zero = lambda options: on(options | {"threshold": 0.0}) if "threshold" in options else None  # noqa: E731
+    return [Rival(name, setting, on(options), helped, zero=zero(options)) for setting, options in settings]
 
 
 def rivals(kind: str, ratios: list[float], steps: int = STEPS) -> list[Rival]:
     """Every peer at its settings. ``ratios`` are MagCache's, calibrated on other seeds."""
     solvers = [("Euler", "euler", (16, 12, 10)), ("UniPC", "unipc", (12, 10)), ("DPM++", "dpm++", (12, 10))]
     plain = [Rival(name, f"{n} steps", steps=n, solver=solver) for name, solver, counts in solvers for n in counts]
-    return [*_of_diffusers(kind, ratios, steps), *_of_cache_dit(kind, steps), *plain]
+    return [*_of_diffusers(kind, ratios, steps), *_of_cache_dit(kind, steps), *_spectrum(), *plain]
+
+
+def _spectrum() -> list[Rival]:
+    """Our form of Spectrum: its fit alone, blended with a line, with gaps that grow less, and at the defaults of a port that is used."""
+    from . import dit_caches as peers
+    from .spectrum import Schedule
+
+    return _rows(
+        "Spectrum", peers.spectrum,
+        ("order 3, ridge .1", dict(order=3, ridge=0.1)),
+        ("order 3, ridge .1, blend .5", dict(order=3, ridge=0.1, blend=0.5)),
+        ("order 3, ridge .1, blend .5, flex .25", dict(order=3, ridge=0.1, blend=0.5, schedule=Schedule(flex=0.25))),
+        ("as stable-diffusion.cpp", dict(order=3, ridge=1.0, blend=0.4, schedule=Schedule(warmup=4, window=2, flex=0.5, stop=0.9))),
+        helped="our form of it",
+    )  # fmt: skip
 
 
 def _of_diffusers(kind: str, ratios: list[float], steps: int) -> list[Rival]:
@@ -277,24 +298,57 @@ def measure(
                 before, waiting = now, []
         for figures, seconds in waiting:  # the last rival failed, so no exact run came after
             figures["cpu"] = before / seconds
+    zero = at_zero(track, rivals, seeds[0])
     out: list[Row] = [
-        {"peer": "exact", "setting": "24 Euler steps", "helped": "", "note": "", "failed": None, **medians(exact_rows), "cpu": 1.0}
+        {
+            "peer": "exact",
+            "setting": "24 Euler steps",
+            "helped": "",
+            "note": "",
+            "failed": None,
+            **_over(exact_rows),
+            "cpu": 1.0,
+            "zero": "",
+        }
     ]
     for i, rival in enumerate(rivals):
         row: Row = {"peer": rival.peer, "setting": rival.setting, "helped": rival.helped, "note": "", "failed": failed.get(i)}
+        row["zero"] = zero.get((rival.peer, rival.helped), "") if rival.zero else ""
         if i not in failed:
-            row |= medians(values[i])
+            row |= _over(values[i])
             if min(row["calls"], row["attention"]) > track.steps - 1e-6:
                 row["note"] = "saved nothing: 0 calls"
         out.append(row)
     return out
 
 
+def at_zero(track: Track, rivals: Sequence[Rival], seed: int) -> dict[tuple[str, str], str]:
+    """Of each method with a threshold, helped or not: is threshold 0 the exact run bit for bit? "yes", "NO", or what it raises."""
+    exact, out = track.exact(seed).latents, dict[tuple[str, str], str]()
+    for rival in rivals:
+        key = rival.peer, rival.helped
+        if rival.zero is None or key in out:
+            continue
+        try:
+            out[key] = "yes" if torch.equal(track.run(replace(rival, enable=rival.zero), seed).latents, exact) else "NO"
+        except Exception as error:
+            out[key] = f"fails: {type(error).__name__}"
+    return out
+
+
+def _over(rows: Sequence[Row]) -> Row:
+    """Medians over seeds, and mean and sd of PSNR over the pictures of all seeds; where some are exact the mean is infinite."""
+    pictures = [value for row in rows for value in row["psnr_each"]]
+    spread = pstdev(pictures) if all(map(math.isfinite, pictures)) else None
+    return {**medians(rows), "psnr_mean": fmean(pictures), "psnr_sd": spread}
+
+
 def _figures(track: Track, result: Result, exact: Result, truth: dict[int, Tensor] | None, seed: int) -> Row:
     a, b = track.pixels(result.latents), track.pixels(exact.latents)
     labels = (track.mini.labels(result.latents) == track.mini.labels(exact.latents)).float().mean()
     return {
-        "calls": result.calls, "attention": result.attention, "psnr": psnr(result.latents, exact.latents), "ssim": ssim(a, b),
+        "calls": result.calls, "share": result.calls / track.steps, "attention": result.attention,
+        "psnr": psnr(result.latents, exact.latents), "ssim": ssim(a, b),
         "psnr_each": each(psnr, result.latents, exact.latents),
         "nmse": nmse(result.latents, exact.latents), "ode": nmse(result.latents, truth[seed]) if truth else None,
         "agreement": float(labels), "held": result.held,
@@ -361,7 +415,7 @@ def bench(kinds: Sequence[str], seeds: Sequence[int], tell: Callable[[str], None
         "samples": {k: SAMPLES[k] for k in kinds}, "missing": absent(), "mag_ratios": ratios, "tables": tables, "pab_guidance": mixed,
         "cpu_minutes": (time.process_time() - began) / 60,
     }  # fmt: skip
-    result["duels"] = [duel for kind in kinds for duel in duels(kind, tables[kind])]
+    result["duels"] = lost_first(duel for kind in kinds for duel in duels(kind, tables[kind]))
     result["verdicts"] = verdicts(result)
     return result
 
@@ -387,6 +441,11 @@ def duels(kind: str, rows: Sequence[Row]) -> list[Row]:
             "ok": bool(best and best["nmse"] < r["nmse"]), "ode_ok": None if ode is None or r["ode"] is None else ode < r["ode"],
         })  # fmt: skip
     return out
+
+
+def lost_first(found: Iterable[Row]) -> list[Row]:
+    """Settings of others that beat ``balanced`` in time and error at once, then those that beat every tqai row, then the rest."""
+    return sorted(found, key=lambda duel: (duel["default"] != "WORSE", duel["ok"]))
 
 
 def verdicts(result: dict[str, Any]) -> list[Row]:
@@ -422,49 +481,10 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
 
 
 def tables_of(result: Row) -> Iterable[Table]:
-    head = [
-        "method",
-        "setting",
-        "calls",
-        "attn",
-        "CPU x",
-        "PSNR",
-        "5 %",
-        "least",
-        "SSIM",
-        "NMSE e-4",
-        "ODE e-4",
-        "labels",
-        "held B",
-        "note",
-    ]
-    cell = lambda v, f: "" if v is None else format(v, f)  # noqa: E731
+    """The duels stand first, lost ones on top."""
+    yield _duels_table(result)
     for kind, rows in result["tables"].items():
-        body = []
-        for r in rows:
-            name = r["peer"] + (" +" if r["helped"] else "")
-            if r["failed"]:
-                body.append([name, r["setting"], *[""] * 11, f"failed: {r['failed']}"])
-                continue
-            scores = [*(cell(r.get(key), ".1f") for key in ("psnr", "psnr_tail", "psnr_worst")), cell(r["ssim"], ".4f")]
-            scores.append(f"{r['nmse'] * 1e4:.2f}")
-            ode = "" if r["ode"] is None else f"{r['ode'] * 1e4:.2f}"
-            figures = [
-                f"{r['calls']:.1f}",
-                f"{r['attention']:.1f}",
-                f"{r['cpu']:.2f}",
-                *scores,
-                ode,
-                f"{r['agreement']:.3f}",
-                f"{r['held']:,.0f}",
-            ]
-            body.append([name, r["setting"], *figures, r["note"]])
-        title = (
-            f"{kind}: {result['steps']} Euler steps, shift 1, guidance 2, batches of {result['samples'][kind]}, seeds "
-            f"{', '.join(map(str, result['seeds']))}: medians; 5 % and least: PSNR of single pictures; calls and attention that ran, in "
-            "steps; +: helped by this bench"
-        )
-        yield title, head, body
+        yield _rows_table(result, kind, rows)
     if result["pab_guidance"]:
         yield (
             "PAB with guidance in two calls: one state for both branches, and the same hook with a state a branch",
@@ -475,15 +495,42 @@ def tables_of(result: Row) -> Iterable[Table]:
                 for m in result["pab_guidance"] for name in ("shared", "per_branch")
             ],
         )  # fmt: skip
-    yield (
-        "duels: each peer setting against the tqai setting of least NMSE that takes no more CPU time",
+    yield "verdicts", ["a line a model"], [[line] for line in summary_lines(result)]
+    yield from closing(result)
+
+
+def _rows_table(result: Row, kind: str, rows: Sequence[Row]) -> Table:
+    scores = ["PSNR", "mean", "sd", "5 %", "least"]
+    errors = ["SSIM", "NMSE e-4", "ODE e-4", "labels", "held B"]
+    head = ["method", "setting", "calls", "computed", "attn", "CPU x", *scores, *errors, "at 0", "note"]
+    cell = lambda v, f: "" if v is None else format(v, f)  # noqa: E731
+    body = []
+    for r in rows:
+        name = [r["peer"] + (" +" if r["helped"] else ""), r["setting"]]
+        if r["failed"]:
+            body.append([*name, *[""] * (len(head) - 4), r["zero"], f"failed: {r['failed']}"])
+            continue
+        figures = [f"{r['calls']:.1f}", f"{r['share']:.0%}", f"{r['attention']:.1f}", f"{r['cpu']:.2f}"]
+        figures += [cell(r[key], ".1f") for key in ("psnr", "psnr_mean", "psnr_sd", "psnr_tail", "psnr_worst")]
+        figures += [cell(r["ssim"], ".4f"), f"{r['nmse'] * 1e4:.2f}", "" if r["ode"] is None else f"{r['ode'] * 1e4:.2f}"]
+        body.append([*name, *figures, f"{r['agreement']:.3f}", f"{r['held']:,.0f}", r["zero"], r["note"]])
+    title = (
+        f"{kind}: {result['steps']} Euler steps, shift 1, guidance 2, batches of {result['samples'][kind]}, seeds "
+        f"{', '.join(map(str, result['seeds']))}: medians; mean, sd, 5 % and least: PSNR of single pictures; calls and attention that "
+        "ran, in steps; at 0: threshold 0 is the exact run, bit for bit; +: helped by this bench"
+    )
+    return title, head, body
+
+
+def _duels_table(result: Row) -> Table:
+    cell = lambda v, f: "" if v is None else format(v, f)  # noqa: E731
+    return (
+        "duels: each peer setting against the tqai setting of least NMSE that takes no more CPU time; lost ones first",
         ["mini", "peer", "setting", "CPU x", "NMSE e-4", "balanced", "tqai", "CPU x", "NMSE e-4", "lower"],
         [
             [d["mini"], d["peer"], d["setting"], f"{d['cpu']:.2f}", f"{d['nmse'] * 1e4:.2f}",
              d["default"], d["tqai"] or "none so fast",
              cell(d["tqai_cpu"], ".2f"), "" if d["tqai_nmse"] is None else f"{d['tqai_nmse'] * 1e4:.2f}", "yes" if d["ok"] else "NO"]
-            for d in result["duels"]
+            for d in lost_first(result["duels"])
         ],
     )  # fmt: skip
-    yield "verdicts", ["a line a model"], [[line] for line in summary_lines(result)]
-    yield from closing(result)
