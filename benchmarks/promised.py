@@ -13,12 +13,12 @@ SOLVERS = ("Euler", "UniPC", "DPM++")
 PROMISES = {
     "steps": ("dit", "default", "levels", "dit_peers"), "codec": ("codec", "stream"), "pipelines": ("stream_report",), "llm": ("llm",),
     "sparse": ("attention",), "sampler": ("sampler",), "calibration": ("calibrate",),
-    "methods": ("levels", "attention", "dit_peers", "llm"), "dit-kv": ("dit_kv",),
+    "methods": ("levels", "attention", "dit_peers", "llm"), "dit-kv": ("dit_kv",), "models": ("pipelines",),
 }  # fmt: skip
 COMMANDS = {
     "dit": "dit", "default": "default", "levels": "levels", "dit_peers": "dit --peers", "codec": "codec", "stream": "stream",
     "stream_report": "stream --report", "llm": "llm", "attention": "attention", "sampler": "sampler", "calibrate": "calibrate",
-    "dit_kv": "dit_kv",
+    "dit_kv": "dit_kv", "pipelines": "pipelines",
 }  # fmt: skip
 
 
@@ -38,6 +38,9 @@ WORDS = {  # what a promise is about -> what its failure means
     ),
     "k4v4: dB above rotated int4 in groups of 256, plain": (
         "where keys have no outlier channels, a packed reference cache has little less error than rotated int4."
+    ),
+    "flow pipelines taken, more than all peers' functions": (
+        "PAB's and FasterCache's hooks fit any attention and save a few layers of a pipeline that tqai leaves exact."
     ),
     "one at a time: minimum of": (
         "a run that lies between two pictures is decided by its first steps: forecasts there leave the worst picture further from its "
