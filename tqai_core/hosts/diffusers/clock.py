@@ -14,12 +14,8 @@ from ...families.base import Family
 from ...types import Step
 
 EXPERTS = ("transformer", "transformer_2")  # one takes over from the other on the way
-DENOISERS = (
-    *EXPERTS,
-    "transformer_ref",
-    "unconditional_transformer",
-    "unet",
-)  # attributes of a pipeline that hold what its scheduler integrates
+# attributes of a pipeline that hold what its scheduler integrates
+DENOISERS = (*EXPERTS, "transformer_ref", "unconditional_transformer", "unet")
 
 
 def denoisers(pipe: Any) -> dict[str, Any]:
@@ -186,13 +182,8 @@ def _time_of_the_loop() -> float | None:
     The loops of diffusers name it so, in plain and in modular pipelines; the attribute ``_current_timestep`` is missing in
     modular pipelines, and one of the plain ones puts 1000 - t there.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        t = frame.f_locals.get("t") if frame.f_code.co_name == "__call__" else None
-        if isinstance(t, float | int) or (isinstance(t, torch.Tensor) and t.numel() == 1):
-            return float(t)
-        frame = frame.f_back
-    return None
+    times = (names.get("t") for names in _calls_on_the_stack())
+    return next((float(t) for t in times if isinstance(t, float | int) or (isinstance(t, torch.Tensor) and t.numel() == 1)), None)
 
 
 Clock = SchedulerClock | CallClock | NoClock  # ``tick`` at each call of the transformer, ``reset`` when a generation is over
@@ -208,9 +199,15 @@ def pipelines_on_the_stack() -> Iterator[tuple[Any, Mapping[str, Any]]]:
       that all classes would have to be patched;
     - patching ``set_timesteps`` of the schedulers: a scheduler does not know which transformer its steps are for.
     """
+    for names in _calls_on_the_stack():
+        if hasattr(pipe := names.get("self"), "scheduler"):
+            yield pipe, names
+
+
+def _calls_on_the_stack() -> Iterator[Mapping[str, Any]]:
+    """The local names of every ``__call__`` that is running, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        pipe = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
-        if hasattr(pipe, "scheduler"):
-            yield pipe, frame.f_locals
+        if frame.f_code.co_name == "__call__":
+            yield frame.f_locals
         frame = frame.f_back

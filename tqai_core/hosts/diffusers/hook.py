@@ -182,6 +182,9 @@ class RootHook(ModelHook):
         if form is not None and pairs and all(flow.should_predict_from_sibling(*pair) for pair in pairs):
             return form.filled([flow.predict_from_sibling(*pair, called=pair is pairs[0]) for pair in pairs])
         output = run()
+        if flow.bypass_reason is not None:  # idle: the output is not even taken apart
+            self.recorder.call(flow.model, Where("model", branch), skipped=False)
+            return output
         form, tensors = Form.of(output)
         streams = [Where("model", branch, f"out{i}" if i else "out") for i in range(len(tensors))]
         self.forms[branch] = form, streams
