@@ -1,5 +1,6 @@
 """The ComfyUI nodes: the only importer of ``comfy*``. One node a file."""
 
+from .cache import TQAICache
 from .compress import TQAICompress
 from .load_pipeline import TQAILoadPipeline
 from .monitor import TQAIMonitor
@@ -17,6 +18,7 @@ NODE_CLASS_MAPPINGS = {
     "TQAIMonitor": TQAIMonitor,
     "TQAISkipLayers": TQAISkipLayers,
     "TQAICompress": TQAICompress,
+    "TQAICache": TQAICache,
     "TQAIReport": TQAIReport,
     "TQAISavePipeline": TQAISavePipeline,
     "TQAILoadPipeline": TQAILoadPipeline,
@@ -28,6 +30,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "TQAIMonitor": "TQAI Monitor",
     "TQAISkipLayers": "TQAI Skip Layers",
     "TQAICompress": "TQAI Compress",
+    "TQAICache": "TQAI Cache",
     "TQAIReport": "TQAI Report",
     "TQAISavePipeline": "TQAI Save Pipeline",
     "TQAILoadPipeline": "TQAI Load Pipeline",

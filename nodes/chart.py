@@ -24,10 +24,42 @@ def draw(entries: Sequence[Entry]) -> Tensor:
     canvas = Image.new("RGB", (WIDTH, HEIGHT * max(len(entries), 1)), "white")
     pen = ImageDraw.Draw(canvas)
     for nth, entry in enumerate(entries):
-        _panel(pen, entry, nth * HEIGHT)
+        (_cache if entry.cache else _panel)(pen, entry, nth * HEIGHT)
     if not entries:
-        pen.text((LEFT, TOP), "no sampling with TQAI Compress has run before this node", fill=INK)
+        pen.text((LEFT, TOP), "no sampling with TQAI Compress or TQAI Cache has run before this node", fill=INK)
     return torch.from_numpy(np.asarray(canvas, dtype=np.float32) / 255.0)[None]
+
+
+def _cache(pen: ImageDraw.ImageDraw, entry: Entry, y0: int) -> None:
+    """Layers of a packed cache: a bar of what each would take in bf16, in it what it takes, and its errors above."""
+    rows: list[dict[str, Any]] = list(entry.report["per_site"].values())
+    pen.text((LEFT, y0 + 6), f"{entry.head}: {_size(entry.report['bytes_held_peak'])} held", fill=INK)
+    pen.text((LEFT, y0 + 20), "by layer; grey: in bf16, green: packed; dot: error of values (NMSE), dash: of keys", fill=INK)
+    _scale(pen, y0)
+    most = max([row["bytes_exact"] for row in rows], default=0)
+    pen.text((8, y0 + SPLIT + 8), _size(most), fill=INK)
+    width = (WIDTH - LEFT - RIGHT) / max(len(rows), 1)
+    for i, row in enumerate(rows):
+        x = LEFT + i * width
+        for name, colour in (("bytes_exact", GRID), ("bytes_held", BYTES)):
+            pen.rectangle((x + 1, y0 + FLOOR - row[name] / most * (FLOOR - SPLIT - 8), x + width - 1, y0 + FLOOR), fill=colour)
+        _marks(pen, x + width / 2, y0, row["nmse_v"], row["nmse_k"])
+
+
+def _scale(pen: ImageDraw.ImageDraw, y0: int) -> None:
+    for decade in (0.001, 0.01, 0.1, 1.0):
+        y = y0 + _height(decade)
+        pen.line((LEFT, y, WIDTH - RIGHT, y), fill=GRID)
+        pen.text((8, y - 6), f"{decade:g}", fill=INK)
+
+
+def _marks(pen: ImageDraw.ImageDraw, x: float, y0: int, dot: float | None, dash: float | None) -> None:
+    if dash:
+        y = y0 + _height(dash)
+        pen.line((x - 5, y, x + 5, y), fill=ESTIMATE, width=2)
+    if dot:
+        y = y0 + _height(dot)
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ERROR)
 
 
 def _panel(pen: ImageDraw.ImageDraw, entry: Entry, y0: int) -> None:
@@ -37,10 +69,7 @@ def _panel(pen: ImageDraw.ImageDraw, entry: Entry, y0: int) -> None:
     pen.text((LEFT, y0 + 20), "blue computed, grey forecast; dot: measured error, dash: its estimate; green: bytes held", fill=INK)
     width = (WIDTH - LEFT - RIGHT) / max(len(steps), 1)
     most = max([d.get("bytes_held", 0) for d in steps], default=0)
-    for decade in (0.001, 0.01, 0.1, 1.0):
-        y = y0 + _height(decade)
-        pen.line((LEFT, y, WIDTH - RIGHT, y), fill=GRID)
-        pen.text((8, y - 6), f"{decade:g}", fill=INK)
+    _scale(pen, y0)
     pen.text((8, y0 + SPLIT + 8), _size(most), fill=INK)
     for i, d in enumerate(steps):
         x = LEFT + i * width
@@ -50,12 +79,7 @@ def _panel(pen: ImageDraw.ImageDraw, entry: Entry, y0: int) -> None:
             top = FLOOR - d.get("bytes_held", 0) / most * (FLOOR - SPLIT - 8)
             pen.rectangle((x + 1, y0 + top, x + width - 1, y0 + FLOOR), fill=BYTES)
         middle = x + width / 2
-        if d["error_estimate"]:
-            y = y0 + _height(d["error_estimate"])
-            pen.line((middle - 5, y, middle + 5, y), fill=ESTIMATE, width=2)
-        if d["error"]:
-            y = y0 + _height(d["error"])
-            pen.ellipse((middle - 3, y - 3, middle + 3, y + 3), fill=ERROR)
+        _marks(pen, middle, y0, d["error"], d["error_estimate"])
         if len(steps) <= 40 or i % 5 == 0:
             pen.text((middle - 4, y0 + FLOOR + 6), str(d["step"]), fill=INK)
 

@@ -27,35 +27,35 @@ class TQAICompress(io.ComfyNode):
             node_id="TQAICompress",
             display_name="TQAI Compress",
             category=CATEGORY,
-            description="Makes sampling cheaper: steps that can be forecast within a measured error are not computed. Works on every "
-            "flow-matching model: MiniMax-H3, LTX, Qwen-Image, WAN, Z-Image, Krea 2, Flux, SD3, HunyuanVideo, Chroma and others. Put it "
-            "last before the sampler; WAN 2.2 A14B takes one per expert. What cannot be forecast (SD1.5, SDXL) is computed exactly, and "
-            "TQAI Report says why.",
+            description="Makes sampling faster: a step that can be forecast from the steps before it is skipped, as long as the measured "
+            "error stays small. For MiniMax-H3, LTX, Qwen-Image, WAN, Z-Image, Krea 2, Flux, SD3, HunyuanVideo, Chroma and all other "
+            "flow-matching models. Put it last before the sampler; WAN 2.2 A14B takes one for each of its two models. SD1.5 and SDXL are "
+            "left as they are, and TQAI Report says why.",
             search_aliases=ALIASES,
             inputs=[
-                io.Model.Input("model", tooltip="Any flow-matching model, after LoRAs and shift nodes."),
+                io.Model.Input("model", tooltip="The model, after LoRAs and shift nodes."),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
                     default="balanced",
-                    tooltip="Tolerance tuned for the model's family: quality skips least, fast most. Not used when a pipeline is linked.",
+                    tooltip="How much is skipped: quality least, fast most. The error allowed is tuned for each family of models. Not used "
+                    "when a pipeline is linked.",
                 ),
                 io.Combo.Input(
                     "level",
                     options=MODEL_LEVELS,
                     default="model",
-                    tooltip="Where tqai acts. model: a step is computed or forecast as a whole, which saves most. block: what each block "
-                    "adds is forecast. attention: each attention's output; needed by strategy window. Where tqai cannot go below model "
-                    "it says so.",
+                    tooltip="What is skipped. model: a whole step, which saves most. block: parts of a step, one by one. attention: the "
+                    "attentions of a step alone; strategy window needs it. Where a model allows only model, an error says so.",
                 ),
-                dropdown("codec", KEEP, "How tensors are stored between steps, and with how many bits.", ()),
+                dropdown("codec", KEEP, "How the results of steps are stored until the next ones, and with how many bits.", ()),
                 io.Int.Input(
                     "memory_budget",
                     default=512,
                     min=0,
                     max=1_048_576,
-                    tooltip="MB that may be kept between steps. Above it, tensors move to CPU memory; where that is not possible, the "
-                    "remaining steps are computed exactly.",
+                    tooltip="MB that may be kept between steps. Above it, results move to the computer's memory; where that is not "
+                    "possible, the remaining steps are computed.",
                     advanced=True,
                 ),
                 io.Boolean.Input("enabled", default=True, tooltip="Off: the model passes through untouched."),

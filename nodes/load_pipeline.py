@@ -17,7 +17,8 @@ class TQAILoadPipeline(io.ComfyNode):
             node_id="TQAILoadPipeline",
             display_name="TQAI Load Pipeline",
             category=CATEGORY,
-            description="Reads a pipeline that TQAI Save Pipeline wrote, or a JSON file from ComfyUI's input folder.",
+            description="Loads settings that TQAI Save Pipeline wrote, also those of somebody else: put the JSON file into ComfyUI's "
+            "input folder.",
             search_aliases=["tqai", "import", "share", "json"],
             inputs=[io.Combo.Input("file", options=found or [EMPTY], tooltip="Files in output/tqai and in the input folder.")],
             outputs=[PIPELINE.Output(display_name="pipeline", tooltip="The pipeline of the file.")],

@@ -6,8 +6,9 @@ from .stage import StageNode
 class TQAIMonitor(StageNode):
     role, choices = "monitor", ("lyapunov",)
     description = (
-        "Sets the monitor of a tqai pipeline: it compares forecasts with computed steps and decides which steps may be forecast. A larger "
-        "tolerance is faster, a smaller one is closer to the exact picture."
+        "Sets how many steps are skipped. Each computed step shows how wrong its forecast would have been; while that error stays under a "
+        "tolerance, steps are skipped. A larger tolerance is faster, a smaller one is closer to the exact picture. A part of a tqai "
+        "pipeline."
     )
-    tooltip = "What decides which steps are computed and which are forecast."
+    tooltip = "What decides which steps are computed. lyapunov: the measured error; fixed: every second or third step, whatever the error."
     aliases = ("tqai", "tolerance", "step skip", "teacache", "easycache", "magcache")

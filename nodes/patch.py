@@ -24,6 +24,7 @@ from tqai_core.roles import EntropyMonitor
 from tqai_core.scorers.fisher import Fisher, load, origin
 
 from .levels import FORWARD, Forward, marker, override
+from .page import executing, sender
 from .parametrisation import Parametrisation, of
 from .run import Chunk, Kind, Run
 from .run_history import HISTORY, Entry
@@ -31,7 +32,7 @@ from .schedule import Schedule
 
 KEY, RUN = "tqai", "tqai_run"
 LEGACIES = Legacies()
-EVENT = "tqai.step"
+OWN_CACHE = ("not blocks_replace", "not hooked")  # in the source of models that keep something while nobody replaces their blocks
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def kind_of(model: Any) -> Kind:
 def _own_cache(module: str) -> bool:
     """Whether a model keeps K/V or features over the steps only while nobody replaces its blocks."""
     path = getattr(sys.modules.get(module), "__file__", None)
-    return path is not None and "not blocks_replace" in Path(path).read_text(encoding="utf-8")
+    return path is not None and any(test in Path(path).read_text(encoding="utf-8") for test in OWN_CACHE)
 
 
 def _exact(config: Config, kind: Kind) -> frozenset[int]:
@@ -163,7 +164,7 @@ def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: An
     times = [flow.time(sigma) for sigma in sigmas.tolist()]
     schedule = Schedule.of(times, lambda percent: flow.time(float(sampling.percent_to_sigma(percent))))
     free_memory = lambda: int(comfy.model_management.get_free_memory(torch.device("cpu")))  # noqa: E731
-    return Run(settings.config, kind, schedule, bypass, settings.budget, _sender(settings.node), free_memory, exact, inpainting, flow)
+    return Run(settings.config, kind, schedule, bypass, settings.budget, sender(settings.node), free_memory, exact, inpainting, flow)
 
 
 def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
@@ -229,24 +230,8 @@ def _with_forward(executor: Any, x: Any, t: Any, args: tuple[Any, ...], kwargs: 
     return executor(x, t, *args[:3], {**args[3], FORWARD: forward}, *args[4:], **kwargs)
 
 
-def _sender(node: str | None) -> Any:
-    """Sends a run's state to the page, once a step; nothing where no server runs or the node has no id."""
-    server = getattr(sys.modules.get("server"), "PromptServer", None)
-    instance = getattr(server, "instance", None)
-    if node is None or instance is None:
-        return None
-    return lambda state: instance.send_sync(EVENT, {"node": node, **state})
-
-
 def _remember(settings: Settings, family: str, report: dict[str, Any], failed: bool) -> None:
-    HISTORY.put(Entry(settings.node, _executing(), family, report, not failed))
+    HISTORY.put(Entry(settings.node, executing(), family, report, not failed))
     skipped = sum(d["action"] == "forecast" for d in report["decisions"])
     reasons = "; ".join(dict.fromkeys([f["why"] for f in report["fallbacks"]] + report["warnings"]))
     logging.info("[tqai] %s: %d of %d evaluations forecast%s", family, skipped, report["evaluations"], f" ({reasons})" if reasons else "")
-
-
-def _executing() -> str | None:
-    """The node that samples right now."""
-    utils = sys.modules.get("comfy_execution.utils")
-    context = utils.get_executing_context() if utils is not None else None
-    return None if context is None else str(context.node_id)

@@ -25,20 +25,22 @@ class TQAIReport(io.ComfyNode):
             node_id="TQAIReport",
             display_name="TQAI Report",
             category=CATEGORY,
-            description="Shows what the TQAI Compress nodes before it did: steps computed and forecast, measured forecast error, bytes "
-            "held, and why something was computed exactly. With the exact run linked too: how close this one is to it.",
+            description="Shows what TQAI Compress and TQAI Cache did: how many steps were skipped, how large the error was, how much "
+            "memory was used, and why something was not changed. With the exact run linked too: how close this one is to it.",
             search_aliases=["tqai", "statistics", "speed", "chart"],
             is_output_node=True,
             inputs=[
                 io.Latent.Input("samples", tooltip="Link the sampler's latent, so that this runs after it. It passes through."),
-                io.Latent.Input("exact", optional=True, tooltip="The latent of the same seed without TQAI Compress, to compare with."),
+                io.Latent.Input("exact", optional=True, tooltip="The latent of the same seed without TQAI nodes, to compare with."),
                 io.Image.Input("image", optional=True, tooltip="The pictures of `samples`, to compare with `exact_image`."),
                 io.Image.Input("exact_image", optional=True, tooltip="The pictures of the exact run."),
             ],
             outputs=[
                 io.Latent.Output(display_name="samples", tooltip="The latent, unchanged."),
                 io.String.Output(display_name="text", tooltip="The report as Markdown."),
-                io.Image.Output(display_name="chart", tooltip="Decision, forecast error and bytes held, step by step."),
+                io.Image.Output(
+                    display_name="chart", tooltip="A picture of what was done: which steps were skipped, the error, the memory."
+                ),
                 io.String.Output(display_name="json", tooltip="The same figures as JSON."),
                 io.Image.Output(
                     display_name="difference",
@@ -83,5 +85,8 @@ def _pairs(samples: Any, exact: Any, image: Tensor | None, exact_image: Tensor |
 
 def _text(entries: list[Entry]) -> str:
     if not entries:
-        return "No sampling with TQAI Compress has run before this node: it is off, not linked, or nothing was sampled since the start."
+        return (
+            "No sampling with TQAI Compress or TQAI Cache has run before this node: it is off, not linked, or nothing was sampled since "
+            "the start."
+        )
     return "\n".join(f"### {e.head}{'' if e.done else ' (stopped before its end)'}\n\n{Report(**e.report).to_markdown()}" for e in entries)

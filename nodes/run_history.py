@@ -11,17 +11,19 @@ MAX_SAMPLERS = 64
 
 @dataclass
 class Entry:
-    """One sampling: ``patch`` is the id of the Compress node, ``sampler`` that of the node that sampled, if known."""
+    """One sampling: ``patch`` is the id of the Compress or Cache node, ``sampler`` that of the node that sampled, if known. ``cache``:
+    the report is one of packed caches."""
 
     patch: str | None
     sampler: str | None
     family: str
     report: dict[str, Any]
     done: bool = False
+    cache: bool = False
 
     @property
     def head(self) -> str:
-        return self.family + (f", sampler {self.sampler}" if self.sampler else "")
+        return self.family + (", cache" if self.cache else "") + (f", sampler {self.sampler}" if self.sampler else "")
 
 
 class RunHistory:
@@ -39,7 +41,7 @@ class RunHistory:
                 del self._entries[next(iter(self._entries))]
 
     def of(self, upstream: set[str]) -> list[Entry]:
-        """Samplings whose sampler and Compress node are both among ``upstream``, oldest first."""
+        """Samplings whose sampler and Compress or Cache node are both among ``upstream``, oldest first."""
         with self._lock:
             return [e for e in self._entries.values() if e.sampler in upstream and e.patch in upstream]
 

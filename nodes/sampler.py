@@ -31,8 +31,9 @@ class TQAISampler(io.ComfyNode):
             display_name="TQAI Calibrated Sampler",
             category=CATEGORY,
             description=(
-                "Sigmas and sampler from a file of tqai calibrate --sampler, for SamplerCustom and SamplerCustomAdvanced. A few steps, "
-                "fitted once to a fine run of this very model; the file holds for its model, its number of steps and its range of guidance."
+                "Sampling in a few steps that were fitted to your very model. Reads a file of the command tqai calibrate --sampler and "
+                "gives its sigmas and its sampler, for SamplerCustom and SamplerCustomAdvanced. A file holds for its model, its number of "
+                "steps and its range of guidance."
             ),
             search_aliases=["tqai", "solver", "sigmas", "few steps", "calibrated"],
             inputs=[

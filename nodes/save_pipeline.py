@@ -16,7 +16,8 @@ class TQAISavePipeline(io.ComfyNode):
             node_id="TQAISavePipeline",
             display_name="TQAI Save Pipeline",
             category=CATEGORY,
-            description="Writes a pipeline to output/tqai/<name>.json. Python reads the same file (tqai.Config.from_json).",
+            description="Saves the settings of the linked tqai nodes as a file, to use them again or to share them: "
+            "output/tqai/<name>.json. Python reads the same file (tqai.Config.from_json).",
             search_aliases=["tqai", "export", "share", "json"],
             is_output_node=True,
             inputs=[

@@ -6,6 +6,9 @@ from .stage import StageNode
 
 class TQAIScorer(StageNode):
     role, choices = "scorer", (NONE,)
-    description = "Sets the scorer of a tqai pipeline: it says how much a step matters, and the monitor allows less error there."
-    tooltip = "What says how much a step, token or head matters."
+    description = (
+        "Sets which steps matter most: where a step matters more, TQAI Monitor allows less error. An optional part of a tqai pipeline; "
+        "without this node all steps count the same."
+    )
+    tooltip = "How it is judged which steps matter. none: all count the same."
     aliases = ("tqai", "importance", "snr", "cache")

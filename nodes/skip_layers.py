@@ -19,8 +19,8 @@ class TQAISkipLayers(io.ComfyNode):
             node_id="TQAISkipLayers",
             display_name="TQAI Skip Layers",
             category=CATEGORY,
-            description="Names the blocks of the model that tqai leaves exact at levels block and attention. At level model a step is "
-            "forecast as a whole, so there only naming all blocks has an effect: it switches tqai off.",
+            description="Protects parts of a model: the blocks named here are always computed. For levels block and attention of TQAI "
+            "Compress. At level model, where whole steps are skipped, it has an effect only when all blocks are named: tqai is off then.",
             search_aliases=["tqai", "protect blocks", "exact layers"],
             inputs=[
                 io.String.Input(

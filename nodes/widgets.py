@@ -34,7 +34,9 @@ def dropdown(role: str, default: str, tooltip: str, extra: tuple[str, ...] = ())
 
 def pipeline_input(optional: bool = True) -> Any:
     return PIPELINE.Input(
-        "pipeline", optional=optional, tooltip="Stages set so far; left open, the balanced preset is the base." if optional else None
+        "pipeline",
+        optional=optional,
+        tooltip="What other tqai nodes have set so far; left open, preset balanced is the base." if optional else None,
     )
 
 

@@ -450,11 +450,11 @@ def test_report_finds_the_samplings_before_it(host, model):
         "10": {"class_type": "TQAIReport", "inputs": {"samples": ["5", 0]}},
     }
     patch = host.part("nodes.patch")
-    real, patch._executing = patch._executing, lambda: "8"
+    real, patch.executing = patch.executing, lambda: "8"
     try:
         host.sample(host.compress(model("sd3"), host.pipeline(), unique_id="7"), "sd3")
     finally:
-        patch._executing = real
+        patch.executing = real
     host.sample(host.compress(model("sd3"), host.pipeline(), unique_id="70"), "sd3")
     latent = {"samples": torch.zeros(1, 16, 4, 4)}
     out = host.run("TQAIReport", unique_id="9", prompt=prompt, samples=latent)
@@ -497,13 +497,13 @@ def test_the_report_compares_with_the_exact_run(host, model):
         "9": {"class_type": "TQAIReport", "inputs": {"samples": ["8", 0], "exact": ["5", 0]}},
     }
     patch, finals = host.part("nodes.patch"), {}
-    real = patch._executing
+    real = patch.executing
     try:
         for node, sampler in (("6", "5"), ("7", "8")):
-            patch._executing = lambda sampler=sampler: sampler
+            patch.executing = lambda sampler=sampler: sampler
             finals[node] = host.sample(host.compress(model("sd3"), host.pipeline(), unique_id=node), "sd3")
     finally:
-        patch._executing = real
+        patch.executing = real
     ours, theirs = finals["7"], host.sample(model("sd3"), "sd3")
     assert torch.equal(ours, finals["6"])
     assert not torch.equal(ours, theirs)

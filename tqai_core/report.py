@@ -56,12 +56,30 @@ class Report:
         ]
         if self.decisions:
             lines += ["", *(f"| {' | '.join(cells)} |" for cells in (DECISIONS, ["---"] * len(DECISIONS), *self.rows()))]
+        lines += self._caches()
         judged = {site: row["far"] for site, row in self.per_site.items() if "far" in row}
         if worse := [f"{site} ({ratio:.2f})" for site, ratio in judged.items() if ratio > 1]:
             lines.append(f"\nfar field: off in {len(worse)} of {len(judged)} attentions, where it errs more than none: {', '.join(worse)}")
         lines += [f"\nwarning: {text}" for text in self.warnings]
         lines += [f"\nexact: {f['where']}: {f['why']}" for f in self.fallbacks]
         return "\n".join(lines) + "\n"
+
+    def _caches(self) -> list[str]:
+        """What packed caches hold in all layers together, and the worst layer's errors."""
+        rows = [row for row in self.per_site.values() if row.get("bits_held")]
+        if not rows:
+            return []
+        held = sum(row["bytes_held"] for row in rows)
+        exact = sum(16 * row["bytes_held"] / row["bits_held"] for row in rows)
+        worst = [max((row[name] for row in rows if row.get(name) is not None), default=None) for name in ("nmse_k", "nmse_v")]
+        errors = ["" if error is None else f"{100 * error**0.5:.2g} %" for error in worst]
+        return [
+            "",
+            "| packed layers | bytes | in bf16 | bits a number | error of keys | error of values |",
+            "|---|---|---|---|---|---|",
+            f"| {len(rows)} | {held:,} | {exact:,.0f} | {16 * held / exact:.2f} | {' | '.join(errors)} |",
+            "\nerror: what packing changed against what is kept, root of the mean squares, in the worst layer",
+        ]
 
 
 def _figure(value: float | None) -> str:

@@ -1,13 +1,14 @@
-// The live panel on TQAI Compress, and the text of TQAI Report and TQAI Save Pipeline. The nodes work without it.
+// The live panel on TQAI Compress and TQAI Cache, and the text of TQAI Report and TQAI Save Pipeline. The nodes work without it.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { BYPASSED, COMPUTED, FORECAST, UNKNOWN, advance, describe } from "./panel.js";
+import { BYPASSED, COMPUTED, FORECAST, PACKED, UNKNOWN, advance, describe } from "./panel.js";
 
 const EVENT = "tqai.step";
 const SETTING = "tqai.panel";
 const PANEL = 96; // pixels
-const COLOURS = { [COMPUTED]: "#5b8fd0", [FORECAST]: "#9a9a9a", [BYPASSED]: "#c98a3a", [UNKNOWN]: "#666666" };
+const COLOURS = { [COMPUTED]: "#5b8fd0", [FORECAST]: "#9a9a9a", [BYPASSED]: "#c98a3a", [PACKED]: "#7a9a5a", [UNKNOWN]: "#666666" };
+const PANEL_NODES = ["TQAICompress", "TQAICache"];
 const TEXT_NODES = { TQAIReport: 160, TQAISavePipeline: 110 };
 
 const panels = new WeakMap(); // node -> draw(view)
@@ -98,7 +99,7 @@ function wanted() {
 
 function onStep({ detail }) {
   const node = find(detail.node);
-  if (node?.comfyClass !== "TQAICompress" || !wanted()) return;
+  if (!PANEL_NODES.includes(node?.comfyClass) || !wanted()) return;
   const view = advance(views.get(node), detail);
   views.set(node, view);
   if (!panels.has(node)) panels.set(node, panel(node));
@@ -137,7 +138,7 @@ app.registerExtension({
     {
       id: SETTING,
       category: ["tqai", "Nodes", "Live panel"],
-      name: "Live panel on TQAI Compress, text on TQAI Report",
+      name: "Live panel on TQAI Compress and TQAI Cache, text on TQAI Report",
       tooltip: "Takes effect for nodes that are added or opened afterwards.",
       type: "boolean",
       defaultValue: true,
@@ -148,7 +149,7 @@ app.registerExtension({
     api.addEventListener("executed", onExecuted);
   },
   nodeCreated(node) {
-    if (node.comfyClass !== "TQAICompress" || !wanted()) return;
+    if (!PANEL_NODES.includes(node.comfyClass) || !wanted()) return;
     panels.set(node, panel(node));
     panels.get(node)(undefined);
   },

@@ -54,6 +54,19 @@ test("the error against the exact run stands beside what was skipped, until the 
   assert.doesNotMatch(describe(advance(view, event(1, 0))).figures, /dB/);
 });
 
+test("a packed cache shows its size beside the uncompressed one, and the worse of two errors", () => {
+  const cache = (step, more = {}) => ({ cache: true, state: "packed", why: "", step, total: 4, layers: 2, bytes: 1000, peak: 1000, exact: 3900, nmse_k: 0.0001, nmse_v: 0.01, ...more });
+  const view = play(cache(1), cache(2), cache(2, { bytes: 0 }));
+  assert.deepEqual(view.cells, ["packed", "packed"]);
+  assert.equal(describe(view).head, "packed, done: step 2 of 4");
+  assert.equal(describe(view).figures, "1000 B in place of 3.8 kB (3.9 times smaller) · error 10 %");
+  assert.match(describe({ ...view, closeness: "45.2 dB to exact" }).figures, /error 10 % · 45\.2 dB to exact$/);
+  const idle = play(cache(1, { state: "idle", why: "no cache node", layers: 0, peak: 0, exact: 0, nmse_k: null, nmse_v: null }));
+  assert.deepEqual(idle.cells, ["bypassed"]);
+  assert.equal(describe(idle).figures, "nothing to pack so far");
+  assert.equal(describe(idle).why, "no cache node");
+});
+
 test("figures are short", () => {
   assert.equal(describe(undefined).head, "not run yet");
   assert.match(describe(play(event(1, 0))).figures, /^skipped 0 \(0 %\) · error not measured yet · 100 B held$/);

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import caches_fake
 import comfy_api_fake
 import torch
 from torch import Tensor, nn
@@ -165,7 +166,7 @@ MMDiT = transformer("comfy.ldm.modules.diffusionmodules.mmdit:OpenAISignatureMMD
 WanModel = transformer("comfy.ldm.wan.model:WanModel", "blocks")
 UNet = transformer("comfy.ldm.modules.diffusionmodules.openaimodel:UNetModel", "input_blocks")
 AuraFlow = transformer("comfy.ldm.aura.mmdit:MMDiT", "double_layers")
-MODELS: dict[str, tuple[type[Transformer], int, float]] = {
+MODELS: dict[str, tuple[Any, int, float]] = caches_fake.MODELS | {
     "flux": (Flux, 16, 1.15), "sd3": (MMDiT, 16, 3.0), "sd35m": (MMDiT, 16, 3.0), "wan22_5b": (WanModel, 48, 8.0),
     "wan_14b_high": (WanModel, 16, 8.0), "wan_14b_low": (WanModel, 16, 8.0), "wan_14b_i2v": (WanModel, 16, 8.0),
     "sdxl": (UNet, 4, 1.0), "aura": (AuraFlow, 16, 1.73),
@@ -321,12 +322,17 @@ class CFGGuider:
         self.inner_model.model_sampling = self.model_patcher.get_model_object("model_sampling")
         options = copied(self.model_options)
         options["transformer_options"]["sample_sigmas"] = sigmas
+        prefix = getattr(self.inner_model.diffusion_model, "reset_prefix_cache", lambda enabled: None)
+        prefix(True)
         try:
             if isinstance(sampler, KSAMPLER):
                 return sampler.sample(self, sigmas, {"model_options": options, "seed": seed}, callback, noise, latent, mask)
             return sampler(lambda x, sigma: self(x, sigma.expand(x.shape[0]), options, seed), noise, latent, sigmas, callback)
         finally:
             self.inner_model.model_sampling = kept
+            prefix(False)
+            for patch in self.model_options["transformer_options"].get("patches", {}).get("attn1_patch", []):
+                getattr(patch, "cleanup", lambda: None)()
 
     def sample(self, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, mask: Any, callback: Any, seed: int) -> Tensor:
         self.conds = {k: [dict(c) for c in v] for k, v in self.original_conds.items()}

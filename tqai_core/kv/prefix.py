@@ -68,12 +68,20 @@ class Prefix:
         if error is None:
             whole = BitTier(keys, values, (), *coders, None, None, keys.shape[2], 0)
             return Prefix(whole, k.device, "keys or values hold NaN or inf")
-        if host:
-            for segment in segments:
-                segment.map(lambda x: x.to("cpu"))
         ends = [torch.cat([x[:, :, : plan.sink], x[:, :, plan.sink + size :]], 2) for x in (keys, values)]
         tier = BitTier(ends[0], ends[1], segments, coders[0], coder_v, statistics.mean, statistics.scale, plan.sink, size)
-        return Prefix(tier, k.device, error=error)
+        made = Prefix(tier, k.device, error=error)
+        return made.offload() if host else made
+
+    def offload(self) -> Prefix:
+        """Its packed rows moved to host memory."""
+        for segment in self.tier.segments:
+            segment.map(lambda x: x.to("cpu"))
+        return self
+
+    @property
+    def tokens(self) -> int:
+        return self.tier.length
 
     @property
     def nbytes(self) -> int:
