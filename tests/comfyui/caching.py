@@ -15,12 +15,14 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """``node(model, dtype)`` puts the host's cache node on a model; ``dtypes`` are those that the node offers."""
+    """``node(model, dtype)`` puts the host's cache node on a model; ``dtypes`` are those that the node offers, ``other`` the conditions of
+    another reference."""
 
     model: Callable[[], Any]
     node: Callable[..., Any]
     draw: Callable[..., Tensor]
     dtypes: tuple[str, ...] = ("default",)
+    other: Any = None
 
 
 def klein(heads: int = 1) -> setups.Setup:
@@ -66,7 +68,8 @@ def cases(host: Any) -> dict[str, Case]:
                 model, name, steps=steps, **{"positive": host.conds(name, 1, 300), "negative": host.conds(name, 2, 300), **kw}
             )
         )
-        found = {"klein": Case(lambda: host.load("klein"), lambda m, dtype="default": caches_fake.flux_kv_cache(m), draw("klein"))}
+        node = lambda m, dtype="default": caches_fake.flux_kv_cache(m)
+        found = {"klein": Case(lambda: host.load("klein"), node, draw("klein"), other=host.conds("klein", 3, 300))}
         found["qwen21"] = Case(lambda: host.load("qwen21"), caches_fake.qwen_image21_cache, draw("qwen21"), ("default", "int8"))
         return {} if host.version == "0.15.1" else found
     found = {}
@@ -74,7 +77,9 @@ def cases(host: Any) -> dict[str, Case]:
         from comfy_extras.nodes_flux import FluxKVCache
 
         setup = klein()
-        found["klein"] = Case(setup.model, lambda m, dtype="default": FluxKVCache.execute(m).result[0], drawn(setup))
+        node = lambda m, dtype="default": FluxKVCache.execute(m).result[0]
+        (text, more), other = setup.conds(2)[0], setups.random((1, 128, 20, 20), 77)
+        found["klein"] = Case(setup.model, node, drawn(setup), other=[[text, {**more, "reference_latents": [other]}]])
         from comfy_extras.nodes_wan import WanAnimate2Cache
 
         video = animate()

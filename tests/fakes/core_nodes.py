@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import caches_fake
 import comfy_fake
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,10 @@ MODELS = {
     "wan2.2_ti2v_5B_fp16.safetensors": "wan22_5b",
     "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": "wan_14b_high",
     "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": "wan_14b_low",
+    "flux-2-klein-9b-kv-fp8.safetensors": "klein",
 }
-TEXT_ENCODERS = ["clip_l.safetensors", "t5xxl_fp16.safetensors", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"]
-VAES = ["ae.safetensors", "wan2.2_vae.safetensors", "wan_2.1_vae.safetensors"]
+TEXT_ENCODERS = ["clip_l.safetensors", "t5xxl_fp16.safetensors", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "qwen_3_8b_fp8mixed.safetensors"]
+VAES = ["ae.safetensors", "flux2-vae.safetensors", "wan2.2_vae.safetensors", "wan_2.1_vae.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,17 @@ def sampler_custom(model, add_noise, noise_seed, cfg, positive, negative, sample
     return {"samples": out}, {"samples": out}
 
 
+def flux2_sigmas(steps: int, width: int, height: int) -> tuple[Tensor]:
+    t, shift = torch.linspace(1, 0, steps + 1), 1 + width * height / 2**20
+    return (shift * t / (1 + (shift - 1) * t),)
+
+
+def with_reference(conditioning: Any, latent: dict[str, Tensor] | None = None) -> tuple[Any]:
+    """The toy model takes what stands behind its prompt as the reference."""
+    more = [] if latent is None else [latent["samples"].reshape(1, -1, 8)]
+    return ([[torch.cat([t, *more], 1), d] for t, d in conditioning],)
+
+
 def decode(samples: dict[str, Tensor], vae: Any) -> tuple[Tensor]:
     x = samples["samples"][:, :3].movedim(1, -1)
     return (torch.sigmoid(x.reshape(-1, *x.shape[-3:])),)
@@ -149,7 +162,7 @@ CORE: dict[str, Core] = {
     ),
     "CLIPLoader": Core(
         ("CLIP",),
-        {"clip_name": combo(*TEXT_ENCODERS), "type": combo("stable_diffusion", "sd3", "wan")},
+        {"clip_name": combo(*TEXT_ENCODERS), "type": combo("stable_diffusion", "sd3", "wan", "flux2")},
         lambda **kw: ("clip",),
         {"device": combo("default", "cpu", advanced=True)},
     ),
@@ -193,6 +206,29 @@ CORE: dict[str, Core] = {
         ),
         {"start_image": link("IMAGE")},
     ),
+    "EmptyFlux2LatentImage": Core(
+        ("LATENT",),
+        {**SIZE, "batch_size": number("INT", 1, 1, 4096)},
+        lambda width, height, batch_size: ({"samples": torch.zeros(batch_size, 16, height // SMALL // 16, width // SMALL // 16)},),
+    ),
+    "LoadImage": Core(
+        ("IMAGE", "MASK"),
+        {"image": combo("example.png", image_upload=True)},
+        lambda image, upload=None: (torch.rand(1, 160, 160, 3, generator=torch.Generator().manual_seed(3)), torch.zeros(1, 160, 160)),
+    ),
+    "VAEEncode": Core(
+        ("LATENT",),
+        {"pixels": link("IMAGE"), "vae": link("VAE")},
+        lambda pixels, vae: ({"samples": F.avg_pool2d(pixels.movedim(-1, 1), 4)[:, :2]},),
+    ),
+    "ReferenceLatent": Core(("CONDITIONING",), {"conditioning": link("CONDITIONING")}, with_reference, {"latent": link("LATENT")}),
+    "FluxKVCache": Core(("MODEL",), {"model": link("MODEL")}, lambda model: (caches_fake.flux_kv_cache(model),)),
+    "Flux2Scheduler": Core(
+        ("SIGMAS",),
+        {"steps": number("INT", 20, 1, 4096), "width": number("INT", 1024, 16, 16384), "height": number("INT", 1024, 16, 16384)},
+        flux2_sigmas,
+    ),
+    "KSamplerSelect": Core(("SAMPLER",), {"sampler_name": combo(*SAMPLERS)}, lambda sampler_name: (comfy_fake.SAMPLERS[sampler_name],)),
     "ModelSamplingSD3": Core(("MODEL",), {"model": link("MODEL"), "shift": number("FLOAT", 3.0, 0.0, 100.0, step=0.01)}, shifted),
     "KSampler": Core(
         ("LATENT",),
