@@ -40,7 +40,7 @@ class TQAICache(io.ComfyNode):
                 io.Combo.Input(
                     "bits_keys",
                     options=BITS,
-                    default="8",
+                    default="6",
                     tooltip="Bits for each number of the keys, by which attention finds what to look at. More bits: closer to the exact "
                     "picture. WanAnimate2Cache keeps no keys.",
                 ),

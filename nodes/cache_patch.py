@@ -99,7 +99,7 @@ def _pack_pairs(options: dict[str, Any], run: CacheRun, undo: Callable[..., Any]
 
 
 def _pack_prefix(inner: Any, run: CacheRun, undo: Callable[..., Any]) -> None:
-    """Qwen-Image 2.1 makes its cache at its first forward: it is replaced before anything is put into it."""
+    """QwenImage21Cache: the model makes its cache at its first forward: it is replaced before anything is put into it."""
     choose = getattr(inner, "select_prefix_cache", None)
     if choose is None:
         return

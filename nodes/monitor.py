@@ -10,5 +10,5 @@ class TQAIMonitor(StageNode):
         "tolerance, steps are skipped. A larger tolerance is faster, a smaller one is closer to the exact picture. A part of a tqai "
         "pipeline."
     )
-    tooltip = "What decides which steps are computed. lyapunov: the measured error; fixed: every second or third step, whatever the error."
+    tooltip = "What decides which steps are computed. lyapunov: the measured error; fixed: one step in a few, whatever the error."
     aliases = ("tqai", "tolerance", "step skip", "teacache", "easycache", "magcache")

@@ -28,6 +28,7 @@ TESTS = (
     "tests/test_nodes_server.py",
     "tests/test_nodes_sampler.py",
     "tests/test_nodes_parametrisation.py",
+    "tests/test_nodes_cache.py",
     "tests/test_nodes_breadth.py",
 )
 
