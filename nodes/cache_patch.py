@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import comfy.model_patcher
+import torch
 from comfy.patcher_extension import WrappersMP
 
 from tqai_core.errors import TqaiError
@@ -115,6 +116,14 @@ def _pack_prefix(inner: Any, run: CacheRun, undo: Callable[..., Any]) -> None:
     inner.select_prefix_cache = select_prefix_cache
 
 
+def _poses_differ(poses: Any, run: CacheRun) -> bool:
+    """Two pose videos in one batch: the host compares the first one alone, and would read it for both."""
+    if not isinstance(poses, torch.Tensor) or bool((poses == poses[:1]).all()):
+        return False
+    run.fallback("two pose videos in one batch: their steps are computed")
+    return True
+
+
 def _predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
     """One evaluation of the sampler."""
     options = kwargs.get("model_options") or (args[0] if args else None) or {}
@@ -131,6 +140,8 @@ def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> An
     run = options.get(RUN)
     if run is None:
         return executor(x, t, *args, **kwargs)
+    if "animate2_cache" in options and (run.full or _poses_differ(kwargs.get("pose_latents"), run)):
+        options.pop("animate2_cache")  # of this forward: it computes the pose branch
     frames = tuple(getattr(options.get("context_window"), "index_list", ()))
     chunks = [(condition, frames) for condition in options.get("uuids") or options.get("cond_or_uncond") or (None,)]
     with ExitStack() as stack:

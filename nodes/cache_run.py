@@ -46,6 +46,9 @@ class Store(Protocol):
     def offload(self) -> None:
         """Move packed rows to host memory."""
 
+    def stop(self) -> None:
+        """Free what the forward under way does not need: nothing more is kept."""
+
     def drop(self) -> None:
         """Free everything."""
 
@@ -76,7 +79,7 @@ class CacheRun:
         if part.why:
             self.fallback(f"{part.why}: kept as they are")
         budget = self.settings.budget
-        if budget is not None and self._held + self._new > budget and (held := self.held) > budget:
+        if budget is not None and not self.full and self._held + self._new > budget and (held := self.held) > budget:
             self._shrink(f"{held / 2**20:.1f} MB held, over the budget of {budget / 2**20:g} MB", part.device)
 
     def _shrink(self, what: str, device: torch.device) -> None:
@@ -89,7 +92,8 @@ class CacheRun:
             return
         self.full = True
         self._rows()
-        self._drop()
+        for store in self.stores:
+            store.stop()
         self.fallback(f"{what}: nothing is kept from here on, each step computes it again")
 
     def fallback(self, why: str) -> None:
@@ -112,6 +116,8 @@ class CacheRun:
             self.report.evaluations += 1
             if self._new:
                 self._rows()
+            if self.full:
+                self._drop()
         self._send()
 
     def _rows(self) -> None:

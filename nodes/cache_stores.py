@@ -35,14 +35,9 @@ class PackedSlots:
     passing: dict[int, Tensor]  # keys and values of this forward, until they are taken
 
     def select(self, k: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Two sequences in one batch share no slot: the host compares the first one alone, and would read it for both."""
         self.passing = {}
-        if k.ndim == 5 and not bool((k == k[:1]).all()):
-            self.slot = None
-            self.run.fallback("two pose videos in one batch: this step's pose branch is computed")
-            return None
         if self.run.full:
-            self.slot = None
+            self.drop()
             return False
         return super().select(k, *args, **kwargs)  # type: ignore[misc]
 
@@ -51,7 +46,7 @@ class PackedSlots:
         """``t [B, n, channels]`` a block's input, or ``[B, 2, n, heads, d]`` keys and values, which are taken again in this forward."""
         if t.ndim == 5:
             self.passing[i] = t
-        if self.slot is None or self.run.full:
+        if self.slot is None:
             return
         host = self.run.host or (self.store_device.type == "cpu" and t.device.type != "cpu")
         with self.run.lock:
@@ -85,6 +80,9 @@ class PackedSlots:
 
     def _slot_bytes(self, s: dict[str, Any]) -> int:
         return sum(part.nbytes for part in s["blocks"].values())
+
+    def stop(self) -> None:
+        """What the forward under way has put in it may take: it is dropped at the next choice of a slot, or when the step ends."""
 
     def drop(self) -> None:
         self.free()  # type: ignore[attr-defined]
@@ -190,6 +188,9 @@ class PackedPairs:
     def offload(self) -> None:
         for pairs in self._pairs.values():
             pairs.update({name: part.offload() for name, part in pairs.items()})
+
+    def stop(self) -> None:
+        self.drop()  # a forward that stores reads nothing
 
     def drop(self) -> None:
         self._pairs, self._whole = {}, set()
