@@ -211,13 +211,13 @@ def test_with_tqai_compress(host, case, packed, kind):
         m = own.node(own.model())
         for put in order:
             m = put(m, host.pipeline(), unique_id="7") if put is host.compress else put(m)
-        found.append(own.draw(m, steps=20))
+        found.append(own.draw(m, steps=16))
         entries = {e.patch: e.report for e in host.part("nodes.run_history").HISTORY.of({None, "7", "9"})}
         assert entries["7"]["calls_skipped"] > 0
         assert entries["7"]["fallbacks"] == entries["9"]["fallbacks"] == []
         assert 0 < entries["9"]["bytes_held_peak"] < entries["9"]["bytes_exact"] / 3
     assert torch.equal(*found)
-    alone = own.draw(host.compress(own.node(own.model()), host.pipeline()), steps=20)
+    alone = own.draw(host.compress(own.node(own.model()), host.pipeline()), steps=16)
     assert db(found[0], alone) >= 20, "not what the unpacked cache gives under the same forecasts"
 
 
