@@ -32,13 +32,6 @@ WORDS = {  # what a promise is about -> what its failure means
     "whole model at 4k, torch": (
         "a whole model with a packed cache on torch alone (no compiler) takes more time per token at 4,096 tokens than DynamicCache."
     ),
-    "k4v4: dB below int8": (
-        "on random weights the error of a reference cache is that of its bits, and four bits do not come near eight; of trained models "
-        "nothing is known yet."
-    ),
-    "k4v4: dB above rotated int4 in groups of 256, plain": (
-        "where keys have no outlier channels, a packed reference cache has little less error than rotated int4."
-    ),
     "flow pipelines taken, more than all peers' functions": (
         "PAB's and FasterCache's hooks fit any attention and save a few layers of a pipeline that tqai leaves exact."
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("diffusers")
 sys.path.append(str(Path(__file__).parent))
 import pipelines
+from bench.dit_kv_cost import Live
 from pipelines.base import SIZE, WIDTH, WORDS, picture, prompts, rnd, sample, tensors
 
 import tqai_core as tqai
@@ -442,30 +440,6 @@ def test_bytes_in_bf16(dim, tokens, least):
     prefix = Prefix.pack(k, v, Plan(recent=0), energy(rnd(2, 50, 3, dim), 3))
     assert nbytes([k, v]) >= least * prefix.nbytes
     assert prefix.numbers == k.numel() + v.numel()
-
-
-class Live(TorchDispatchMode):
-    """The most bytes of tensors, made inside, that were alive together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        storages = lambda tree: [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
-        given, out = {x.data_ptr() for x in storages((args, kwargs))}, func(*args, **(kwargs or {}))
-        for storage in storages(out):
-            place = storage.data_ptr()
-            if place not in given and place not in self.sizes:
-                self.sizes[place] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, place)
-        return out
-
-    def _gone(self, place: int) -> None:
-        self.now -= self.sizes.pop(place)
 
 
 def test_decoding_needs_little_above_its_result():

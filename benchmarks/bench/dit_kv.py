@@ -1,120 +1,58 @@
 """``tqai bench dit_kv``: the cache of reference pictures of a diffusion transformer, packed, beside other ways to hold it in fewer bits.
 
-The transformer is diffusers' own FLUX.2 class with the attention of Klein-KV, two heads of 128, with random weights; values are made
-larger, so that the output heeds the reference. Each seed is another model and another picture. "Outliers" is the same function with
-four key channels 125 times as large and those of the queries as much smaller. Times are CPU time of one cached step.
+Quality is that of the edit mini (:mod:`minis.edit`), diffusers' own FLUX.2 class with the attention of Klein-KV, trained to redraw a
+reference picture changed: four references of 64 tokens, two heads of 64. Each seed is another picture and another noise; PSNR is to the
+picture that the exact cache gives. "Outliers" is the same function with four key channels of each head 125 times as large and those of
+the queries as much smaller. Bytes, memory and time: :mod:`dit_kv_cost`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
+from minis import edit
 from torch import Tensor
 
 import tqai_core as tqai
 from tqai_core.codecs import packing
 from tqai_core.codecs.rotation import matrix
-from tqai_core.kv.prefix import Prefix, energy
-from tqai_core.kv.segments import Plan
 from tqai_core.metrics import psnr
 from tqai_core.types import nbytes
 
-from .harness import Row, Table, closing, machine, medians, one_thread, promises
+from .dit_kv_cost import layers, memory, smaller, speed
+from .harness import Row, Table, closing, machine, one_thread, promises
 
-STEPS, SEEDS, TEXT, SIDE = 8, (0, 1, 2), 16, 16  # SIDE: of the picture in tokens
-REFERENCE = 32  # side of the reference in tokens
-LONG = 64  # the same where time is measured
-BITS = ((8, 8), (8, 4), (6, 4), (4, 4), (3, 3), (2, 2))
-TIMED = ((8, 4), (4, 4))
-OUTLIERS, FACTOR = [6, 7, 40, 41], 125.0
-AMPLIFIED = 12.0
-VARIANTS = ("plain", "outliers")
+STEPS, SEEDS = (4, 8, 24), tuple(range(32))
+PROMISED = (8, 24)  # steps
+OURS = {
+    **{f"tqai {bits} (inputs of {2 * bits} bits)": f"turbo:bits={bits}" for bits in (4, 3, 2)},
+    **{f"tqai k{k}v{v}": f"turbo:bits_k={k},bits_v={v}" for k, v in ((8, 8), (8, 4), (6, 4), (4, 4), (3, 3), (2, 2))},
+}
+BEST = next(iter(OURS))
+EXACT, NONE = "exact", "no reference"
 INT8, ROTATED = "int8, groups of 64", "rotated int4, groups of 256"
+VARIANTS = ("plain", "outliers")
+FEW = 0.05  # quantile
 
 
-def bench(seeds: Sequence[int] = SEEDS, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def bench(seeds: Sequence[int] = SEEDS, steps: Sequence[int] = STEPS, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Everything, as plain data. ``tell`` hears of progress."""
     one_thread()
     rows: list[Row] = []
-    for seed in seeds:
-        for variant in VARIANTS:
-            tell(f"seed {seed}, {variant}")
-            rows += _quality(seed, variant)
-    names = dict.fromkeys((r["variant"], r["method"]) for r in rows)
-    rows = [medians([r for r in rows if (r["variant"], r["method"]) == name]) for name in names]
-    tell("time of a step")
+    for variant in VARIANTS:
+        for count in steps:
+            tell(f"{variant}, {count} steps")
+            rows += quality(seeds, variant, count)
+    tell("bytes, memory and time of a step")
     result = {
-        "bench": "dit_kv",
-        "machine": machine(),
-        "steps": STEPS,
-        "seeds": list(seeds),
-        "rows": rows,
-        "bytes": _bytes(),
-        "speed": _speed(),
-    }
+        "bench": "dit_kv", "machine": machine(), "steps": list(steps), "seeds": list(seeds), "rows": rows, "bytes": smaller(),
+        "memory": memory(), "speed": speed(),
+    }  # fmt: skip
     return result | {"verdicts": verdicts(result)}
-
-
-class Model:
-    """A transformer, its inputs, and the loop of a pipeline that keeps the reference's keys and values."""
-
-    def __init__(self, seed: int, reference: int, side: int = SIDE, layers: tuple[int, int] = (2, 4)) -> None:
-        from diffusers import Flux2Transformer2DModel
-        from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
-
-        torch.manual_seed(seed)
-        self.net = Flux2Transformer2DModel(
-            patch_size=1, in_channels=16, num_layers=layers[0], num_single_layers=layers[1], attention_head_dim=128, num_attention_heads=2,
-            joint_attention_dim=32, timestep_guidance_channels=32, axes_dims_rope=(32,) * 4, guidance_embeds=False,
-        ).eval().requires_grad_(False)  # fmt: skip
-        for block in self.net.transformer_blocks:
-            block.attn.set_processor(Flux2KVAttnProcessor())
-            block.attn.to_v.weight.mul_(AMPLIFIED)
-        for block in self.net.single_transformer_blocks:
-            block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
-            inner = block.attn.inner_dim
-            block.attn.to_qkv_mlp_proj.weight[2 * inner : 3 * inner] *= AMPLIFIED
-        self.noise, self.picture = torch.randn(1, side**2, 16), torch.randn(1, reference**2, 16)
-        ids = [_grid(0, TEXT, 1), _grid(10, reference, reference), _grid(0, side, side)]
-        self.given = dict(encoder_hidden_states=torch.randn(1, TEXT, 32), txt_ids=ids[0], return_dict=False)
-        self.ids = ids[2], torch.cat(ids[1:])
-
-    def fold(self) -> None:
-        """Outlier channels in the keys; queries take them back."""
-        for name, module in self.net.named_modules():
-            if name.endswith(("norm_k", "norm_added_k")):
-                module.weight[OUTLIERS] *= FACTOR
-            elif name.endswith(("norm_q", "norm_added_q")):
-                module.weight[OUTLIERS] /= FACTOR
-
-    @torch.no_grad()
-    def begin(self) -> tuple[Tensor, Any]:
-        """The velocity of the first step, and the cache."""
-        x, count = torch.cat([self.picture, self.noise], 1), self.picture.shape[1]
-        return self.net(x, timestep=torch.ones(1), img_ids=self.ids[1], kv_cache_mode="extract", num_ref_tokens=count, **self.given)
-
-    @torch.no_grad()
-    def step(self, x: Tensor, sigma: float, cache: Any) -> Tensor:
-        time = torch.full((1,), sigma)
-        return self.net(x, timestep=time, img_ids=self.ids[0], kv_cache=cache, kv_cache_mode="cached", **self.given)[0]
-
-    def run(self, change: Callable[[Any], None] = lambda cache: None) -> Tensor:
-        """The latent after all steps; ``change`` may replace what the cache holds."""
-        v, cache = self.begin()
-        change(cache)
-        x = self.noise - v / STEPS
-        for i in range(1, STEPS):
-            x = x - self.step(x, 1 - i / STEPS, cache) / STEPS
-        return x
-
-
-def _grid(frame: int, height: int, width: int) -> Tensor:
-    return torch.cartesian_prod(*(torch.tensor(x).float() for x in ([frame], range(height), range(width), [0])))
 
 
 @dataclass(frozen=True)
@@ -140,103 +78,111 @@ class Scaled:
 
 PEERS = {
     INT8: Scaled(8, 64), "int4, groups of 64": Scaled(4, 64), ROTATED: Scaled(4, 256, rotated=True),
-    "rotated int4, a head": Scaled(4, 128, rotated=True),
+    "int2, groups of 64": Scaled(2, 64), "rotated int4, a head": Scaled(4, 64, rotated=True),
 }  # fmt: skip
 
 
-def _quality(seed: int, variant: str) -> list[Row]:
-    model = Model(seed, REFERENCE)
+def quality(seeds: Sequence[int], variant: str, steps: int, methods: Iterable[str] = tuple(OURS)) -> list[Row]:
+    """A row for each cache; ``methods`` are those of ours."""
+    net = edit.load()
     if variant == "outliers":
-        model.fold()
-    exact, rows = model.run(), []
+        net.fold()
+    drawn = [edit.batch(len(edit.TASKS), edit.VIEWS, True, torch.Generator().manual_seed(seed)) for seed in seeds]
+    at = [seed % len(edit.TASKS) for seed in seeds]
+    references, task, wanted = (torch.stack([batch[i][own] for batch, own in zip(drawn, at, strict=True)]) for i in range(3))
+    run = lambda change=lambda cache: None: edit.sample(net, references, task, steps, seeds[0], change)  # noqa: E731
+    exact, rows = run(), []
 
-    def row(method: str, x: Tensor, held: int, exact_bytes: int) -> None:
-        rows.append({"variant": variant, "method": method, "bits": 16 * held / exact_bytes, "psnr": psnr(x, exact)})
+    def row(method: str, x: Tensor, held: float, exact_bytes: float) -> None:
+        found, right = (sorted(psnr(a, b) for a, b in zip(x, other, strict=True)) for other in (exact, wanted))
+        few = found[int(FEW * len(found))]
+        rows.append({
+            "variant": variant, "steps": steps, "method": method, "bits": 16 * held / exact_bytes, "psnr": median(found), "few": few,
+            "least": found[0], "right": median(right),
+        })  # fmt: skip
 
-    for bits_k, bits_v in BITS:
-        config = tqai.Config(level="kv", codec=f"turbo:bits_k={bits_k},bits_v={bits_v}")
-        with tqai.apply(model.net, config) as handle:
-            x, report = model.run(), handle.report()
-            row(f"tqai k{bits_k}v{bits_v}", x, report.bytes_held_peak, report.bytes_exact)
-    for name, peer in PEERS.items():
-        held = [0, 0]
+    for method in methods:
+        with tqai.apply(net.transformer, tqai.Config(level="kv", codec=OURS[method], sink=0)) as handle:
+            x, report = run(), handle.report()
+            row(method, x, report.bytes_held_peak, report.bytes_exact)
+    for method, peer in PEERS.items():
+        sizes: list[tuple[int, int]] = []
 
-        def change(cache: Any, peer: Scaled = peer, held: list[int] = held) -> None:
-            for layer in cache.double_block_caches + cache.single_block_caches:
+        def change(cache: Any, peer: Scaled = peer, sizes: list[tuple[int, int]] = sizes) -> None:
+            for layer in layers(cache):
                 pair = layer.get()
                 found = [peer.hold(x) for x in pair]
                 layer.store(*(x for x, _ in found))
-                held[0] += sum(size for _, size in found)
-                held[1] += sum(2 * x.numel() for x in pair)
+                sizes.append((sum(size for _, size in found), sum(2 * x.numel() for x in pair)))
 
-        row(name, model.run(change), *held)
-    row("no reference", model.run(_forget), 0, 1)
+        x = run(change)
+        row(method, x, *map(sum, zip(*sizes, strict=True)))
+    row(NONE, run(forget), 0, 1)
+    rows.append(
+        {
+            "variant": variant,
+            "steps": steps,
+            "method": EXACT,
+            "bits": 16.0,
+            "right": median(psnr(*x) for x in zip(exact, wanted, strict=True)),
+        }
+    )
     return rows
 
 
-def _forget(cache: Any) -> None:
-    for layer in cache.double_block_caches + cache.single_block_caches:
+def forget(cache: Any) -> None:
+    for layer in layers(cache):
         layer.store(*(x[:, :0] for x in layer.get()))
-
-
-def _bytes() -> list[Row]:
-    """How much smaller than bf16 a layer of a bf16 model is held, everything counted."""
-    rows = []
-    for d in (64, 128):
-        k, v = (torch.randn(1, REFERENCE**2, 2, d).bfloat16() for _ in range(2))
-        held = Prefix.pack(k, v, Plan(recent=0), energy(k, 2)).nbytes
-        rows.append({"dim": d, "tokens": REFERENCE**2, "ratio": nbytes([k, v]) / held})
-    return rows
-
-
-def _speed() -> list[Row]:
-    """CPU time of a cached step beside the dense cache of a model of its own, interleaved."""
-    plain, model = (Model(0, LONG, side=REFERENCE, layers=(1, 1)) for _ in range(2))
-    rows: list[Row] = []
-    dense = plain.begin()[1]
-    for bits_k, bits_v in TIMED:
-        with tqai.apply(model.net, tqai.Config(level="kv", codec=f"turbo:bits_k={bits_k},bits_v={bits_v}")) as handle:
-            packed = model.begin()[1]
-            times: dict[str, list[float]] = {"dense": [], "packed": []}
-            for _ in range(5):
-                for name, net, cache in (("packed", model, packed), ("dense", plain, dense)):
-                    start = time.process_time()
-                    net.step(net.noise, 0.5, cache)
-                    times[name].append(time.process_time() - start)
-            assert handle.report().per_site["attn.0"]["materialised"] == 5
-            assert "Packed" not in type(dense.get_double(0)).__name__
-        rows.append({"method": f"tqai k{bits_k}v{bits_v}", "tokens": LONG**2, "ratio": median(times["packed"]) / median(times["dense"])})
-    return rows
 
 
 def verdicts(result: Row) -> list[Row]:
     """What the packed cache promises."""
-    at = {(r["variant"], r["method"]): r for r in result["rows"]}
+    at = {(r["variant"], r["steps"], r["method"]): r for r in result["rows"]}
     out: list[Row] = []
     need = promises(out)
-    plain, outliers = (at[variant, "tqai k4v4"] for variant in VARIANTS)
+    for steps in [steps for steps in PROMISED if steps in result["steps"]]:
+        of = lambda variant, method, steps=steps: at[variant, steps, method]["psnr"]  # noqa: E731
+        ours = [of(variant, BEST) for variant in VARIANTS]
+        need(f"{steps} steps, 4 bits: dB below int8 in groups of 64", of("plain", INT8) - ours[0], most=1.0)
+        for variant, own in zip(VARIANTS, ours, strict=True):
+            need(f"{steps} steps, 4 bits: dB above rotated int4 in groups of 256, {variant}", own - of(variant, ROTATED), least=6.0)
+        need(f"{steps} steps, 4 bits: dB lost with outlier channels", ours[0] - ours[1], most=1.0)
+    need("4 bits: bits held a number", max(at[variant, steps, BEST]["bits"] for variant, steps, name in at if name == BEST), most=4.3)
     for row in result["bytes"]:
-        need(f"k4v4: times smaller than bf16, head dimension {row['dim']}", row["ratio"], least={64: 3.6, 128: 3.8}[row["dim"]])
-    need("k4v4: dB below int8 in groups of 64", at["plain", INT8]["psnr"] - plain["psnr"], most=1.0)
-    need("k4v4: dB above rotated int4 in groups of 256, plain", plain["psnr"] - at["plain", ROTATED]["psnr"], least=6.0)
-    need("k4v4: dB above rotated int4 in groups of 256, outliers", outliers["psnr"] - at["outliers", ROTATED]["psnr"], least=6.0)
-    need("k4v4: dB lost with outlier channels", plain["psnr"] - outliers["psnr"], most=1.0)
+        need(f"{row['method']}: times smaller than bf16, head dimension {row['dim']}", row["ratio"], least={64: 3.6, 128: 3.8}[row["dim"]])
+    for row in result["memory"]:
+        what = f"{row['method']}, {row['way']}: a step at {row['tokens']:,} tokens beside what is held"
+        if row["way"] == "in place":
+            need(f"{what}, MiB", row["mib"], most=2.0)
+        else:
+            need(f"{what}, layers", row["layers"], most=2.0)
     for row in result["speed"]:
-        need(f"{row['method']}: time of a step at {row['tokens']:,} tokens, of the dense cache's", row["ratio"], most=1.3)
+        most = 1.0 if row["way"] == "in place" and row["method"] != "tqai 4" else 1.3
+        need(f"{row['method']}, {row['way']}: time of a step at {row['tokens']:,} tokens, of the dense cache's", row["ratio"], most=most)
     return out
 
 
 def tables_of(result: Row) -> Iterable[Table]:
-    """The tables of the result."""
-    at = {(r["variant"], r["method"]): r for r in result["rows"]}
-    names = sorted(dict.fromkeys(r["method"] for r in result["rows"]), key=lambda name: -at["plain", name]["bits"])
-    rows = [
-        [name, f"{at['plain', name]['bits']:.2f}" if at["plain", name]["bits"] else "", *(f"{at[v, name]['psnr']:.1f}" for v in VARIANTS)]
-        for name in names
-    ]
-    yield "quality", ["cache", "bits held a number", "PSNR dB", "with outlier channels"], rows
-    speed = [[r["method"], f"{r['tokens']:,}", f"{r['ratio']:.2f}"] for r in result["speed"]]
-    yield "speed", ["cache", "reference tokens", "time of a step / dense"], speed
-    smaller = [[f"{r['dim']}", f"{r['tokens']:,}", f"{r['ratio']:.2f}"] for r in result["bytes"]]
-    yield "bytes at 4 and 4 bits", ["head dimension", "tokens", "times smaller than bf16"], smaller
+    """The tables of the result: what loses to a peer of no more bits stands first."""
+    at = {(r["variant"], r["steps"], r["method"]): r for r in result["rows"]}
+    names = [name for name in dict.fromkeys(r["method"] for r in result["rows"]) if name != EXACT]
+    last = result["steps"][-1]
+    loses = lambda name: name in OURS and any(  # noqa: E731
+        peer not in OURS and 0 < at["plain", last, peer]["bits"] <= at["plain", last, name]["bits"]
+        and at["plain", last, peer]["psnr"] > at["plain", last, name]["psnr"] for peer in names
+    )  # fmt: skip
+    names.sort(key=lambda name: (not loses(name), -at["plain", last, name]["psnr"]))
+    bits = lambda name: f"{at['plain', last, name]['bits']:.2f}" if at["plain", last, name]["bits"] else ""  # noqa: E731
+    cell = lambda r: f"{r['psnr']:.1f} / {r['few']:.1f} / {r['least']:.1f}"  # noqa: E731
+    for variant, title in zip(VARIANTS, ("quality", "quality with outlier channels"), strict=True):
+        rows = [[name, bits(name), *(cell(at[variant, steps, name]) for steps in result["steps"])] for name in names]
+        yield title, ["cache", "bits held a number", *(f"{steps} steps" for steps in result["steps"])], rows
+    right = [[name, *(f"{at['plain', steps, name]['right']:.1f}" for steps in result["steps"])] for name in (EXACT, BEST, ROTATED, NONE)]
+    yield "PSNR dB to the picture that is asked for, median", ["cache", *(f"{steps} steps" for steps in result["steps"])], right
+    speed = [[r["method"], r["way"], f"{r['tokens']:,}", f"{r['ratio']:.2f}"] for r in result["speed"]]
+    yield "speed", ["cache", "read", "reference tokens", "time of a step / dense"], speed
+    memory = [[r["method"], r["way"], f"{r['tokens']:,}", f"{r['mib']:.2f}", f"{r['layers']:.2f}"] for r in result["memory"]]
+    yield "memory of a step beside what is held", ["cache", "read", "reference tokens", "MiB", "layers of dense keys and values"], memory
+    smaller = [[r["method"], f"{r['dim']}", f"{r['tokens']:,}", f"{r['ratio']:.2f}"] for r in result["bytes"]]
+    yield "bytes at 4 and 4 bits", ["cache", "head dimension", "tokens", "times smaller than bf16"], smaller
     yield from closing(result)

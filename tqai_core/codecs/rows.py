@@ -10,7 +10,7 @@ The container of ``turbo`` codes a whole tensor with one span of gains; a cache 
 | 5 | ``d/2`` bytes as for 4 bits with the four low bits of each code; then ``d/8`` bytes, the high bit of code ``8j + i`` at bit ``i`` |
 | 6 | ``d/2`` bytes the same; then ``d/4`` bytes, the two high bits of code ``4j + i`` at bit ``2i`` |
 | 3 | ``d/4`` bytes as for 2 bits with the two low bits of each code; then ``d/8`` bytes, the high bit of code ``8j + i`` at bit ``i`` |
-| 8 | code ``j``; levels are uniform: ``(code - 127.5) * gain`` |
+| 8 | code ``j``; levels are uniform: ``(code - 127.5) * gain``, as far as the largest coordinate of the row |
 
 A decoded coordinate is ``level[code] * gain`` in the rotated domain. A query goes there once (``rotate``), and a weighted
 sum of values comes back once (``unrotate``), so that no row is ever rotated on its own. TurboQuant 2504.19874 without its
@@ -32,7 +32,6 @@ from .rotation import matrix
 
 BITS = (2, 3, 4, 5, 6, 8)
 PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2)}  # bits of a code in the first bytes of a row, and in those after
-REACH = 4.5  # standard deviations that the 256 uniform levels of 8 bits cover
 
 
 class Rows:
@@ -51,11 +50,11 @@ class Rows:
         self.back = matrix(d, seed).to(device)
         if bits == 8:
             self.level = (torch.arange(256) - 127.5).to(device)
-            self.unit, self.step = 127.5 / REACH, 1.0
+            self.step = 1.0
             return
         # multiples of 1 / 2048, which kernels read as 14-bit integers; up to 4 bits also bytes times a common step, which moves
         # the error by half a percent
-        level, self.unit = (lloyd_max(bits, d) * 2048).round().clamp(-8191, 8191) / 2048, 1.0
+        level = (lloyd_max(bits, d) * 2048).round().clamp(-8191, 8191) / 2048
         small = None
         if bits <= 4:
             self.step = math.ceil(float(level[-1]) * 2048 / 127) / 2048
@@ -83,8 +82,8 @@ class Rows:
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         inverse = self.d**0.5 / norm.clamp_min(1e-30)
         if self.bits == 8:
-            codes = (y * (inverse * self.unit)).add_(128).clamp_(0, 255).nan_to_num_(0).to(torch.uint8)
-            packed = codes
+            unit = 127.5 / y.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+            packed = (y * unit).add_(128).clamp_(0, 255).nan_to_num_(0).to(torch.uint8)
         else:
             cell = (y * (inverse * self._scale)).add_(self._cells / 2).clamp_(0, self._cells - 1).nan_to_num_(0).to(torch.int32)
             codes = self._code.index_select(0, cell.view(-1)).view(y.shape)

@@ -11,6 +11,8 @@ scaling has evened them out, and rotary positions turn what is left.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,12 @@ class Split:
         self.d, self.basis = d, basis
         self.runs = (rows(r, bits[0], seed, basis.device), rows(d - r, bits[1], seed + 2, basis.device))
         self.row_bytes = sum(run.row_bytes for run in self.runs)
+
+    def head(self, h: int) -> Split:
+        """The coder of one head."""
+        own = copy(self)
+        own.basis = self.basis[h : h + 1]
+        return own
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x fp32 [B, H, n, d]`` -> codes ``uint8 [B, H, n, row_bytes]``, gains ``bf16 [B, H, n, 2]``."""

@@ -84,6 +84,25 @@ class Prefix:
         return self.tier.length
 
     @property
+    def length(self) -> int:
+        return self.tier.length
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the keys and of the values, ``[B, n, H, D]``."""
+        k, v = ((x.shape[0], self.length, x.shape[1], x.shape[3]) for x in (self.tier.keys, self.tier.values))
+        return k, v
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tier.keys.dtype
+
+    @property
+    def packed(self) -> int:
+        """How many of the tokens are packed."""
+        return self.tier.packed
+
+    @property
     def nbytes(self) -> int:
         """Bytes of everything held; tables that a seed can rebuild are not counted."""
         tier = self.tier

@@ -19,14 +19,18 @@ from torch import Tensor, nn
 from ...config import Config
 from ...errors import TqaiError
 from ...handle import Handle
+from ...kv.inputs import Inputs, bits_for
 from ...kv.prefix import energy
 from ...kv.segments import Plan
+from ...registry import build
 from ...report import Report
 from ..language import layer_plans
 from .clock import denoisers
 from .layer_caches import Appended, Packed, Slots, Whole, Window, adopt
+from .projections import Projection, Rotary
 from .release import on_failure, running_bar
 
+MOST_AS_INPUTS = 4  # bits up to which keys and values that have no bits of their own are held as inputs
 READS = (None, "cached", "inject", "read", "skip")  # modes of a call that stores nothing
 
 
@@ -41,6 +45,7 @@ class Kind:
         interleaved: whether rotary positions turn channels (2i, 2i + 1), where the attention does not say it.
         argument: the argument of a block that has the layer cache, where the transformer makes the cache in its own forward.
         processor: a part of the name of the attention processors that use the cache, where others do not.
+        rotary: the argument of an attention that has the rotary positions, where keys and values can be projected again.
         pipeline: an example of a pipeline that makes the cache.
     """
 
@@ -51,6 +56,7 @@ class Kind:
     interleaved: bool = True
     argument: str = ""
     processor: str = ""
+    rotary: str = ""
 
     def modules(self, model: nn.Module) -> list[tuple[nn.Module, Any]]:
         """Each block with its attention."""
@@ -58,10 +64,13 @@ class Kind:
 
 
 KINDS = {
-    "QwenImage21Transformer2DModel": Kind("QwenImage21KVLayerCache", Whole, (("transformer_blocks", "attn"),), "QwenImage21Pipeline"),
+    "QwenImage21Transformer2DModel": Kind(
+        "QwenImage21KVLayerCache", Whole, (("transformer_blocks", "attn"),), "QwenImage21Pipeline",
+        rotary="rotary_emb",
+    ),
     "Flux2Transformer2DModel": Kind(
         "Flux2KVLayerCache", Whole, (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn")), "Flux2KleinKVPipeline",
-        argument="joint_attention_kwargs", processor="KV",
+        argument="joint_attention_kwargs", processor="KV", rotary="image_rotary_emb",
     ),
     "WanAnimate2Transformer3DModel": Kind("WanAnimate2KVLayerCache", Whole, (("blocks", "self_attn"),), "WanAnimate2ModularPipeline"),
     "GlmImageTransformer2DModel": Kind(
@@ -122,16 +131,20 @@ class CachesHandle(Handle):
         report.bytes_exact = max(report.bytes_exact, sum(2 * run.numbers for other in living for run in other.prefixes()))
         if not prefixes:
             return
-        tokens, numbers = sum(run.tier.length for run in prefixes), sum(run.numbers for run in prefixes)
+        tokens, numbers = sum(run.length for run in prefixes), sum(run.numbers for run in prefixes)
         slots.row |= {
-            "tokens": tokens, "tokens_packed": sum(run.tier.packed for run in prefixes), "bytes_held": slots.held,
+            "tokens": tokens, "tokens_packed": sum(run.packed for run in prefixes), "bytes_held": slots.held,
             "bits_held": round(8 * slots.held / max(numbers, 1), 4),
         }  # fmt: skip
         if slots.error is not None:
             slots.row |= {"nmse_k": slots.error[0], "nmse_v": slots.error[1]}
         for run in prefixes:
-            if run.why and {"where": "cache", "why": run.why} not in report.fallbacks:
-                report.fallbacks.append({"where": "cache", "why": run.why})
+            if run.why:
+                self.fall_back("cache", run.why)
+
+    def fall_back(self, where: str, why: str) -> None:
+        if {"where": where, "why": why} not in self._report.fallbacks:
+            self._report.fallbacks.append({"where": where, "why": why})
 
     def report(self) -> Report:
         """The generation under way, or the last one. ``nmse_k``, ``nmse_v``: the error of what was packed, at the worst store."""
@@ -155,23 +168,28 @@ class CachesHandle(Handle):
 
 @dataclass
 class Watch:
-    """The hooks of one transformer: they find the caches of its calls, and see the queries while keys are stored."""
+    """The hooks of one transformer: they find the caches of its calls, and see the queries and the inputs while keys are stored."""
 
+    model: Any
     kind: Kind
     layer_class: type
     plans: list[Plan | str]
     attentions: list[Any]
     handle: CachesHandle
+    bits: int  # of a number of keys and values, where inputs may be held instead of them; 0: they are not
+    in_place: bool = False  # whether attentions of this call may read packed rows where they lie: compiled ones cannot
     stores: bool = False  # whether this call stores keys
     energies: dict[int, Tensor] = field(default_factory=dict)
+    given: dict[int, dict[str, Any]] = field(default_factory=dict)  # to the attentions of this call, until their keys are stored
+    positions: tuple[Any, int, Rotary] | None = None  # of this call: as they are given, the first stored one, and as they are held
 
     def before_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         containers = [x for x in (*args, *kwargs.values()) if hasattr(x, "__dict__") and not isinstance(x, (Tensor, nn.Module))]
         layers = [layers for x in containers if (layers := self._layers_of(x))]
         mode = kwargs.get("kv_cache_mode", getattr(layers[0][0], "mode", None) if layers else None)
         self.stores = mode not in READS
-        if self.stores:
-            self.energies.clear()
+        self.after_call()
+        self.in_place = bool(self.kind.rotary) and not any(module._compiled_call_impl for module in model.modules())
         new = [i for found in layers for i, layer in enumerate(found) if not isinstance(layer, Packed) and isinstance(self.plans[i], Plan)]
         if new or (self.kind.argument and self.stores):
             self.handle.begin()
@@ -180,6 +198,12 @@ class Watch:
                 self.adopt(number, layer)
         if layers or mode is not None:
             self.handle.call()
+
+    def after_call(self, *_: Any) -> None:
+        """Nothing that is seen in a call outlives it."""
+        self.energies.clear()
+        self.given.clear()
+        self.positions = None
 
     def _layers_of(self, container: Any) -> list[Any]:
         lists = [part for part in vars(container).values() if isinstance(part, list)]
@@ -195,11 +219,50 @@ class Watch:
         interleaved = self.kind.interleaved if rope is None else rope == "interleaved"
         slots = Slots(
             plan, attention.heads, interleaved, self.handle.config.offload, lambda: self.energies.pop(number, None),
-            self.handle.changed, self.handle.row(f"attn.{number}", plan),
+            self.handle.changed, self.handle.row(f"attn.{number}", plan), lambda k, v: self.inputs(number, k, v),
+            lambda: self.in_place,
         )  # fmt: skip
         adopt(layer, self.kind.stand_in, slots)
         self.handle.keep(layer)
         self.handle.changed(slots)
+
+    def inputs(self, number: int, k: Tensor, v: Tensor) -> Inputs | None:
+        """The inputs of a layer, of which keys and values are stored, packed; None where these are to be packed themselves."""
+        given, plan = self.given.pop(number, None), self.plans[number]
+        if given is None or not isinstance(plan, Plan) or k.shape[1] < max(plan.calibrate, 1) or k.ndim != 4:
+            return None
+        x, first = given["hidden_states"], given.get("num_txt_tokens", 0)
+        bits = bits_for(x.shape[2], sum(part.shape[2] * part.shape[3] for part in (k, v)), self.bits)
+        if not bits:
+            return None
+        rotary, count, new = self._rotary(given[self.kind.rotary], x.shape[1], first, k.shape[1])
+        found = Inputs.pack(
+            k, v, x[:, first : first + count], 8 if plan.bits_k == 8 else bits, Projection(self.attentions[number], rotary),
+            rotary.tensors if new else [], plan.seed, self.handle.config.offload,
+        )  # fmt: skip
+        if found is None:
+            self.handle.fall_back(f"attn.{number}", "its keys and values are no projections of its inputs that tqai knows: rows are held")
+        return found
+
+    def _rotary(self, angles: Any, tokens: int, first: int, count: int) -> tuple[Rotary, int, bool]:
+        """Rotary positions of the stored tokens, made once a call; ``tokens`` are the last ones that ``angles`` are for."""
+        first += len(angles if isinstance(angles, Tensor) else angles[0]) - tokens
+        if self.positions is not None and self.positions[0] is angles and self.positions[1] == first:
+            return self.positions[2], count, False
+        pairs = [size // 2 for size in self.model.config.axes_dims_rope]
+        self.positions = angles, first, Rotary.of(angles, first, count, pairs)
+        return self.positions[2], count, True
+
+    def before_attention(self, number: int) -> Callable[..., None]:
+        @torch.compiler.disable
+        def see(kwargs: dict[str, Any]) -> None:
+            self.given[number] = kwargs
+
+        def hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.stores and not args:
+                see(kwargs)
+
+        return hook
 
     def before_block(self, number: int) -> Callable[..., None]:
         """For transformers that make the cache in their own forward: each layer is packed as it is filled."""
@@ -262,16 +325,23 @@ def _watch(model: Any, config: Config, handle: CachesHandle) -> Watch | None:
         return None
     plans = layer_plans(config, [""] * len(attentions))
     handle.exact += [{"where": f"attn.{i}", "why": plan} for i, plan in enumerate(plans) if isinstance(plan, str)]
-    return Watch(kind, layer_class, plans, attentions, handle)
+    codec: Any = build("codec", config.codec)
+    bits = 0 if codec.name == "exact" or codec.bits_k or codec.bits_v or codec.bits > MOST_AS_INPUTS else codec.bits
+    return Watch(model, kind, layer_class, plans, attentions, handle, bits)
 
 
 def _hook(model: nn.Module, watch: Watch) -> None:
-    hooks = [model.register_forward_pre_hook(watch.before_call, with_kwargs=True)]
+    hooks = [
+        model.register_forward_pre_hook(watch.before_call, with_kwargs=True),
+        model.register_forward_hook(watch.after_call, always_call=True),
+    ]
     for number, (block, attention) in enumerate(watch.kind.modules(model)):
         if isinstance(watch.plans[number], str):
             continue
         if watch.kind.argument:
             hooks.append(block.register_forward_pre_hook(watch.before_block(number), with_kwargs=True))
+        if watch.kind.rotary and watch.bits:
+            hooks.append(attention.register_forward_pre_hook(watch.before_attention(number), with_kwargs=True))
         if getattr(attention, "norm_q", None) is not None:
             hooks.append(attention.norm_q.register_forward_hook(watch.after_queries(number)))
     for hook in hooks:

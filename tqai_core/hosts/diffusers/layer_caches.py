@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...attention.lazy_prefix import lazy
+from ...kv.inputs import Inputs
 from ...kv.prefix import Prefix
 from ...kv.segments import Plan
 
@@ -30,6 +32,8 @@ class Slots:
         host: whether packed rows lie in host memory.
         queries: gives the energy of the queries seen in this pass, and forgets it.
         changed: called with these slots after each change.
+        inputs: gives the inputs of the layer, from which these keys and values come, packed; None where rows of them are to be held.
+        in_place: whether this call's attention may get tensors without storage.
     """
 
     plan: Plan
@@ -39,7 +43,9 @@ class Slots:
     queries: Callable[[], Tensor | None]
     changed: Callable[[Slots], None]
     row: dict[str, Any]  # of the report
-    runs: dict[str, list[Prefix]] = field(default_factory=dict)
+    inputs: Callable[[Tensor, Tensor], Inputs | None] = lambda k, v: None
+    in_place: Callable[[], bool] = lambda: False
+    runs: dict[str, list[Prefix | Inputs]] = field(default_factory=dict)
     held: int = 0  # bytes, walked at the last change
     error: Tensor | None = None  # NMSE of keys and of values at the worst store
     flat: bool = False  # whether heads and dimensions come as one
@@ -54,9 +60,11 @@ class Slots:
         queries = self.queries()
         if queries is not None and queries.shape != (k.shape[0], k.shape[2], 1, k.shape[3]):
             queries = None
-        known = before[0] if history and before else None
-        plan = self.plan if history else replace(self.plan, recent=0)
-        new = Prefix.pack(k, v, plan, queries, self.interleaved, known, self.host)
+        new: Prefix | Inputs | None = None if history else self.inputs(k, v)
+        if new is None:
+            known = before[0] if history and before and isinstance(before[0], Prefix) else None
+            plan = self.plan if history else replace(self.plan, recent=0)
+            new = Prefix.pack(k, v, plan, queries, self.interleaved, known, self.host)
         self.runs[slot] = [*before, new] if append else [new]
         if new.error is not None:
             self.error = new.error if self.error is None else torch.maximum(self.error, new.error)
@@ -67,15 +75,26 @@ class Slots:
         runs = self.runs.get(slot, [])
         if not runs:
             return None
-        self.row["materialised"] += any(run.tier.packed for run in runs)
+        if any(run.packed for run in runs):
+            self._decoded()
         k, v = runs[0].dense() if len(runs) == 1 else (torch.cat(part, 1) for part in zip(*(run.dense() for run in runs), strict=True))
         return (k.flatten(2), v.flatten(2)) if self.flat else (k, v)
+
+    def read(self, slot: str) -> Pair | None:
+        """The same, for an attention that may read the packed rows where they lie."""
+        runs = self.runs.get(slot, [])
+        if not any(run.packed for run in runs) or self.flat or not self.in_place():
+            return self.get(slot)
+        return lazy(runs, self._decoded)
+
+    def _decoded(self) -> None:
+        self.row["materialised"] += 1
 
     def clear(self) -> None:
         self.runs.clear()
         self._change()
 
-    def prefixes(self) -> list[Prefix]:
+    def prefixes(self) -> list[Prefix | Inputs]:
         return [run for runs in self.runs.values() for run in runs]
 
     @property
@@ -120,7 +139,7 @@ class Whole(Packed):
 
     @torch.compiler.disable
     def get(self) -> Pair:
-        return self.slots.get("all") or self.plain.get(self)  # which raises its own error
+        return self.slots.read("all") or self.plain.get(self)  # which raises its own error
 
     def absorb(self) -> None:
         try:
