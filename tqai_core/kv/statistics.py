@@ -38,8 +38,8 @@ class KeyStatistics:
         if self.query_energy is None:  # an attention that hides its queries: centred only
             self.scale = self.mean**0
         else:
-            k2 = _pooled((k - self.mean).square().mean(2, keepdims=True), interleaved)
-            q2 = _pooled(self.query_energy, interleaved)
+            k2 = pooled((k - self.mean).square().mean(2, keepdims=True), interleaved)
+            q2 = pooled(self.query_energy, interleaved)
             ratio = (k2 + FLOOR * k2.mean(-1, keepdims=True) + 1e-30) / (q2 + FLOOR * q2.mean(-1, keepdims=True) + 1e-30)
             log = ratio.log() / 4
             self.scale = (log - log.mean(-1, keepdims=True)).exp()
@@ -54,7 +54,7 @@ class KeyStatistics:
         return k if self.mean is None else k * self.scale + self.mean
 
 
-def _pooled(x: Any, interleaved: bool) -> Any:
+def pooled(x: Any, interleaved: bool) -> Any:
     """Sums over rotary pairs, at both channels of a pair."""
     pairs = x.reshape(*x.shape[:-1], -1, 2) if interleaved else x.reshape(*x.shape[:-1], 2, -1)
     return (pairs**0 * pairs.sum(-1 if interleaved else -2, keepdims=True)).reshape(x.shape)  # x**0 is 1 everywhere: to repeat the sum

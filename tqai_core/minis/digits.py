@@ -35,18 +35,18 @@ def images() -> tuple[Tensor, Tensor]:
     return F.interpolate(x * 2 - 1, size=(SIZE, SIZE), mode="bilinear", align_corners=False), y
 
 
-def clips(count: int, seed: int = 0, digit: int = 10) -> tuple[Tensor, Tensor]:
-    """``count`` moving digits ``[count, 1, 9, 16, 16]`` and their labels; ``digit`` is their side in pixels."""
+def clips(count: int, seed: int = 0, digit: int = 10, frames: int = FRAMES) -> tuple[Tensor, Tensor]:
+    """``count`` moving digits ``[count, 1, frames, 16, 16]`` and their labels; ``digit`` is their side in pixels."""
     g = torch.Generator().manual_seed(seed)
     x, y = _raw()
     pick = torch.randint(0, len(y), (count,), generator=g)
     reach = (SIZE - digit) / 2  # how far the centre may move, in pixels
     place = (torch.rand(count, 2, generator=g) * 2 - 1) * reach
     speed = torch.rand(count, 2, generator=g) * 2 - 1
-    out = torch.empty(count, 1, FRAMES, SIZE, SIZE)
+    out = torch.empty(count, 1, frames, SIZE, SIZE)
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = SIZE / digit
-    for frame in range(FRAMES):
+    for frame in range(frames):
         theta[:, :, 2] = -place * 2 / digit
         grid = F.affine_grid(theta, [count, 1, SIZE, SIZE], align_corners=False)
         out[:, :, frame] = F.grid_sample(x[pick], grid, align_corners=False) * 2 - 1
