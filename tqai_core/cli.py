@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import run
+from . import run, tryout
 from .arguments import Parser, comma_list, json_target, out_file, out_folder, seed, words_of, write_out
 from .calibrate.cli import add_arguments, add_tune
 from .calibrate.sampler_cli import add_sampler_arguments
@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kinds", type=comma_list(str, (*MINIS, "lm", "z_image")), help="minis to run, as in flux,wan; left out: all of the bench"
     )
     p.add_argument("--seeds", type=comma_list(seed), help="seeds, as in 0,1,2, which is the default")
+    tryout.arguments(command("try", "does it help on my model? the exact run, a few settings, one page, one verdict", _try))
     run.arguments(command("run", "one prompt through a language model or a diffusers pipeline, and what tqai saved and changed", _run))
     return parser
 
@@ -138,6 +139,13 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         write_out(args.json, dumps(result))
     print("", *run.lines_of(result), sep="\n", file=output_of(args))
+    return 0
+
+
+def _try(args: argparse.Namespace) -> int:
+    result = tryout.run(args)
+    _finish(args.json, {key: value for key, value in result.items() if key != "table"}, tryout.tables_of(result))
+    print(*tryout.lines_of(result), sep="\n", file=output_of(args))
     return 0
 
 
