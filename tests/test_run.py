@@ -22,24 +22,6 @@ from tqai_core.report import dumps
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = ("--bits-k", "4", "--bits-v", "4", "--sink", "2", "--recent", "8")
 FIXED = ("--monitor", "fixed:interval=2")  # a random net moves too wildly for error control to skip
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-
-
-@pytest.fixture(scope="module")
-def lm_folder(tmp_path_factory, byte_tokenizer):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=256, hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-            max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("lm")
-    model.save_pretrained(folder)
-    byte_tokenizer(TEMPLATE).save_pretrained(folder)
-    return folder
 
 
 def ask(capsys, *argv):

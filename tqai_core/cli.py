@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,18 @@ def _main(words: list[str]) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    if not args.verbose:
+        _quiet()
     _check_places(args)
     return int(args.run(args) or 0)
+
+
+def _quiet() -> None:
+    """Libraries say errors alone, unless --verbose or the variable of each says otherwise. Before they are imported."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    warnings.filterwarnings("ignore", module=r"(transformers|diffusers|huggingface_hub|accelerate|peft|torchao|torch\.)")
+    warnings.filterwarnings("default", message="tqai: ")
 
 
 def _check_places(args: argparse.Namespace) -> None:
@@ -84,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         p = sub.add_parser(name, help=help, description=help)
         to = "write the figures as JSON: --json to stdout, --json=FILE to a file (also --json FILE.json)"
         p.add_argument("--json", type=json_target, metavar="[=FILE]", help=to)
+        p.add_argument("-v", "--verbose", action="store_true", help="show what the libraries say too")
         p.set_defaults(run=call, parser=p)
         return p
 

@@ -75,7 +75,7 @@ function look() {
   const broken = [...document.images].filter((i) => !i.complete || !i.naturalWidth).map((i) => i.src.slice(0, 60));
   const clips = [...document.querySelectorAll(".clip img")].map((i) => i.getAnimations()[0]?.currentTime);
   return {
-    wide: root.scrollWidth, client: root.clientWidth, small, cut, faint, scrolls, broken, clips, text: texts.join("\n"),
+    title: document.title, wide: root.scrollWidth, client: root.clientWidth, small, cut, faint, scrolls, broken, clips, text: texts.join("\n"),
     dark: behind(document.body) < 0.2, svgs: [...document.querySelectorAll("svg")].filter((s) => s.getBoundingClientRect().width).length,
   };
 }
