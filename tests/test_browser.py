@@ -68,7 +68,7 @@ def test_a_page_that_is_hard_to_read_is_found(tmp_path):
         "wide": "<div style='width:2000px'>a</div>", "small": "<p style='font-size:11px'>tiny</p>",
         "faint": "<p style='color:#aaa'>pale</p>", "broken": "<img src='none.png'>",
         "cut": "<div style='overflow:hidden;width:380px'><p style='white-space:nowrap'>" + "long " * 200 + "</p></div>",
-        "svg": "<svg width=100 height=20 viewBox='0 0 200 40'><rect width=9 height=9 fill='#fff'/><text y=20 font-size=16>half</text></svg>",
+        "svg": "<svg width=100 viewBox='0 0 200 40'><rect width=9 height=9 fill='#fff'/><text y=20 font-size=16>half</text></svg>",
     }  # fmt: skip
     for name, body in bodies.items():
         (tmp_path / f"{name}.html").write_text(f"<!doctype html><meta charset=utf-8><body style='background:#fff'>{body}")

@@ -29,7 +29,12 @@ def from_picture(sd3, name):
     """The image-to-image or the inpainting pipeline of SD3 on the parts of ``sd3``, and its call."""
     import diffusers
 
-    pipe = getattr(diffusers, name)(**sd3.components)
+    parts = dict(sd3.components)
+    if "Inpaint" in name:  # it wants latents of 16 channels
+        torch.manual_seed(0)
+        parts["transformer"] = type(sd3.transformer).from_config({**sd3.transformer.config, "in_channels": 16, "out_channels": 16}).eval()
+        parts["vae"] = type(sd3.vae).from_config({**sd3.vae.config, "latent_channels": 16}).eval()
+    pipe = getattr(diffusers, name)(**parts)
     pipe.set_progress_bar_config(disable=True)
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     given = {"image": picture, "strength": 0.8, "height": 64, "width": 64, "prompt": "a cat", "num_inference_steps": 24}
@@ -90,7 +95,8 @@ def test_quantised_weights_of_a_pipeline(how, order, picture_folder):
         exact = text_to_picture(pipe)
     assert torch.equal(text_to_picture(pipe), exact)
     assert psnr(ours, exact) > 25
-    assert nmse(ours, exact) < nmse(ours, plain), "the forecasts are those of the quantised model"
+    with tqai.apply(pipe, COMPUTED):
+        assert torch.equal(text_to_picture(pipe), exact), "the weights are those of the quantised model"
 
 
 # -- language models
@@ -134,8 +140,11 @@ def compiled(lm):
     lm.model.layers[0].compile(backend="eager")
 
 
+CHANGES = [lora, int8, offload, pytest.param(compiled, marks=pytest.mark.slow)]  # the compiler takes long to come
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("change", [lora, int8, offload, compiled], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_language_model_keeps_its_own_tokens(change, order, lm):
     """The change is made before tqai comes or after. An exact cache gives the changed model's tokens, a packed one stays close to it."""
     plain = write(lm)
