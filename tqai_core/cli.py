@@ -22,6 +22,7 @@ from .text import output_of
 from .version import VERSION
 
 MINIS = ("flux", "sd3", "wan")
+SHELLS = "Print it into a file that your shell reads, as in: tqai completion bash > ~/.local/share/bash-completion/completions/tqai"
 BENCHES = {
     "dit": "forecast-skipping", "levels": "block, attention, guidance, overhead", "methods": "every scorer x strategy x monitor",
     "attention": "sparse and dense kernels", "sampler": "the calibrated sampler", "codec": "vectors", "stream": "trajectories",
@@ -99,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         p.set_defaults(run=call, parser=p)
         return p
 
+    shell = sub.add_parser("completion", help="print what makes a shell complete the words of tqai", description=SHELLS)
+    shell.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    shell.set_defaults(run=_completion, parser=shell, verbose=False)
     p = command("demo", "run the trained minis with and without tqai and draw the results", _demo)
     p.add_argument("--out", type=out_folder, default="out/demo", help="folder of the page and the pictures")
     p.add_argument("--kinds", type=comma_list(str), help="minis to run, as in flux,wan; left out: all that are here")
@@ -129,6 +133,15 @@ def _parser() -> argparse.ArgumentParser:
     tryout.arguments(command("try", "does it help on my model? the exact run, a few settings, one page, one verdict", _try))
     run.arguments(command("run", "one prompt through a language model or a diffusers pipeline, and what tqai saved and changed", _run))
     return parser
+
+
+def _completion(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        raise TqaiError("completion needs shtab: pip install shtab, or pip install 'tqai-core[completion]'") from None
+    print(shtab.complete(_parser(), args.shell))
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
