@@ -52,15 +52,23 @@ function look() {
     const parent = node.parentElement;
     const words = node.textContent.trim();
     if (!words || ["SCRIPT", "STYLE", "title"].includes(parent.tagName)) continue;
-    const box = parent.getBoundingClientRect();
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    const box = range.getBoundingClientRect();
     if (!box.width || !box.height) continue; // not shown at this width
     const style = getComputedStyle(parent);
     const svg = parent.closest("svg");
     const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
     texts.push(words);
     if (parseFloat(style.fontSize) * scale < 12) small.push(words);
-    const scroller = parent.closest(".scroll, pre");
-    if (!scroller && (box.right > root.clientWidth + 1 || box.left < -1)) cut.push(words);
+    let inside = root.getBoundingClientRect(); // what the words must lie in: the window, or what hides its rest; a scroller shows all
+    for (let at = parent; at; at = at.parentElement) {
+      const overflow = getComputedStyle(at).overflowX;
+      if (overflow === "visible") continue;
+      inside = overflow === "hidden" || overflow === "clip" ? at.getBoundingClientRect() : null;
+      break;
+    }
+    if (inside && (box.right > inside.right + 1 || box.left < inside.left - 1)) cut.push(words);
     if (svg) {
       const frame = svg.getBoundingClientRect();
       if (box.right > frame.right + 1 || box.left < frame.left - 1 || box.bottom > frame.bottom + 1) cut.push(words);
