@@ -242,6 +242,23 @@ def test_bad_input_is_one_line_with_the_cure(capsys, lm_folder, tmp_path):
     assert main(["run", "hi", "--demo", "-m", str(lm_folder)]) == 2
 
 
+def test_a_pipeline_on_the_hub_is_known_by_its_index(tmp_path, monkeypatch):
+    """In the cache as downloads leave it, without the network: what has model_index.json is a pipeline, all else a language model."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    for name, file in (("pictures", "model_index.json"), ("words", "config.json")):
+        folder = tmp_path / f"models--someone--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / file).write_text("{}")
+    assert run_module.is_pipeline("someone/pictures")
+    assert not run_module.is_pipeline("someone/words")
+    assert not run_module.is_pipeline("someone/nothing")
+
+
 def test_a_missing_extra_is_named(capsys, monkeypatch, lm_folder):
     import importlib.util
 
