@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-comfyui test-mlx fuzz mutate browser bench lint types clean
+.PHONY: demo test test-all test-comfyui test-mlx fuzz mutate browser test-browser bench lint types clean
 
 demo: .venv/demo
 	$(BIN)/tqai demo
@@ -50,8 +50,8 @@ test-mlx: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mlx]'
 	$(BIN)/python -m pytest tests/test_mlx.py
 
-# the page in a browser: needs node, npm and a chromium (CHROMIUM=path) besides
-browser: .venv/dev
+# the pages in a browser (pictures in out/shots): needs node, npm and a chromium (CHROMIUM=path) besides
+browser test-browser: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	npm install --silent --no-audit --no-fund --prefix out/browser playwright-core@1
 	$(BIN)/python -m pytest tests/test_browser.py

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+import tomllib
 from collections import defaultdict
 from typing import Any
 
@@ -487,13 +488,24 @@ def families() -> str:
     return table(["family", "diffusers", "ComfyUI"], rows)
 
 
+def get() -> dict[str, str]:
+    """The first commands. The address of the repository is that of pyproject.toml, which a publisher changes."""
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    nodes = (f"git clone {address} custom_nodes/tqai", "python custom_nodes/tqai/tests/comfyui/mini.py .", "python main.py --cpu")
+    shell = (
+        f"git clone {address} tqai", "cd tqai", "make demo", ".venv/bin/tqai try -m flux  # pictures: one page, one verdict",
+        ".venv/bin/tqai try -m lm  # text: how much smaller its memory gets, how fast it writes",
+    )  # fmt: skip
+    return {name: "\n".join(["```sh", *lines, "```"]) for name, lines in (("get-comfyui", nodes), ("get", shell))}
+
+
 def parts() -> dict[str, str]:
     from bench import attention, calibrate, dit_kv, levels, llm_methods, methods, pipelines, stream_report
 
     dit, vectors, lower, kernels = (load(name) for name in ("dit", "codec", "levels", "attention"))
     lm, caches, made = (load(name) for name in ("llm", "llm_methods", "calibrate"))
     return {
-        **promised.parts(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")),
+        **promised.parts(), **get(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")),
         "works": works(), "bed": sections(pipelines, load("pipelines")),
         "headline": headline(dit), "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit),
         "place": place(dit), "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),

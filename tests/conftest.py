@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("tqai_core") is None:
     sys.path.append(str(ROOT))
-sys.path.append(str(ROOT / "benchmarks"))  # the benches
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tests")]  # the benches, and what tests share
 
 import torch  # noqa: E402
 
@@ -286,4 +286,25 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_encoder_2=clip(), tokenizer=tokenizer, tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
     pipe.save_pretrained(folder)
+    return folder
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Callable[..., Any]) -> Path:
+    """A tiny random Qwen2 with a tokenizer of bytes and a chat template."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=256, hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+            max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        )
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("lm")
+    model.save_pretrained(folder)
+    byte_tokenizer(TEMPLATE).save_pretrained(folder)
     return folder

@@ -29,6 +29,8 @@ LOADERS = (
 CALIBRATE = ("calibrate", "--demo", "flux", "-o", "c.safetensors")
 SAMPLER = ("calibrate", "--sampler", "--demo", "flux", "-o", "s.json")
 RUN = ("run", "hi", "--demo")
+TRY = ("try", "-m", "flux")
+HELPS = (("--help",), *((name, "--help") for name in ("run", "try", "calibrate", "tune", "bench")))
 # places that cannot be written, root or not: a folder where a file is asked for, below a file, /proc
 PLACES = ("folder", "file/x", "/proc/tqai/x")
 
@@ -64,7 +66,7 @@ def nothing_runs(monkeypatch, tmp_path):
 MISTAKES = [
     # places of output
     *((command, f"{option}{between}{place}", "cannot be written" if "x" in place else "is a folder")
-      for command in (("methods",), ("demo",), RUN, ("report", "file"), CALIBRATE, ("tune", "--demo", "flux"), ("bench", "codec"))
+      for command in (("methods",), ("demo",), RUN, TRY, ("report", "file"), CALIBRATE, ("tune", "--demo", "flux"), ("bench", "codec"))
       for option, between in (("--json", "="),) for place in PLACES),
     *((("calibrate", "--demo", "flux", *extra), f"-o={place}", "cannot be written" if "x" in place else "is a folder")
       for extra in ((), ("--sampler",)) for place in PLACES),
@@ -138,6 +140,17 @@ MISTAKES = [
     (("tune", "--demo", "flux"), "--family my.json --study s.db", "--study asked, but --family"),
     (("tune", "--demo", "flux"), "--family my.json -o my.json", "is asked for twice, as out and as family"),
     (("tune",), "-m folder", "no folder of a diffusers pipeline"),
+    # try
+    (("try", "-m", "flux"), "--out file", "--out file cannot be written (Not a directory): give a folder"),
+    (("try", "-m", "flux"), "--kl .1", "--kl asked, but this is a diffusers pipeline"),
+    (("try", "-m", "lm"), "--psnr 30", "--psnr asked, but this is a language model"),
+    (("try", "-m", "flux"), "--device nope", "--device nope"),
+    (("try", "-m", "flux"), "--minutes inf", "--minutes inf: give a number"),
+    (("try", "-m", "lm"), "--max-tokens 1", "--max-tokens 1: give a whole number, 2 or more"),
+    (("try", "-m", "folder"), "", "has neither config.json"),
+    (("try", "-m", "file"), "", "is a file: give the folder"),
+    (("try",), "", "-m/--model; see tqai try --help"),
+    (("completion", "fish"), "", "invalid choice: 'fish'"),
     # demo and benches
     (("demo",), "--kinds ", "is empty: give one or more"),
     (("demo",), "--kinds sdxl", "unknown mini sdxl; known"),
@@ -226,7 +239,16 @@ def tqai(*argv, **options):
 
 
 def test_help_and_version_need_no_torch():
-    for argv in (("--version",), (), ("--help",), ("run", "--help"), ("calibrate", "--help"), ("tune", "--help"), ("bench", "--help")):
+    for argv in (
+        ("--version",),
+        (),
+        ("--help",),
+        ("run", "--help"),
+        ("try", "--help"),
+        ("calibrate", "--help"),
+        ("tune", "--help"),
+        ("bench", "--help"),
+    ):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = tqai(*argv)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -236,6 +258,37 @@ def test_help_and_version_need_no_torch():
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3, argv
     code = "import sys; from tqai_core.cli import main; main([]); assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_libraries_are_quiet_unless_asked_and_what_tqai_warns_of_is_not():
+    code = """import sys, warnings
+from tqai_core.cli import main
+main(['methods', *sys.argv[1:]])
+import diffusers
+from diffusers import FluxPipeline
+warnings.warn_explicit('of a library', UserWarning, 'x.py', 1, module='transformers.modeling_utils')
+warnings.warn_explicit('tqai: of ours', UserWarning, 'y.py', 1, module='diffusers.pipelines.flux')
+"""
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    said = lambda *argv: subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=env, check=True).stderr
+    assert said() == "y.py:1: UserWarning: tqai: of ours\n"
+    assert "of a library" in said("-v")
+
+
+def test_a_shell_completes_every_command_and_option(capsys):
+    pytest.importorskip("shtab")
+    for shell in ("bash", "zsh", "tcsh"):
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        for word in ("demo", "try", "calibrate", "--minutes", "--max-tokens"):
+            assert word in script or (shell == "tcsh" and word.startswith("--")), (shell, word)
+
+
+def test_completion_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err == "tqai: completion needs shtab: pip install shtab, or pip install 'tqai-core[completion]'\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes a standard stream in the shell")

@@ -42,8 +42,8 @@ def test_demo_draws_and_counts(tmp_path, capsys):
     assert alone["tqai balanced"]["calls"] == alone["fewer steps"]["calls"]
     assert alone["tqai balanced"]["psnr_worst"] > alone["fewer steps"]["psnr"], "the worst is above the median of fewer steps"
     page = (tmp_path / "d" / "index.html").read_text()
-    assert page.count("<img") == 4
-    assert page.count("<svg") == 1
+    assert page.count("<img") == 4 + 3 + 2, "results, differences, the slider"
+    assert page.count("<svg") == 2, "for a wide and for a narrow page"
     assert (tmp_path / "d" / "flux-exact.png").read_bytes()[:4] == b"\x89PNG"
     assert 'fill="#1f5fa8"' in chart(result["decisions"]["flux"])
 

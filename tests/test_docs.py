@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -194,6 +195,30 @@ def test_every_test_that_a_page_names_is_there(page):
     gone = [f"{file}::{name}" for file, name in sorted(named) if f"\ndef {name}(" not in _text(ROOT / "tests" / f"{file}.py")]
     assert not gone
     assert len(named) >= (40 if page.name == "faults.md" else 0)
+
+
+def test_every_cell_of_the_table_of_what_works_names_a_test():
+    rows = re.findall(r"^\|(.*)\|$", (ROOT / "docs" / "compatibility.md").read_text(), re.M)
+    cells = [(row.split("|")[0], cell) for row in rows for cell in row.split("|")[1:] if set(row) - set("-|: ")]
+    bare = [(what, cell) for what, cell in cells if "::" not in cell and cell.strip() not in ("diffusers", "ComfyUI", "transformers")]
+    assert len(cells) > 30
+    assert not bare
+    slow = {"test_nodes_real"}  # real ComfyUI, or named slow: those have a star
+    for file, name, star in re.findall(r"(test_\w+)::(test_\w+)(\*?)", "".join(cell for _, cell in cells)):
+        assert (file in slow) <= (star == "*"), f"{file}::{name} does not run in make test: give it a star"
+
+
+def test_whole_scripts_can_be_parsed_and_call_what_is_there():
+    """They need models that are not here. Their syntax, and the names that they take from tqai, can be checked."""
+    scripts = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scripts.md").read_text(), flags=re.S)
+    assert len(scripts) == 4
+    for script in scripts:
+        tree = ast.parse(script)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tqai":
+                assert hasattr(tqai, node.attr), node.attr
+        for name, family in re.findall(r'tqai\.preset\("(\w+)"(?:, family="(\w+)")?\)', script):
+            assert tqai.preset(name, family or None)
 
 
 def _text(path):

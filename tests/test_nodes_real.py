@@ -346,6 +346,42 @@ def test_lora(host, order):
 
 
 @pytest.mark.shows("two devices at once (core's multi-GPU threads)")
+def check_forecasts_of(host: Any, m: Any, plain: torch.Tensor) -> None:
+    """Half of the steps forecast, close to ``plain``, which is the exact run of ``m``; nothing skipped is ``plain`` itself."""
+    x, report = host.sample(host.compress(m, host.pipeline()), "sd3"), host.report()
+    assert forecasts(report) >= 7
+    assert (x - plain).square().mean() < 0.1 * plain.square().mean()
+    assert torch.equal(host.sample(host.compress(m, host.pipeline("lyapunov", tau=1e-9)), "sd3"), plain)
+
+
+def test_weights_in_fp8(host):
+    """As the loader's weight_dtype fp8_e4m3fn has them."""
+    m = host.load("sd3", dtype=torch.float8_e4m3fn)
+    assert torch.float8_e4m3fn in {p.dtype for p in m.model.diffusion_model.parameters()}
+    plain = host.sample(m, "sd3")
+    assert not torch.equal(plain, host.sample(host.load("sd3"), "sd3"))
+    check_forecasts_of(host, m, plain)
+
+
+def test_weights_that_come_from_host_memory_layer_by_layer(host, monkeypatch):
+    """The host's low-memory way: most layers are cast when they are used."""
+    from comfy.model_patcher import ModelPatcher
+
+    usual, m = host.sample(host.load("sd3"), "sd3"), host.load("sd3")
+    load, loads = ModelPatcher.load, []
+
+    def in_little_memory(self: Any, device: Any, lowvram_model_memory: int = 0, **options: Any) -> Any:
+        loads.append(device)
+        return load(self, device, lowvram_model_memory=1, **{**options, "full_load": False})
+
+    monkeypatch.setattr(ModelPatcher, "load", in_little_memory)
+    plain = host.sample(m, "sd3")
+    assert loads
+    assert m.model.model_lowvram
+    assert torch.allclose(plain, usual, atol=1e-5)
+    check_forecasts_of(host, m, plain)
+
+
 @pytest.mark.parametrize("level", ["model", "attention"])
 def test_two_devices_at_once(host, level):
     """ComfyUI's own threads run cond and uncond at the same time, on one state of ours. Two batches of one are rounded otherwise than

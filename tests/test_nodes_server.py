@@ -208,25 +208,14 @@ def test_interrupt_leaves_a_clean_server(server):
 @pytest.mark.parametrize("nodes2", [False, True], ids=["canvas", "nodes2"])
 def test_the_page_shows_a_trained_model_live(server, nodes2, tmp_path):
     """The Flux workflow with the trained mini draws digits. PICTURE names a file for the README's picture (Nodes 2.0)."""
-    import convert
+    import mini
     import page
-    import torch
-    from safetensors.torch import save_file
 
     why = page.missing()
     if why:
         pytest.skip(why)
-    text, pooled = convert.conditioning("flux", list(range(11)))
-    save_file({"text": text.contiguous(), "pooled": torch.as_tensor(pooled).contiguous()}, str(server.input / "digits.safetensors"))
-    graph = json.loads((ROOT / "workflows/api/flux_txt2img.json").read_text())
-    graph["1"]["inputs"]["unet_name"] = "mini_flux.safetensors"
-    graph["3"] = {"class_type": "TestDigits", "inputs": {"prompt": "3 1 4 1 5", "file": "digits.safetensors"}}
-    graph["4"] = {"class_type": "TestDigits", "inputs": {"prompt": "", "file": "digits.safetensors"}}
-    graph["6"]["inputs"].update(width=128, height=128, batch_size=5)
-    graph["20"]["inputs"].update(cfg=2.0, seed=int(nodes2))  # the same prompt again would come from the cache, unseen
-    graph["31"] = {"class_type": "TestPixels", "inputs": {"samples": ["30", 0]}}
-    graph["32"] = {"class_type": "PreviewImage", "inputs": {"images": ["31", 0]}}
-    del graph["2"], graph["5"]
+    mini.prompts(server.input)
+    graph = mini.graph(seed=int(nodes2))  # the same prompt again would come from the cache, unseen
     ui = json.loads((ROOT / "workflows/flux_txt2img.json").read_text())
     places = {str(node["id"]): node["pos"] for node in ui["nodes"]}
     places |= {"3": [0, 130], "4": [0, 260], "6": [0, 390], "8": [340, 130], "10": [340, 250], "20": [720, 0], "30": [1040, 0]}

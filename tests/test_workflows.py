@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import pytest
 
 from tqai_core.metrics import psnr
 
-FOLDER = Path(__file__).resolve().parents[1] / "workflows"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "workflows"
 TWINS = sorted(FOLDER.glob("api/*.json"))
 ORDER = sorted(TWINS, key=lambda p: p.stem != "save_pipeline")  # the one that loads needs what that one saves
 
@@ -144,3 +147,22 @@ def test_the_twins_run(host, sampler_file):
             assert entries[0]["exact"].keys() == {"latent", "picture"}
             assert entries[0]["exact"]["latent"]["psnr"] == pytest.approx(psnr(ours_, plain))
             assert 0 < results["30"][4].mean() < 0.5, "the difference of the pictures"
+
+
+def test_a_comfyui_folder_is_made_ready_for_a_mini(tmp_path):
+    """By the one command of the README: every file that the graph names is there, and nothing of the graph is unknown."""
+    (tmp_path / "main.py").write_text("")
+    run = [sys.executable, str(ROOT / "tests/comfyui/mini.py"), str(tmp_path)]
+    made = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
+    assert all(Path(name).stat().st_size > 500 for name in made)
+    graph = json.loads((tmp_path / "tqai_mini.json").read_text())
+    named = {value for node in graph.values() for value in node["inputs"].values() if str(value).endswith(".safetensors")}
+    assert named == {"mini_flux.safetensors", "tqai_mini_digits.safetensors"}
+    assert named <= {Path(name).name for name in made}
+    for node in graph.values():
+        for value in node["inputs"].values():
+            assert not isinstance(value, list) or value[0] in graph
+    assert {"TQAICompress", "TQAIReport", "KSampler", "TestDigits"} <= {node["class_type"] for node in graph.values()}
+    refused = subprocess.run([*run[:2], str(tmp_path / "nowhere")], capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "give the folder of ComfyUI" in refused.stderr

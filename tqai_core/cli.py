@@ -8,11 +8,12 @@ import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import run
+from . import run, tryout
 from .arguments import Parser, comma_list, json_target, out_file, out_folder, seed, words_of, write_out
 from .calibrate.cli import add_arguments, add_tune
 from .calibrate.sampler_cli import add_sampler_arguments
@@ -21,6 +22,7 @@ from .text import output_of
 from .version import VERSION
 
 MINIS = ("flux", "sd3", "wan")
+SHELLS = "Print it into a file that your shell reads, as in: tqai completion bash > ~/.local/share/bash-completion/completions/tqai"
 BENCHES = {
     "dit": "forecast-skipping", "levels": "block, attention, guidance, overhead", "methods": "every scorer x strategy x monitor",
     "attention": "sparse and dense kernels", "sampler": "the calibrated sampler", "codec": "vectors", "stream": "trajectories",
@@ -60,8 +62,18 @@ def _main(words: list[str]) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    if not args.verbose:
+        _quiet()
     _check_places(args)
     return int(args.run(args) or 0)
+
+
+def _quiet() -> None:
+    """Libraries say errors alone, unless --verbose or the variable of each says otherwise. Before they are imported."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    warnings.filterwarnings("ignore", module=r"(transformers|diffusers|huggingface_hub|accelerate|peft|torchao|torch\.)")
+    warnings.filterwarnings("default", message="tqai: ")
 
 
 def _check_places(args: argparse.Namespace) -> None:
@@ -85,9 +97,13 @@ def _parser() -> argparse.ArgumentParser:
         p = sub.add_parser(name, help=help, description=help)
         to = "write the figures as JSON: --json to stdout, --json=FILE to a file (also --json FILE.json)"
         p.add_argument("--json", type=json_target, metavar="[=FILE]", help=to)
+        p.add_argument("-v", "--verbose", action="store_true", help="show what the libraries say too")
         p.set_defaults(run=call, parser=p)
         return p
 
+    shell = sub.add_parser("completion", help="print what makes a shell complete the words of tqai", description=SHELLS)
+    shell.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    shell.set_defaults(run=_completion, parser=shell, verbose=False)
     p = command("demo", "run the trained minis with and without tqai and draw the results", _demo)
     p.add_argument("--out", type=out_folder, default="out/demo", help="folder of the page and the pictures")
     p.add_argument("--kinds", type=comma_list(str), help="minis to run, as in flux,wan; left out: all that are here")
@@ -115,8 +131,18 @@ def _parser() -> argparse.ArgumentParser:
         "--kinds", type=comma_list(str, (*MINIS, "lm", "z_image")), help="minis to run, as in flux,wan; left out: all of the bench"
     )
     p.add_argument("--seeds", type=comma_list(seed), help="seeds, as in 0,1,2, which is the default")
+    tryout.arguments(command("try", "does it help on my model? the exact run, a few settings, one page, one verdict", _try))
     run.arguments(command("run", "one prompt through a language model or a diffusers pipeline, and what tqai saved and changed", _run))
     return parser
+
+
+def _completion(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        raise TqaiError("completion needs shtab: pip install shtab, or pip install 'tqai-core[completion]'") from None
+    print(shtab.complete(_parser(), args.shell))
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -139,6 +165,13 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         write_out(args.json, dumps(result))
     print("", *run.lines_of(result), sep="\n", file=output_of(args))
+    return 0
+
+
+def _try(args: argparse.Namespace) -> int:
+    result = tryout.run(args)
+    _finish(args.json, {key: value for key, value in result.items() if key != "table"}, tryout.tables_of(result))
+    print(*tryout.lines_of(result), sep="\n", file=output_of(args))
     return 0
 
 

@@ -3,30 +3,22 @@ a page of pictures."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from einops import rearrange
-from PIL import Image
-from torch import Tensor
-
 from .config import preset
+from .demo_page import OURS, page, section
 from .errors import TqaiError
 from .measure import Mini, Run, compare, machine, one_thread, tails
 from .minis.names import KINDS, present, weights
-from .plot import chart
 from .progress import progress_bar
 
 STEPS = 24
-METHODS = ("exact", "tqai balanced", "tqai fast", "fewer steps")
+METHODS = ("exact", OURS, "tqai fast", "fewer steps")
 COUNT = {"flux": 10, "sd3": 10, "wan": 5}
 PSNR = ("psnr", "psnr_tail", "psnr_worst")
-ZOOM = 3  # of a 16 x 16 digit on the page
 
 
 def run(out: Path, kinds: Sequence[str] | None = None, seed: int = 0) -> dict[str, Any]:
@@ -49,15 +41,16 @@ def run(out: Path, kinds: Sequence[str] | None = None, seed: int = 0) -> dict[st
             mini.run(labels, seed, 1)  # warm caches are part of no figure
             progress(f"{kind}: all as one batch", nth / len(kinds))
             runs = _runs(mini, labels, seed)
-            result["rows"] += [tails(row) for row in _rows(mini, runs)]
+            rows = {row["method"]: tails(row) for row in _rows(mini, runs)}
+            result["rows"] += rows.values()
             singles = []
             for i, label in enumerate(labels):
                 progress(f"{kind}: one at a time", (nth + (1 + i / len(labels)) / 2) / len(kinds))
                 singles.append(_rows(mini, _runs(mini, [label], seed + i)))
             result["alone"] += [_alone(rows) for rows in list(zip(*singles, strict=True))[1:]]
-            result["decisions"][kind] = runs["tqai balanced"].report.decisions  # type: ignore[union-attr]
-            sections.append(_section(kind, {m: mini.pixels(r.latents) for m, r in runs.items()}, result, out))
-    (out / "index.html").write_text(PAGE.replace("SECTIONS", "\n".join(sections)).replace("MACHINE", html.escape(_place(result))))
+            result["decisions"][kind] = runs[OURS].report.decisions  # type: ignore[union-attr]
+            sections.append(section(mini, labels, runs, rows, out))
+    (out / "index.html").write_text(page(sections, f"Seed {seed}. {_place(result)}"), encoding="utf-8")
     return result
 
 
@@ -65,7 +58,7 @@ def _runs(mini: Mini, labels: Sequence[int], seed: int) -> dict[str, Run]:
     runs: dict[str, Run] = {}
     for method in METHODS:
         config = preset(method.split()[1], mini.kind) if method.startswith("tqai") else None
-        steps = round(runs["tqai balanced"].calls / runs["exact"].calls * STEPS) if method == "fewer steps" else STEPS
+        steps = round(runs[OURS].calls / runs["exact"].calls * STEPS) if method == "fewer steps" else STEPS
         runs[method] = mini.run(labels, seed, steps, config)
     return runs
 
@@ -111,47 +104,3 @@ def tables_of(result: dict[str, Any]) -> Iterable[tuple[str, list[str], list[lis
 def _place(result: dict[str, Any]) -> str:
     m = result["machine"]
     return f"{m['cpu']}, 1 thread, torch {m['torch']}"
-
-
-def _section(kind: str, samples: dict[str, Tensor], result: dict[str, Any], out: Path) -> str:
-    cells = []
-    for method, x in samples.items():
-        row = next(r for r in result["rows"] if r["mini"] == kind and r["method"] == method)
-        name = f"{kind}-{method.replace(' ', '-')}.{'gif' if x.ndim == 5 else 'png'}"
-        data = _encode(x)
-        (out / name).write_bytes(data)
-        note = f"{row['calls']} calls, {row['cpu_ratio']:.2f}x"
-        note += "" if row["psnr"] is None else f", {row['psnr']:.1f} dB, least {row['psnr_worst']:.1f}"
-        src = f"data:image/{name[-3:]};base64,{base64.b64encode(data).decode()}"
-        cells.append(f'<figure><img src="{src}" alt="{kind} {method}"><figcaption><b>{method}</b><br>{note}</figcaption></figure>')
-    drawing = chart(result["decisions"][kind])
-    (out / f"{kind}-decisions.svg").write_text(drawing)
-    return f"<h2>{kind}</h2><div class=row>{''.join(cells)}</div>{drawing}"
-
-
-def _encode(x: Tensor) -> bytes:
-    """A strip of digits as PNG, or of clips as an animated GIF."""
-    buffer, (first, *rest) = io.BytesIO(), [_strip(frame) for frame in rearrange(x, "n 1 ... h w -> (...) n h w")]
-    if rest:
-        first.save(buffer, "GIF", save_all=True, append_images=rest, duration=160, loop=0)
-    else:
-        first.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _strip(x: Tensor) -> Image.Image:
-    """Digits ``[n, 16, 16]`` in [-1, 1], side by side in rows of five."""
-    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
-    image = Image.fromarray(rearrange(levels, "(row column) h w -> (row h) (column w)", column=min(len(x), 5)).numpy())
-    return image.resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.NEAREST)
-
-
-PAGE = """<!doctype html><meta charset=utf-8><title>tqai demo</title>
-<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1010px;margin:2em auto;padding:0 1em;color:#222}
-.row{display:flex;flex-wrap:wrap;gap:14px}figure{margin:0}img{image-rendering:pixelated;background:#000;display:block}
-figcaption{font-size:12px;color:#444;max-width:240px}svg{margin-top:10px;max-width:100%}</style>
-<h1>tqai demo</h1><p>Miniature diffusion transformers (diffusers' own Flux, SD3 and WAN classes, trained on handwritten
-digits), the same seed in every picture. PSNR is measured on the latents against the exact run: of the batch, and the least of one
-picture. MACHINE.</p>
-SECTIONS
-"""

@@ -111,7 +111,7 @@ class Recorder:
         self._why[decision.why] += decision.compute
         entry = {
             "step": step.index, "sigma": step.sigma, "action": "compute" if decision.compute else "forecast",
-            "error_estimate": decision.error_estimate, "error": None, "why": decision.why, "model": model,
+            "error_estimate": decision.error_estimate, "error": None, "why": decision.why, "model": model, "tolerance": decision.tolerance,
         }  # fmt: skip
         self.report.decisions.append(entry)
         return entry

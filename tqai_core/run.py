@@ -70,13 +70,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if not args.prompt.strip():
         raise TqaiError("the prompt is empty: give some text, as in `tqai run 'Once upon' -m MODEL`")
-    pipe = not args.demo and _is_pipeline(args.model)
+    pipe = not args.demo and is_pipeline(args.model)
     if foreign := [name for name in (LM_ONLY if pipe else PIPE_ONLY) if getattr(args, name) is not None]:
         asked = ", ".join("--" + name.replace("_", "-") for name in foreign)
         raise TqaiError(f"{asked} asked, but this is a {'diffusers pipeline' if pipe else 'language model'}: leave it out")
-    library = "diffusers" if pipe else "transformers"
-    if util.find_spec(library) is None:
-        raise TqaiError(f"{library} is not installed: pip install 'tqai-core[{library}]'")
+    check_library("diffusers" if pipe else "transformers")
     config = config_of(args, "model" if pipe else "kv")
     device = device_of(args.device)
     args.out = out_folder("out/run") if args.out is None and pipe else args.out
@@ -89,6 +87,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return host.run(args, config, device)
     except torch.OutOfMemoryError as error:
         raise TqaiError(f"out of memory ({first_line(error)}): take a smaller --dtype, fewer tokens or pixels, or --device cpu") from None
+
+
+def check_library(name: str) -> None:
+    if util.find_spec(name) is None:
+        raise TqaiError(f"{name} is not installed: pip install 'tqai-core[{name}]'")
 
 
 def config_of(args: argparse.Namespace, level: str) -> Config | None:
@@ -128,8 +131,8 @@ def _pipeline(given: str) -> dict[str, Any]:
     return data
 
 
-def _is_pipeline(model: str) -> bool:
-    """Whether it is a diffusers folder. ValueError for a path that is none, so that it is not asked for on the hub."""
+def is_pipeline(model: str) -> bool:
+    """Whether it is a diffusers pipeline, as a folder or on the hub. TqaiError for a path that is none, which no hub is asked for."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         if (folder / "model_index.json").exists():
@@ -141,7 +144,20 @@ def _is_pipeline(model: str) -> bool:
         raise TqaiError(f"{model} is a file: give the folder that holds config.json or model_index.json")
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or "\\" in model or not model.strip():
         raise TqaiError(f"no such folder: {model!r}; give an existing one, a hub id such as 'Qwen/Qwen3-0.6B', or --demo")
-    return False
+    return _is_pipeline_on_hub(model)
+
+
+def _is_pipeline_on_hub(name: str) -> bool:
+    """Asks for a file of some kilobytes that pipelines alone have. What cannot be reached is for the loading code to tell of."""
+    if util.find_spec("huggingface_hub") is None:
+        return False
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        hf_hub_download(name, "model_index.json")
+    except (OSError, ValueError, errors.EntryNotFoundError):
+        return False
+    return True
 
 
 def device_of(name: str | None) -> torch.device:

@@ -63,11 +63,13 @@ class Where:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the monitor wants of a step. ``error_estimate`` is the relative error a forecast would have, if known."""
+    """What the monitor wants of a step. ``error_estimate`` is the relative error a forecast would have, if known, ``tolerance``
+    the most that it may have, where there is such a bound."""
 
     compute: bool
     why: str
     error_estimate: float | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)

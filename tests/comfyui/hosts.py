@@ -36,8 +36,8 @@ class Host:
         """A module of the pack, as in ``part("nodes.patch")``."""
         return importlib.import_module(f"{self.pack.__name__}.{name}")
 
-    def load(self, name: str) -> Any:
-        """A tiny random model by its name, or a trained one (``mini_flux``)."""
+    def load(self, name: str, **options: Any) -> Any:
+        """A tiny random model by its name, or a trained one (``mini_flux``). ``options`` are those of a real host's loader."""
         if not self.real:
             import comfy_fake
 
@@ -46,7 +46,7 @@ class Host:
         import comfy.utils
 
         path = self.folder / f"{name if name.startswith('mini') else f'tiny_{name}'}.safetensors"
-        return comfy.sd.load_diffusion_model_state_dict(comfy.utils.load_torch_file(str(path)))
+        return comfy.sd.load_diffusion_model_state_dict(comfy.utils.load_torch_file(str(path)), model_options=options)
 
     def run(self, node: str, *, unique_id: str | None = None, prompt: Any = None, **inputs: Any) -> Any:
         """Execute a node of ours the way the host does, hidden inputs included."""

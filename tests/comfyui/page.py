@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,45 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 MODULES = os.pathsep.join(filter(None, [os.environ.get("NODE_PATH"), str(ROOT / "out/browser/node_modules")]))
 
 
-def missing() -> str | None:
-    """What a browser test lacks here."""
+def no_browser() -> str | None:
+    """What a test in a browser lacks here."""
     if NODE is None:
         return "no node"
     if CHROMIUM is None:
         return "no chromium (CHROMIUM names one; on Debian: apt install chromium)"
     found = subprocess.run([NODE, "-e", "require('playwright-core')"], env={**os.environ, "NODE_PATH": MODULES}, capture_output=True)
-    if found.returncode:
-        return "no playwright-core (make browser)"
+    return "no playwright-core (make browser)" if found.returncode else None
+
+
+def missing() -> str | None:
+    """What a test with ComfyUI's own page lacks here."""
+    if (why := no_browser()) is not None:
+        return why
     absent = [name for name in ("aiohttp", "comfyui_frontend_package") if importlib.util.find_spec(name) is None]
     return f"no {' and '.join(absent)} (make browser)" if absent else None
 
 
 def drive(**job: Any) -> dict[str, Any]:
     """Let page.cjs do a job in the browser; what it saw."""
+    seen = _node("page.cjs", {"types": ["TQAICompress", "KSampler"], **job})
+    assert "failed" not in seen, (seen["failed"], seen["errors"])
+    return seen
+
+
+def look(pages: dict[str, Path], folder: Path | None = None, schemes: Sequence[str] = ("light", "dark")) -> list[dict[str, Any]]:
+    """What sheet.cjs saw of pages of ours, narrow and wide; pictures of them into ``folder``."""
+    urls = {name: path.resolve().as_uri() for name, path in pages.items()}
+    return _node("sheet.cjs", {"pages": urls, "widths": [400, 1400], "schemes": [*schemes], "folder": folder and str(folder)})
+
+
+def _node(script: str, job: dict[str, Any]) -> Any:
     assert NODE is not None
-    job = {"chromium": CHROMIUM, "types": ["TQAICompress", "KSampler"], **job}
     run = subprocess.run(
-        [NODE, str(ROOT / "tests/browser/page.cjs")], input=json.dumps(job),
+        [NODE, str(ROOT / "tests/browser" / script)], input=json.dumps({"chromium": CHROMIUM, **job}),
         env={**os.environ, "NODE_PATH": MODULES}, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    seen = json.loads(run.stdout)
-    assert "failed" not in seen, (seen["failed"], seen["errors"])
-    return seen
+    return json.loads(run.stdout)
 
 
 def check_run(seen: dict[str, Any], steps: int) -> None:

@@ -261,9 +261,10 @@ def tables_of(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
     rows = [[str(n), *figures(by_trial[n]), stages(by_trial[n]["config"])] for n in found["front"]]
     out = [(f"Pareto front, error and {found['budget']['what']}", ["trial", *head, "pipeline"], rows)]
     layers = [[str(layer), f"{error * 1e4:.4f}"] for layer, error in found["layers"]]
-    out.append((f"Layers, each forecast alone; proposed as skip_layers: {found['skip_layers'] or 'none'}", ["layer", "error e-4"], layers))
+    skip, unseen = (", ".join(map(str, found.get(name) or ())) for name in ("skip_layers", "proof_seeds"))
+    out.append((f"Layers, each forecast alone; proposed as skip_layers: {skip or 'none'}", ["layer", "error e-4"], layers))
     if "proof" in found:
-        title = f"Proof on seeds {found['proof_seeds']}, which the search never saw; written: {found['kept']}"
+        title = f"Proof on seeds {unseen}, which the search never saw; written: {found['kept']}"
         out.append((title, ["pipeline", *head], [[name, *figures(row)] for name, row in found["proof"].items()]))
     return out
 

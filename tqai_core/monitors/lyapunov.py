@@ -67,7 +67,7 @@ class Lyapunov(
         )
         why = forced(step, seen, self.warmup)
         if why:
-            return Decision(True, why, estimate)
+            return Decision(True, why, estimate, tolerance)
         if estimate is None:
             why = "no forecast to judge by"
         elif gap > (most := 1 if noisy else self.max_gap):
@@ -80,8 +80,8 @@ class Lyapunov(
             why = "estimate over the tolerance"
         else:
             state["forecasts"], state["unmeasured"] = True, state.get("unmeasured", 0) + 1
-            return Decision(False, "estimate within the tolerance", estimate)
-        return Decision(True, why, estimate)
+            return Decision(False, "estimate within the tolerance", estimate, tolerance)
+        return Decision(True, why, estimate, tolerance)
 
     def restart(self, state: dict[str, Any]) -> None:
         for name in ("nodes", "error", "remainder", "repeat_error"):

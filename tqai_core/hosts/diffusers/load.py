@@ -30,3 +30,9 @@ def pipeline(name: str | Path, dtype: torch.dtype | None = None, **options: Any)
     if not denoisers(pipe):
         raise TqaiError(f"{type(pipe).__name__} has no transformer and no unet: give a pipeline that denoises in steps")
     return pipe
+
+
+def pipeline_code(name: str, pipe: Any) -> str:
+    """The line of a script that opens ``pipe`` again, and where it goes."""
+    dtype, device = next(iter(denoisers(pipe).values())).dtype, pipe.device.type
+    return f'pipe = DiffusionPipeline.from_pretrained({name!r}, torch_dtype={dtype}).to("{device}")'

@@ -7,7 +7,8 @@ import inspect
 import sys
 import time
 import warnings
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ...errors import TqaiError
 from ...families import find
 from ...metrics import psnr
 from ...peak import Peak
+from ...report import Report
 from ...run_page import page
 from ...text import first_line
 from .clock import denoisers
@@ -54,69 +56,122 @@ def load(args: argparse.Namespace, device: torch.device) -> Any:
     return pipe.to(device)
 
 
-def _balanced(pipe: Any) -> Config:
-    family = find(next(iter(denoisers(pipe).values())), "diffusers")
-    return preset("balanced", family.name if family else None)
+@dataclass(frozen=True)
+class Outcome:
+    """``pixels`` 0 to 1, ``[n, (frames,) h, w, c]``; ``latents`` where the pipeline shows them; ``figures``: seconds and the peak."""
+
+    pixels: np.ndarray
+    latents: Tensor | None
+    figures: dict[str, Any]
+    report: Report | None = None
+
+    def against(self, exact: Outcome) -> Comparison:
+        ours, theirs = (torch.as_tensor(outcome.pixels).movedim(-1, 1) for outcome in (self, exact))
+        pairs = [("picture", ours, theirs)]
+        if self.latents is not None and exact.latents is not None and self.latents.ndim > 3:
+            pairs.insert(0, ("latents", self.latents, exact.latents))
+        return Comparison.of(pairs)
+
+    def tenfold(self, exact: Outcome) -> np.ndarray:
+        """Pixels of the difference to the exact run, times ten: a tenth of the range is white."""
+        return 10 * np.abs(self.pixels - exact.pixels)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One call of a pipeline, with or without tqai, as often as it is asked for. ``inputs``: its keyword arguments."""
+
+    pipe: Any
+    inputs: dict[str, Any]
+    seed: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, device: torch.device) -> Runner:
+        pipe = load(args, device)
+        known = inspect.signature(type(pipe).__call__).parameters
+        inputs: dict[str, Any] = {"prompt": args.prompt}
+        for name, key in ARGUMENTS.items():
+            if (given := getattr(args, name)) is not None:
+                if key not in known:
+                    raise TqaiError(f"--{name}: {type(pipe).__name__} takes no {key}: leave it out")
+                inputs[key] = given
+        return cls(pipe, inputs, args.seed, device)
+
+    @property
+    def known(self) -> Any:
+        """The arguments that the pipeline takes."""
+        return inspect.signature(type(self.pipe).__call__).parameters
+
+    @property
+    def name(self) -> str:
+        return type(self.pipe).__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(denoisers(self.pipe).values())).dtype
+
+    @property
+    def family(self) -> str | None:
+        found = find(next(iter(denoisers(self.pipe).values())), "diffusers")
+        return found.name if found else None
+
+    def warm(self, config: Config | None) -> None:
+        """Two steps: caches and kernels that a first run makes are part of no figure."""
+        self.go(config, **({"num_inference_steps": 2} if "num_inference_steps" in self.known else {}))
+
+    def go(self, config: Config | None, **over: Any) -> Outcome:
+        """``config`` None: the exact run."""
+        with warnings.catch_warnings(), tqai_core.apply(self.pipe, config) if config else nullcontext() as handle:
+            warnings.filterwarnings("ignore", category=UserWarning)  # ours are in the report
+            out = self._call({**self.inputs, **over})
+            return replace(out, report=handle.report()) if handle else out
+
+    def _call(self, inputs: dict[str, Any]) -> Outcome:
+        last: dict[str, Tensor] = {}
+        if "callback_on_step_end" in self.known:
+            inputs["callback_on_step_end"] = lambda pipe, i, t, kw: last.update(kw) or {}
+        with Peak(self.device) as peak:
+            began = time.perf_counter()
+            try:
+                out = self.pipe(**inputs, generator=torch.Generator().manual_seed(self.seed), output_type="np")
+            except (ValueError, TypeError, AttributeError) as error:
+                raise TqaiError(f"{self.name} refuses: {first_line(error)}; change the option that it names") from error
+            seconds = time.perf_counter() - began
+        pixels = np.asarray(out.frames if hasattr(out, "frames") else out.images)
+        return Outcome(pixels, last.get("latents"), {"seconds": seconds, "peak": {"bytes": peak.nbytes, "how": peak.how}})
 
 
 def run(args: argparse.Namespace, config: Config | None, device: torch.device) -> dict[str, Any]:
-    video = _format(args.video)
-    pipe = load(args, device)
-    config = config or _balanced(pipe)
-    known = inspect.signature(type(pipe).__call__).parameters
-    options: dict[str, Any] = {"prompt": args.prompt}
-    for name, key in ARGUMENTS.items():
-        if (given := getattr(args, name)) is not None:
-            if key not in known:
-                raise TqaiError(f"--{name}: {type(pipe).__name__} takes no {key}: leave it out")
-            options[key] = given
-    last: dict[str, Tensor] = {}
-    if "callback_on_step_end" in known:
-        options["callback_on_step_end"] = lambda pipe, i, t, kw: last.update(kw) or {}
-
-    def generate(**over: Any) -> tuple[np.ndarray, Tensor | None, dict[str, Any]]:
-        last.clear()
-        generator = torch.Generator().manual_seed(args.seed)
-        with Peak(device) as peak:
-            began = time.perf_counter()
-            try:
-                out = pipe(**{**options, **over}, generator=generator, output_type="np")
-            except (ValueError, TypeError, AttributeError) as error:
-                raise TqaiError(f"{type(pipe).__name__} refuses: {first_line(error)}; change the option that it names") from error
-            seconds = time.perf_counter() - began
-        pixels = out.frames if hasattr(out, "frames") else out.images
-        return np.asarray(pixels), last.get("latents"), {"seconds": seconds, "peak": {"bytes": peak.nbytes, "how": peak.how}}
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning)  # ours are in the report, which is printed
-        if args.compare:
-            short = {"num_inference_steps": 2} if "num_inference_steps" in known else {}
-            generate(**short)
-            with tqai_core.apply(pipe, config):
-                generate(**short)
-        with tqai_core.apply(pipe, config) as handle:
-            pixels, latents, figures = generate()
-            report = handle.report()
-        result = {
-            "kind": "pipeline", "model": args.model, "pipeline": type(pipe).__name__, "prompt": args.prompt, "seed": args.seed,
-            "dtype": str(pipe.transformer.dtype).removeprefix("torch."), "device": str(device), "config": config.to_dict(), **figures,
-            "files": save(pixels, args.out, f"tqai-{args.seed}", video), "report": report.to_dict(), "warnings": list(report.warnings),
+    video = form(args.video)
+    runner = Runner.of(args, device)
+    config = config or preset("balanced", runner.family)
+    if args.compare:
+        runner.warm(None)
+        runner.warm(config)
+    ours = runner.go(config)
+    report = ours.report
+    assert report is not None
+    result = {
+        "kind": "pipeline", "model": args.model, "pipeline": runner.name, "prompt": args.prompt, "seed": args.seed,
+        "dtype": str(runner.dtype).removeprefix("torch."), "device": str(device), "config": config.to_dict(),
+        **ours.figures, "files": save(ours.pixels, args.out, f"tqai-{args.seed}", video), "report": report.to_dict(),
+        "warnings": list(report.warnings),
+    }  # fmt: skip
+    if args.compare:
+        exact = runner.go(None)
+        close = ours.against(exact)
+        result["compare"] = {
+            **exact.figures, "files": save(exact.pixels, args.out, f"exact-{args.seed}", video), **asdict(close.rows["picture"]),
+            "identical": bool((ours.pixels == exact.pixels).all()), "page": str(args.out / f"compare-{args.seed}.html"),
+            "psnr_latents": None if ours.latents is None or exact.latents is None else psnr(ours.latents, exact.latents),
         }  # fmt: skip
-        if args.compare:
-            exact, exact_latents, figures = generate()
-            ours, theirs = (torch.as_tensor(p).movedim(-1, 1) for p in (pixels, exact))
-            against = Comparison.of([("picture", ours, theirs)])
-            result["compare"] = {
-                **figures, "files": save(exact, args.out, f"exact-{args.seed}", video), "identical": bool((pixels == exact).all()),
-                **asdict(against.rows["picture"]), "page": str(args.out / f"compare-{args.seed}.html"),
-                "psnr_latents": None if latents is None or exact_latents is None else psnr(latents, exact_latents),
-            }  # fmt: skip
-            grey = save(against.difference[None, :, :, None].repeat(1, 1, 1, 3).numpy(), args.out, f"difference-{args.seed}", video)
-            Path(result["compare"]["page"]).write_text(page(result, against, grey, report), encoding="utf-8")
+        tenfold = save(ours.tenfold(exact), args.out, f"difference-{args.seed}", video)
+        Path(result["compare"]["page"]).write_text(page(result, close, tenfold, report), encoding="utf-8")
     return result
 
 
-def _format(asked: str | None) -> str:
+def form(asked: str | None) -> str:
     """mp4 needs imageio with ffmpeg or PyAV behind it."""
     can = find_spec("imageio") is not None and any(find_spec(name) is not None for name in ("imageio_ffmpeg", "av"))
     if asked == "mp4" and not can:

@@ -153,5 +153,15 @@ def _weights(model: Any) -> str:
     """A hash of some weights: enough to tell two models of one architecture apart."""
     digest = hashlib.sha256()
     for name, p in list(model.named_parameters())[:8]:
-        digest.update(name.encode() + p.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+        digest.update(name.encode() + _values(model, name, p).detach().flatten()[:4096].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _values(model: Any, name: str, p: Tensor) -> Tensor:
+    """A parameter's values. Those that accelerate has put away are in the map of its hook."""
+    if p.device.type != "meta":
+        return p
+    module, _, leaf = name.rpartition(".")
+    hook = getattr(model.get_submodule(module), "_hf_hook", None)
+    maps = [there for one in getattr(hook, "hooks", [hook]) if (there := getattr(one, "weights_map", None)) is not None]
+    return maps[0][leaf] if maps else torch.tensor(p.shape)  # without values: its shape is what is known

@@ -115,8 +115,8 @@ def encode(loaded: Loaded, prompt: str, chat: bool | None) -> Tensor:
     return ids.long()
 
 
-def run(args: argparse.Namespace, config: Config, device: torch.device) -> dict[str, Any]:
-    loaded = load(args, device)
+def run(args: argparse.Namespace, config: Config, device: torch.device, loaded: Loaded | None = None) -> dict[str, Any]:
+    loaded = loaded or load(args, device)
     model = loaded.model
     ids = encode(loaded, args.prompt, args.chat).to(device)
     count = args.max_tokens or MAX_TOKENS["demo" if args.demo else "model"]
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace, config: Config, device: torch.device) -> dict[
                 native.ready()  # builds the kernel on first use
         with tqai_core.apply(model, config) as handle:
             cache = handle.cache()
-            mine, _ = generate(cache, output_of(args))
+            mine, _ = generate(cache, None if getattr(args, "quiet", False) else output_of(args))
             report = handle.report()
         sites = report.per_site.values()
         result = {
