@@ -22,7 +22,7 @@ from ...kv.policy import policy
 from ...kv.segments import AGAIN, FLOATS, Plan
 from ...report import Report
 from ...types import nbytes, tensors_in
-from ..language import LayerFigures, Usage, cache_report, kv_config, layer_plans
+from ..language import LayerFigures, Usage, cache_report, calibrated, kv_config, layer_plans
 
 FORMAT = 2
 
@@ -139,9 +139,10 @@ class KVCache(Cache):
             raise TqaiError(f"{text.model_type} has no attention heads, so no keys and values to pack: use its own cache")
         for head_dim, plan in dict.fromkeys((_of_layer(text, "head_dim", i), plan) for i, plan in packed):
             _check(text, head_dim or text.hidden_size // text.num_attention_heads, plan)
+        known = calibrated(config)
         for i, plan in packed:
             methods, plan = policy(config, plan, i, len(layers))
-            layers[i] = PackedLayer(PackedKV(plan, methods))
+            layers[i] = PackedLayer(PackedKV(plan, methods, (None, None) if known is None else known.shapes[i]))
         super().__init__(layers=layers)
         self._count_anew()
 
