@@ -18,7 +18,7 @@ from .roles import Codec, Monitor, Scorer, Strategy
 VERSION = 1
 LEVELS = ("model", "block", "attention", "kv")
 STAGES = {"strategy": "delta2", "monitor": "lyapunov", "codec": "turbo:bits=8"}  # what is left out; at level kv: a plain packed cache
-STAGES_KV = {"strategy": None, "monitor": None, "codec": "turbo:bits_k=5"}
+STAGES_KV = {"strategy": None, "monitor": None, "codec": "turbo:bits_k=5,bits_v=4"}
 CACHE = {"sink": 4, "recent": 28, "protect": 0, "calibrate": 256}
 CACHE_BEFORE = {"recent": 64, "protect": 2}  # what these were when a config of another level was written
 MOST_LAYERS = 10_000  # numbers of blocks lie below this, and so many may be named
@@ -182,7 +182,8 @@ def preset(name: str = "balanced", family: str | os.PathLike[str] | None = None)
     the strictest tolerance of all families is taken.
     """
     if name in KV_PRESETS and family is None:
-        return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])})
+        window = {"recent": 12} if name.endswith("v2") else {}  # there each exact token costs as much as many packed ones
+        return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])}, **window)
     if name not in PRESETS:
         raise TqaiError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, and for caches {', '.join(KV_PRESETS)}")
     given = "" if family is None else os.fspath(family)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .rows import Rows
 
-SHRINK = 0.1  # of what lies off the diagonals of the moments: they come from a few thousand vectors
+SHRINK = 0.05  # of what lies off the diagonals of the moments: they come from a few thousand vectors
 
 
 class Shaped(Rows):

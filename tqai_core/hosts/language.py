@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 from ..config import Config
 from ..errors import TqaiError
 from ..handle import Handle
-from ..kv.cache import FLUSH
 from ..kv.calibrated import CacheCalibration, load
-from ..kv.segments import Plan
+from ..kv.segments import Plan, flush
 from ..layers import exact_layers
 from ..registry import build
 from ..report import Report
@@ -124,7 +123,7 @@ class LayerFigures:
 
 def packing_starts(config: Config) -> int:
     """Tokens, padding not counted, at which the first of them are packed."""
-    return max(config.calibrate, config.sink + config.recent + FLUSH)
+    return max(config.calibrate, config.sink + config.recent + flush(config.recent))
 
 
 def cache_report(config: Config, plans: Sequence[Plan | str], usage: Usage, layers: Sequence[LayerFigures], others: int) -> Report:

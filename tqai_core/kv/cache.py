@@ -35,7 +35,6 @@ from .policy import Policy, order
 from .segments import AGAIN, FLOATS, SEGMENT, BitTier, PackBatch, Plan, Segment, cut, encode, extend, rows_in
 from .statistics import SAMPLE, KeyStatistics, sample
 
-FLUSH = 32  # tokens that leave the recent window together
 STATISTICS = ("mean", "scale", "_q2")
 LEAST = (("scale", 1e-12), ("_q2", -1e-30))  # energies may be 0
 LARGEST = 1e12  # of all numbers in a file: no model has such keys, and products of two stay within fp32
@@ -214,14 +213,14 @@ class PackedKV:
         return q.gather(2, place[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
 
     def settle(self) -> None:
-        """Pack what has left the recent window, if the statistics are there and at least 32 tokens are due."""
+        """Pack what has left the recent window, if the statistics are there and enough tokens are due."""
         plan = self.plan
         if self.exact_why or self.keys is None or self.values is None:
             return
         if self.length - self.most_pads < max(plan.calibrate, plan.sink + 1 if self.most_pads else 0):
             return
         due = self.policy.due(self.keys.shape[2] - plan.sink - plan.recent, self.packed)
-        if due < FLUSH:
+        if due < plan.flush:
             return
         if self.most_pads and not self.moved:
             self._move_pads()

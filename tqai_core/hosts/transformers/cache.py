@@ -17,7 +17,7 @@ from ...attention.lazy import LazyKV
 from ...config import Config
 from ...errors import TqaiError
 from ...files import check_tensor, checked, read_with_header
-from ...kv.cache import FLUSH, PackedKV, check_range
+from ...kv.cache import PackedKV, check_range
 from ...kv.policy import policy
 from ...kv.segments import AGAIN, FLOATS, Plan
 from ...report import Report
@@ -167,7 +167,7 @@ class KVCache(Cache):
         if isinstance(layer := self.layers[layer_idx], PackedLayer):
             first = self.usage.count(layer_idx)
             # walking every tensor at every token would cost more than it tells
-            if first and (key_states.shape[2] > 1 or layer.kv.length % FLUSH == 0):
+            if first and (key_states.shape[2] > 1 or layer.kv.length % layer.kv.plan.flush == 0):
                 self.usage.peak = max(self.usage.peak, self.nbytes)
             if self._text._attn_implementation == "flex_attention":  # it is compiled, and takes plain tensors alone
                 out = tuple(x.dense() for x in out)  # type: ignore[attr-defined]
