@@ -259,12 +259,18 @@ def llm_real(result: dict[str, Any]) -> str:
     from bench import llm_real as bench
 
     titled = [(title, table(head, rows)) for title, head, rows in bench.tables_of(result | {"verdicts": [], "missing": {}})]
-    own, texts = result["calibration"], [text["name"] for text in result["texts"] if text["for"] == "verdict"]
+    texts = [text["name"] for text in result["texts"] if text["for"] == "verdict"]
     note = (
         f"Texts that no setting and no calibration saw: {', '.join(texts)} (documentation in packages that `constraints.txt` pins, with "
-        f"hashes). fp32. Calibrated in {own['seconds']:.0f} CPU s on other texts. The matrices of a calibration file are held once a "
-        f"model, not once a cache, and are not counted: {result['matrices'] / 2**20:.1f} MiB here."
+        "hashes). fp32."
     )
+    if own := result["calibration"]:
+        note += (
+            f" Calibrated in {own['seconds']:.0f} CPU s on other texts. The matrices of a calibration file are held once a model, not once "
+            f"a cache, and are not counted: {result['matrices'] / 2**20:.1f} MiB here."
+        )
+    if result["missing"]:
+        note += f" Not measured: {'; '.join(f'{name} ({why})' for name, why in result['missing'].items())}."
     return "\n\n".join([f"{title}:\n\n{text}" for title, text in titled] + [note])
 
 
