@@ -296,8 +296,7 @@ class Bench:
         makers: dict[str, Any] = {"exact": lambda: lm_caches.exact(lm.config)}
         makers |= {name: configs[name] for name in (DEFAULT, FILE, SMALL, "tqai k2v2") if name in configs}
         if self.peers:
-            found = lm_caches.caches(lm.config, 4)[0]
-            makers |= {f"{name}, 4 bits": found[name] for name in ("quanto",) if name in found}
+            makers |= {f"{name}, 4 bits": make for name, make in lm_caches.caches(lm.config, 4)[0].items() if "KIVI" in name}
         exact: list[Exact] = []
         rows = []
         for name, make in makers.items():
