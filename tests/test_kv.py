@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tqai_core.attention import eager
 from tqai_core.attention.packed import attend
 from tqai_core.codecs.rows import BITS, Scratch, rows
-from tqai_core.kv.cache import FLUSH, PackedKV
+from tqai_core.kv.cache import PackedKV
 from tqai_core.kv.segments import SEGMENT, Plan
 
 CPU = torch.device("cpu")
@@ -175,7 +175,7 @@ def test_a_token_is_packed_once_and_never_again():
     kv, _, _ = filled(Plan(recent=32))
     before = kv.dense("k")[:, :, :368]
     g = torch.Generator().manual_seed(5)
-    for _ in range(3 * FLUSH):
+    for _ in range(3 * kv.plan.flush):
         kv.append(*tokens(g, 2, 2, 1, 64))
         kv.settle()
     assert kv.packed > 400

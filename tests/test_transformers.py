@@ -235,7 +235,7 @@ def test_the_handle_counts_and_reports(qwen):
 
 def test_edge_layers_have_eight_bits_and_skipped_ones_are_exact():
     config = Qwen2Config(**{**SMALL, "num_hidden_layers": 16})
-    cache = tqai.KVCache(config, tqai.Config(level="kv", skip_layers=(5, -2)))
+    cache = tqai.KVCache(config, tqai.Config(level="kv", codec="turbo", protect=2, skip_layers=(5, -2)))
     bits = [layer.kv.plan.bits_k if hasattr(layer, "kv") else 16 for layer in cache.layers]
     assert bits == [8, 8, 4, 4, 4, 16, 4, 4, 4, 4, 4, 4, 4, 4, 16, 8]
     assert {f["where"] for f in cache.report().fallbacks} == {"attn.5", "attn.14"}
@@ -420,7 +420,7 @@ def test_level_kv_in_every_spelling():
         {"level": "kv", "codec": "turbo", "codec_kwargs": {"bits_k": 8, "bits_v": 2}, "recent": 32, "sink": 0, "protect": 0}
     )
     assert again == config
-    for name in ("k8v4", "k4v4", "k4v3", "k4v2", "k2v2"):
+    for name in ("k8v4", "k6v4", "k5v4", "k5v3", "k4v4", "k4v3", "k4v2", "k3v2", "k2v2"):
         plan = tqai.KVCache(Qwen2Config(**SMALL), tqai.preset(name)).layers[0].kv.plan
         assert f"k{plan.bits_k}v{plan.bits_v}" == name
     exact = tqai.KVCache(Qwen2Config(**SMALL), tqai.Config(level="kv", codec="exact"))

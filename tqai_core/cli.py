@@ -125,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--peers", action=argparse.BooleanOptionalAction, help=peers)
     p.add_argument("--report", action="store_const", const=True, help="stream: ten pipelines on seven model shapes, bytes counted")
     p.add_argument("--methods", action="store_const", const=True, help="llm: scorers, strategies and monitors on the packed cache instead")
+    real = "llm: caches of a real language model instead; FOLDER: default out/real-lm, which `make real-lm` makes"
+    p.add_argument("--real", nargs="?", const="out/real-lm", metavar="FOLDER", help=real)
     plots = "as SVG; codec: NMSE against bits with the Shannon line; llm: KL against bits held; attention: speed against tokens"
     p.add_argument("--plot", type=out_file, metavar="FILE", help=plots)
     p.add_argument(
@@ -224,11 +226,15 @@ def _report(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     """Calls the ``bench`` of a module of ``benchmarks/bench`` with those of ``kinds, seeds, peers, tell`` that it takes."""
     instead = {"dit": ("dit_peers", "peers"), "stream": ("stream_report", "report"), "llm": ("llm_methods", "methods")}
-    name, switch = instead.get(args.what, (args.what, ""))
+    name, switch = ("llm_real", "real") if args.what == "llm" and args.real else instead.get(args.what, (args.what, ""))
     asked = bool(switch and getattr(args, switch))
     bench = _laboratory(name if asked else args.what)
     takes = inspect.signature(bench.bench).parameters
-    given = {name: value for name in ("kinds", "seeds", "peers", "report", "methods", "plot") if (value := getattr(args, name)) is not None}
+    given = {
+        name: value
+        for name in ("kinds", "seeds", "peers", "report", "methods", "real", "plot")
+        if (value := getattr(args, name)) is not None
+    }
     used = {*takes, switch, *(["plot"] if hasattr(bench, "plot") else [])}
     if ignored := [f"--{name}" for name in given if name not in used]:
         raise TqaiError(f"bench {args.what}{f' --{switch}' if asked else ''} takes no {', '.join(ignored)}: leave it out")

@@ -18,8 +18,9 @@ from .roles import Codec, Monitor, Scorer, Strategy
 VERSION = 1
 LEVELS = ("model", "block", "attention", "kv")
 STAGES = {"strategy": "delta2", "monitor": "lyapunov", "codec": "turbo:bits=8"}  # what is left out; at level kv: a plain packed cache
-STAGES_KV = {"strategy": None, "monitor": None, "codec": "turbo"}
-CACHE = {"sink": 4, "recent": 64, "protect": 2, "calibrate": 256}
+STAGES_KV = {"strategy": None, "monitor": None, "codec": "turbo:bits_k=5,bits_v=4"}
+CACHE = {"sink": 4, "recent": 28, "protect": 0, "calibrate": 256}
+CACHE_BEFORE = {"recent": 64, "protect": 2}  # what these were when a config of another level was written
 MOST_LAYERS = 10_000  # numbers of blocks lie below this, and so many may be named
 AGAIN = "write the file with config.to_json()"
 Spec = str | Mapping[str, Any] | Method | None
@@ -80,7 +81,9 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
                 raise TqaiError(f"{name}={str(value)[:80]}: give a number of {'layers' if name == 'protect' else 'tokens'}, 0 or more")
-            if self.level != "kv" and value != default:
+            if self.level != "kv" and value == CACHE_BEFORE.get(name):
+                object.__setattr__(self, name, default)
+            elif self.level != "kv" and value != default:
                 raise TqaiError(f"{name} is an option of caches, asked at level {self.level!r}: give level='kv'")
         if not isinstance(self.offload, bool) or (self.offload and self.level != "kv"):
             raise TqaiError(f"offload={str(self.offload)[:80]} at level {self.level!r}: it is true or false, and an option of level 'kv'")
@@ -166,19 +169,21 @@ def _layers(given: Any) -> tuple[int | str, ...]:
 PRESETS = ("quality", "balanced", "fast")
 # tolerance of each preset and family, tuned on seeds 100 to 155 of the minis, one picture at a time; figures are of seeds 0 to 63
 TAUS = {name: {family.name: family.tolerances[name] for family in FAMILIES.values() if family.tolerances} for name in PRESETS}
-KV_PRESETS = ("k8v4", "k4v4", "k4v3", "k4v2", "k2v2")  # bits of keys and values
+KV_PRESETS = ("k8v4", "k6v4", "k5v4", "k5v3", "k4v4", "k4v3", "k4v2", "k3v2", "k2v2")  # bits of keys and values
 
 
 def preset(name: str = "balanced", family: str | os.PathLike[str] | None = None) -> Config:
     """A ready pipeline: ``quality`` (42 to 46 % of the calls of 24 Euler steps skipped), ``balanced`` (50 to 54 %), ``fast``
     (54 to 58 %).
 
-    ``k8v4``, ``k4v4``, ``k4v3``, ``k4v2``, ``k2v2``: KV caches with so many bits for keys and values.
+    ``k8v4``, ``k6v4``, ``k5v4`` (the default of caches), ``k5v3``, ``k4v4``, ``k4v3``, ``k4v2``, ``k3v2``, ``k2v2``: KV caches with so
+    many bits for keys and values. Keys need more: their errors are in every weight, those of values are averaged.
     ``family`` is a name of ``FAMILIES``, or a file ``NAME.json`` of ``tqai tune --family``; without one, or where it was not tuned,
     the strictest tolerance of all families is taken.
     """
     if name in KV_PRESETS and family is None:
-        return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])})
+        window = {"recent": 12} if name.endswith("v2") else {}  # there each exact token costs as much as many packed ones
+        return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])}, **window)
     if name not in PRESETS:
         raise TqaiError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, and for caches {', '.join(KV_PRESETS)}")
     given = "" if family is None else os.fspath(family)

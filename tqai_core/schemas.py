@@ -83,11 +83,15 @@ BitsVerdict = record(
     average=Amount, how=Name, tried=named(Amount, 16), seeds=Seeds, fisher=Loss, uniform=Loss, kept=Literal["fisher", "uniform"],
     key_bits=Amount, value_bits=Amount,
 )  # fmt: skip
+CacheTrial = record(average=Amount, shared=Amount, uniform=Amount, kept=Literal["shared", "uniform"])
+CacheVerdict = record(
+    seeds=Seeds, bits=some(CacheTrial, 16), plain=Amount, shaped_k=Amount, shaped_v=Amount, kept=some(Literal["k", "v"], 2)
+)  # fmt: skip
 BasisVerdict = record(klt=Amount, hadamard=Amount, kept=Literal["klt", "hadamard"])
 Unfinished = record(**MEASURED, complete=Literal[False], done=Count, sigmas=Steps)
 Calibration = record(
     **MEASURED, complete=Literal[True], held_out=int, samples=some(Count, 1000), seconds_cpu=Amount, versions=Versions,
-    verdicts=record(bases=named(some(BasisVerdict, 4096), 10_000), bits=BitsVerdict),
+    verdicts=record(bases=named(some(BasisVerdict, 4096), 10_000), bits=BitsVerdict, cache=(CacheVerdict | None, None)),
 )  # fmt: skip
 # what the scorer ``fisher`` reads of that header; it does not look at the rest
 TableHeader = record(ConfigDict(strict=True, extra="ignore"), complete=(bool, False), model=(Name | None, None), family=(Name | None, None))
@@ -122,7 +126,7 @@ Policy = record(
 PackedLayer = record(
     kind=Literal["PackedLayer"], length=Count, segments=Count, fine=Count, exact_why=Text | None, bits_v=some(Bits, 2, 1),
     plan=record(bits_k=Bits, bits_v=Bits, sink=Count, recent=Count, calibrate=Count, seed=Count), policy=(Policy | None, None),
-    moved=(bool, False),
+    moved=(bool, False), shapes=(some(Name, 2, 2), ["", ""]),
 )  # fmt: skip
 ExactLayer = record(kind=Literal["DynamicLayer", "DynamicSlidingWindowLayer"], length=Count)
 Cache = record(

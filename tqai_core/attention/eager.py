@@ -52,8 +52,8 @@ def exact_rows(call: Call, tier: BitTier) -> OnlineSoftmax:
 def rotated(q: Tensor, tier: BitTier) -> tuple[Tensor, Tensor | None]:
     """Queries in the domain of the stored keys, and what the mean of the keys adds to their scores ``[..., rows, 1]``."""
     if tier.mean is None or tier.scale is None:
-        return tier.coder_k.rotate(q), None
-    return tier.coder_k.rotate(q * tier.scale), (q * tier.mean).sum(-1, keepdim=True)
+        return tier.coder_k.query(q), None
+    return tier.coder_k.query(q * tier.scale), (q * tier.mean).sum(-1, keepdim=True)
 
 
 def _packed_rows(call: Call, tier: BitTier, change: Adjustment, state: OnlineSoftmax) -> None:

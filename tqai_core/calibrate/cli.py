@@ -150,7 +150,7 @@ def summary(made: Calibration) -> dict[str, Any]:
     mean = lambda what: sum(v[what] for v in verdicts) / max(len(verdicts), 1)  # noqa: E731
     kept = sum(v["kept"] == "klt" for v in verdicts)
     bases = {"kept": kept, "of": len(verdicts), "klt": mean("klt"), "hadamard": mean("hadamard")}
-    return {**made.header, "verdicts": {"bases": bases, "bits": made.header["verdicts"]["bits"]}}
+    return {**made.header, "verdicts": {**made.header["verdicts"], "bases": bases}}
 
 
 def tables_of(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -167,4 +167,9 @@ def tables_of(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
         ],
         ["bits of keys, values", f"{bits['key_bits']:.2f}, {bits['value_bits']:.2f}"],
     ]
+    if cache := found["verdicts"].get("cache"):
+        tried = "; ".join(f"{t['average']:g} bits shared {t['shared']:.2e}, equal {t['uniform']:.2e}" for t in cache["bits"])
+        kept = " and ".join({"k": "keys", "v": "values"}[name] for name in cache["kept"]) or "none"
+        shaped = f"plain {cache['plain']:.2e}, keys {cache['shaped_k']:.2e}, values {cache['shaped_v']:.2e}: kept of {kept}"
+        rows += [["caches, KL of bits by layer", tried], ["caches, KL of shaped errors", shaped]]
     return [("calibration", ["what", "measured"], rows)]

@@ -18,12 +18,12 @@ from ..files import check_tensor, checked, read_with_header, write_tensors
 from ..modelhash import check_model
 from ..registry import build
 from ..roles import Codec
+from .cache_tables import AGAIN, checked_tables
 
 FIELD, FORMAT = "tqai-calibration", 1
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)  # bits whose damage is measured
 UNFINISHED = ".partial"  # of the file that a stopped calibration leaves beside the target
 NAMES = ("fisher", "sigmas", "error", "damage", "bits", "mean", "scale")
-AGAIN = "calibrate again"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Calibration:
     ``fisher fp32 [layers, heads, 2, bands]`` mean square gradient of the output at a number of the unit, ``sigmas [bands]``;
     ``error`` and ``damage [layers, heads, 2, bands, 8]`` what 1 to 8 bits do to a unit: mean square error of a number, and
     the predicted loss of the output; ``bits uint8 [layers, heads, 2, bands]`` the allocation; of language models ``mean`` and
-    ``scale [layers, heads, d]`` of the keys. ``bases`` are per-head KLT bases. ``header`` says on what all was measured.
+    ``scale [layers, heads, d]`` of the keys, and what packed caches take (:mod:`calibrate.cache_tables`). ``bases`` are per-head KLT
+    bases. ``header`` says on what all was measured.
     """
 
     header: Mapping[str, Any]
@@ -75,6 +76,7 @@ class Calibration:
             low, high = {"mean": (-inf, inf), "bits": (1, 8)}.get(name, (0, inf))
             if not bool(((found[name] >= low) & (found[name] <= high)).all()):
                 raise TqaiError(f"{path}: field {name!r} is damaged, it has numbers out of range: {AGAIN}")
+        found |= checked_tables(tensors, (units[0], units[1]), str(path))
         made = Calibration(header, found, BasesFile.load(path))
         if model is not None:
             made.check(model)

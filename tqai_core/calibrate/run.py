@@ -20,12 +20,15 @@ from ..hosts.calibration_targets import CalibrationTarget, Diffusion
 from ..modelhash import model_hash
 from ..progress import Progress, silent
 from . import basis, policy
+from .caches import CacheSums
+from .caches import tables as cache_tables
 from .file import FIELD, FORMAT, UNFINISHED, WIDTHS, Calibration, codecs_of, read
 from .fisher import Sums, probe
 
 SEEDS = (100, 101, 102, 103)
 HELD_OUT = 104  # verdicts on bases
 MOMENT = re.compile(r"\d{1,4}/(?:[kv](?:/count)?|mean|k2|q2|n)")  # names of running sums
+CACHE_SUM = re.compile(r"\d{1,4}/(?:q|k|v|gk|gv|damage[01])")
 CHOICE, VALIDATION = (105,), (106, 107)  # of an allocation, and its verdict
 
 
@@ -55,22 +58,25 @@ def calibrate(
         "codec": codec, "basis_bits": bits, "average": average, "steps": getattr(target, "steps", None),
     }  # fmt: skip
     partial = path.with_name(path.name + UNFINISHED)
-    moments, sums, done = _resume(partial, settings, target) if partial.exists() else (basis.Moments(), None, 0)
+    moments, sums, caches, done = _resume(partial, settings, target) if partial.exists() else (basis.Moments(), None, CacheSums(), 0)
     for nth, seed in enumerate(seeds[done:], start=done):
         part = lambda text, share, nth=nth, seed=seed: progress(f"seed {seed}: {text}", (nth + share) / total)  # noqa: E731
-        sums = _measure(target, seed, probes, codec, moments, sums, part)
-        _keep(partial, settings, moments, sums, nth + 1, target.sigmas)
+        sums = _measure(target, seed, probes, codec, moments, sums, caches if target.kind == "lm" else None, part)
+        _keep(partial, settings, moments, sums, caches, nth + 1, target.sigmas)
     assert sums is not None
     tables = sums.tables() | {"sigmas": torch.tensor(target.sigmas)}
     progress("verdicts on bases", len(seeds) / total)
     bases, verdicts = basis.judge(target, moments, bits, HELD_OUT, name)
     progress("verdict on bits", (len(seeds) + 0.5) / total)
     tables["bits"], verdict = policy.allocate(target, tables["damage"], average, codec, CHOICE, VALIDATION)
+    verdicts_of = {"bases": verdicts, "bits": verdict}
     if target.kind == "lm":
-        tables |= moments.keys()
+        progress("verdict on caches", (len(seeds) + 0.8) / total)
+        found, verdicts_of["cache"] = cache_tables(target, caches, float(sums.samples.sum()), VALIDATION)
+        tables |= moments.keys() | found
     header = {
         **settings, "held_out": HELD_OUT, "samples": sums.samples.int().tolist(), "seconds_cpu": time.process_time() - began,
-        "verdicts": {"bases": verdicts, "bits": verdict},
+        "verdicts": verdicts_of,
         "versions": {"torch": str(torch.__version__), "python": platform.python_version(), "format": FORMAT},
     }  # fmt: skip
     made = Calibration(header, tables, bases)
@@ -89,11 +95,19 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def _measure(
-    target: CalibrationTarget, seed: int, probes: int, codec: str, moments: basis.Moments, sums: Sums | None, progress: Progress
-) -> Sums:
-    """One run of ``seed`` into ``moments``, and probes at its calls into ``sums`` (made here for the first seed)."""
+    target: CalibrationTarget, seed: int, probes: int, codec: str, moments: basis.Moments, sums: Sums | None, caches: CacheSums | None,
+    progress: Progress,
+) -> Sums:  # fmt: skip
+    """One run of ``seed`` into ``moments``, and probes at its calls into ``sums`` (made here for the first seed); of a language model into
+    ``caches`` too."""
     progress("a run", 0.0)
-    calls = target.record(seed, moments.see)
+
+    def see(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if caches is not None:
+            caches.see(layer, q, k, v)
+        return moments.see(layer, q, k, v)
+
+    calls = target.record(seed, see)
     if sums is None:
         heads = {len(moments.sums[f"{layer}/mean"]) for layer in moments.layers}
         if moments.layers != list(range(len(blocks_of(target.model)))) or len(heads) != 1:
@@ -106,18 +120,21 @@ def _measure(
     for i, (band, call) in enumerate(calls):
         progress("sensitivity", (i + 1) / (len(calls) + 1))
         for p in range(probes):
-            probe(target, band, call, sums, codecs, torch.Generator().manual_seed(seed * 1_000_003 + i * 1009 + p))
+            probe(target, band, call, sums, codecs, torch.Generator().manual_seed(seed * 1_000_003 + i * 1009 + p), caches)
     return sums
 
 
-def _keep(partial: Path, settings: dict[str, Any], moments: basis.Moments, sums: Sums, done: int, sigmas: Sequence[float]) -> None:
+def _keep(
+    partial: Path, settings: dict[str, Any], moments: basis.Moments, sums: Sums, caches: CacheSums, done: int, sigmas: Sequence[float]
+) -> None:
     tensors: dict[str, Tensor] = {f"moments/{name}": x.contiguous() for name, x in moments.sums.items()}
+    tensors |= {f"caches/{name}": x.contiguous() for name, x in caches.sums.items()}
     tensors |= {f"sums/{name}": x for name, x in vars(sums).items()}
     header = {"format": FORMAT, "complete": False, "done": done, "sigmas": list(sigmas), **settings}
     write_tensors(partial, tensors, {FIELD: json.dumps(header)})
 
 
-def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) -> tuple[basis.Moments, Sums, int]:
+def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) -> tuple[basis.Moments, Sums, CacheSums, int]:
     header, tensors = read(partial)
     checked("Unfinished", header, what=f"{partial}: calibration", again="delete it and calibrate again")
     if differing := [key for key, value in settings.items() if header.get(key) != value]:
@@ -129,9 +146,15 @@ def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) 
     moments.sums = {name.removeprefix("moments/"): x for name, x in tensors.items() if name.startswith("moments/")}
     if any(x.dtype != torch.float32 or not MOMENT.fullmatch(name) for name, x in moments.sums.items()):
         raise TqaiError(f"{partial}: a field of 'moments' is damaged: delete it and calibrate again")
+    caches = CacheSums()
+    caches.sums = {name.removeprefix("caches/"): x for name, x in tensors.items() if name.startswith("caches/")}
+    if any(not x.is_floating_point() or not CACHE_SUM.fullmatch(name) for name, x in caches.sums.items()):
+        raise TqaiError(f"{partial}: a field of 'caches' is damaged: delete it and calibrate again")
+    if target.kind == "lm" and not caches.sums:
+        raise TqaiError(f"{partial} was begun by an older tqai, which measured nothing for caches: delete it and calibrate again")
     sums, again = Sums(1, 1, 1), "delete it and calibrate again"
     units = (None, None, 2, len(header["sigmas"]), len(WIDTHS))
     for name, shape in (("error", units), ("damage", units), ("samples", units[3:4])):
         setattr(sums, name, check_tensor(tensors, f"sums/{name}", shape, (torch.float64,), again))
     target.sigmas = tuple(header["sigmas"])
-    return moments, sums, header["done"]
+    return moments, sums, caches, header["done"]

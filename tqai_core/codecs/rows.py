@@ -12,7 +12,7 @@ The container of ``turbo`` codes a whole tensor with one span of gains; a cache 
 | 3 | ``d/4`` bytes as for 2 bits with the two low bits of each code; then ``d/8`` bytes, the high bit of code ``8j + i`` at bit ``i`` |
 | 8 | code ``j``; levels are uniform: ``(code - 127.5) * gain``, as far as the largest coordinate of the row |
 
-A decoded coordinate is ``level[code] * gain`` in the rotated domain. A query goes there once (``rotate``), and a weighted
+A decoded coordinate is ``level[code] * gain`` in the rotated domain. A query goes there once (``query``), and a weighted
 sum of values comes back once (``unrotate``), so that no row is ever rotated on its own. TurboQuant 2504.19874 without its
 QJL stage, which has more error at d = 128 and costs bytes.
 """
@@ -48,6 +48,7 @@ class Rows:
         self.row_bytes = d * bits // 8
         self.forward = matrix(d, seed).T.contiguous().to(device)
         self.back = matrix(d, seed).to(device)
+        self.asking = self.forward  # of queries; both are a matrix a head where rows are shaped (codecs/shaped.py)
         if bits == 8:
             self.level = (torch.arange(256) - 127.5).to(device)
             self.step = 1.0
@@ -78,7 +79,7 @@ class Rows:
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x fp32 [..., d]`` -> codes ``uint8 [..., row_bytes]`` and gains ``bf16 [...]``; inf or NaN show in the gain."""
-        y = x.reshape(-1, self.d) @ self.forward
+        y = self.into(x).reshape(-1, self.d)
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         inverse = self.d**0.5 / norm.clamp_min(1e-30)
         if self.bits == 8:
@@ -135,7 +136,7 @@ class Rows:
 
     def decode(self, codes: Tensor, gain: Tensor) -> Tensor:
         """``fp32 [..., d]``: what :meth:`encode` was given, with its error."""
-        return (self.lookup(codes) * gain.float()[..., None]) @ self.back
+        return self.out_of(self.lookup(codes) * gain.float()[..., None])
 
     def parts(self, codes: Tensor, gain: Tensor) -> list[tuple[Rows, Tensor, Tensor]]:
         """Coder, codes and gains of the runs of a row; here one."""
@@ -145,12 +146,24 @@ class Rows:
         """A tensor ``[..., d]`` by runs."""
         return (x,)
 
-    def rotate(self, q: Tensor) -> Tensor:
-        """``q [..., d]`` into the domain of :meth:`lookup`, fp32."""
-        return q.float() @ self.forward
+    def into(self, x: Tensor) -> Tensor:
+        """``x fp32 [..., d]`` into the domain of :meth:`lookup`."""
+        return x @ self.forward
+
+    def out_of(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`into`."""
+        return x @ self.back
+
+    def query(self, q: Tensor) -> Tensor:
+        """``q [..., d]`` as it meets rows in the domain of :meth:`lookup`, fp32."""
+        return q.float() @ self.asking
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Sums of rows ``x [..., d]`` into the domain of :meth:`lookup`, fp32; :meth:`unrotate` takes them back."""
+        return self.into(x.float())
 
     def unrotate(self, x: Tensor) -> Tensor:
-        return x @ self.back
+        return self.out_of(x)
 
 
 class Scratch(Workspace):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import TqaiError
 from ..registry import param
 from ..roles import CacheCodec
 from .scalar import scalar
@@ -22,6 +23,22 @@ class Turbo(
 
     bits_k: int = param(0, "bits of keys at level kv: 2 to 6 or 8; 0 = as bits", choices=(0, 2, 3, 4, 5, 6, 8), level="kv")
     bits_v: int = param(0, "bits of values at level kv; 0 = as bits", choices=(0, 2, 3, 4, 5, 6, 8), level="kv")
+
+    file: str = param(
+        "", "language models: a file of tqai calibrate, for bits by layer, `bits` on average, and shaped errors", file=True, level="kv"
+    )
+
+    average: float = param(0.0, "with file: bits of a number on average, where whole `bits` are too coarse", low=0, high=8, level="kv")
+
+    def check(self, level: str) -> None:
+        if self.average and not self.file:
+            raise TqaiError(f"codec 'turbo': average={self.average:g} shares bits out by a calibration file: give file=, or bits=")
+        if self.file and (self.bits_k or self.bits_v):
+            raise TqaiError(
+                f"codec 'turbo': file={self.file!r} shares bits out itself, so bits_k and bits_v mean nothing: give bits=, the average"
+            )
+        if self.file and level != "kv":
+            raise TqaiError(f"codec 'turbo': file={self.file!r} is for caches of language models, asked at level {level!r}: leave it out")
 
     def kind(self, vectors: int) -> str:
         return "lm"

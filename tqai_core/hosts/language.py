@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from ..config import Config
 from ..errors import TqaiError
 from ..handle import Handle
-from ..kv.cache import FLUSH
-from ..kv.segments import Plan
+from ..kv.calibrated import CacheCalibration, load
+from ..kv.segments import Plan, flush
 from ..layers import exact_layers
 from ..registry import build
 from ..report import Report
@@ -42,6 +42,11 @@ def layer_plans(config: Config, own_forms: Sequence[str]) -> list[Plan | str]:
     edge = min(config.protect, len(full) // 8)  # layers at either end that are held at 8 bits
     strong = {*full[:edge], *full[len(full) - edge :]}
 
+    shared: list[tuple[int, int]] = []
+    if (known := calibrated(config)) is not None:
+        known.check_layers(len(own_forms))
+        shared = known.bits(codec.average or codec.bits)
+
     def plan(i: int) -> Plan | str:
         if codec.name == "exact":
             return "codec exact"
@@ -49,10 +54,17 @@ def layer_plans(config: Config, own_forms: Sequence[str]) -> list[Plan | str]:
             return "skip_layers"
         if own_forms[i]:
             return f"{own_forms[i]} keeps its own form"
-        bits_k, bits_v = (max(bits or codec.bits, 8 if i in strong else 0) for bits in (codec.bits_k, codec.bits_v))
+        asked = (codec.bits_k or codec.bits, codec.bits_v or codec.bits) if not shared else shared[i]
+        bits_k, bits_v = (max(bits, 8 if i in strong else 0) for bits in asked)
         return Plan(bits_k, bits_v, config.sink, config.recent, config.calibrate, codec.seed)
 
     return [plan(i) for i in range(len(own_forms))]
+
+
+def calibrated(config: Config) -> CacheCalibration | None:
+    """What the calibration file of a configuration says of caches, if it names one."""
+    file = getattr(build("codec", config.codec), "file", "")
+    return load(file) if file else None
 
 
 @dataclass
@@ -111,7 +123,7 @@ class LayerFigures:
 
 def packing_starts(config: Config) -> int:
     """Tokens, padding not counted, at which the first of them are packed."""
-    return max(config.calibrate, config.sink + config.recent + FLUSH)
+    return max(config.calibrate, config.sink + config.recent + flush(config.recent))
 
 
 def cache_report(config: Config, plans: Sequence[Plan | str], usage: Usage, layers: Sequence[LayerFigures], others: int) -> Report:

@@ -30,11 +30,11 @@ from ..codecs.split import UNIT, Split
 from ..errors import TqaiError
 from ..files import check_tensor
 from ..types import nbytes
+from .calibrated import Shape
 from .policy import Policy, order
 from .segments import AGAIN, FLOATS, SEGMENT, BitTier, PackBatch, Plan, Segment, cut, encode, extend, rows_in
 from .statistics import SAMPLE, KeyStatistics, sample
 
-FLUSH = 32  # tokens that leave the recent window together
 STATISTICS = ("mean", "scale", "_q2")
 LEAST = (("scale", 1e-12), ("_q2", -1e-30))  # energies may be 0
 LARGEST = 1e12  # of all numbers in a file: no model has such keys, and products of two stay within fp32
@@ -47,8 +47,10 @@ class PackedKV:
     not depend on who asks when. ``observe`` gives it queries until the statistics are taken.
     """
 
-    def __init__(self, plan: Plan, policy: Policy | None = None) -> None:
+    def __init__(self, plan: Plan, policy: Policy | None = None, shapes: tuple[Shape | None, Shape | None] = (None, None)) -> None:
         self.plan, self.policy = plan, policy or Policy(plan)
+        self.shape_k, self.shape_v = shapes  # of a calibration file; they belong to the model, and are not counted as the cache's
+        self.policy.shape = self.shape_k
         self.clear()
 
     def clear(self) -> None:
@@ -98,9 +100,12 @@ class PackedKV:
         """Coders of keys and values of a tier; fine rows are plain, they have bits enough."""
         (k, v), seed = self.exact, self.plan.seed
         bits_k, bits_v = self.policy.fine if fine else (self.plan.bits_k, self.plan.bits_v)
-        coder_k = rows(k.shape[-1], bits_k, seed, k.device)
+        coder_k, coder_v = rows(k.shape[-1], bits_k, seed, k.device), rows(v.shape[-1], bits_v, seed + 1, v.device)
+        coder_k = coder_k if self.shape_k is None else self.shape_k.coder(coder_k, seed)
+        if self.shape_v is not None:
+            return coder_k, self.shape_v.coder(coder_v, seed + 1)
         if fine or self.basis is None:
-            return coder_k, rows(v.shape[-1], bits_v, seed + 1, v.device)
+            return coder_k, coder_v
         if self._coder_v is None or self._coder_v.basis is not self.basis:
             self._coder_v = Split(v.shape[-1], (self.bits_v[0], self.bits_v[-1]), self.basis, seed + 1)
         return coder_k, self._coder_v
@@ -208,21 +213,23 @@ class PackedKV:
         return q.gather(2, place[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
 
     def settle(self) -> None:
-        """Pack what has left the recent window, if the statistics are there and at least 32 tokens are due."""
+        """Pack what has left the recent window, if the statistics are there and enough tokens are due."""
         plan = self.plan
         if self.exact_why or self.keys is None or self.values is None:
             return
         if self.length - self.most_pads < max(plan.calibrate, plan.sink + 1 if self.most_pads else 0):
             return
         due = self.policy.due(self.keys.shape[2] - plan.sink - plan.recent, self.packed)
-        if due < FLUSH:
+        if due < plan.flush:
             return
         if self.most_pads and not self.moved:
             self._move_pads()
         if self.wants_statistics:
-            found = split.plan(self._sample(self.exact[1]), plan.bits_v, self.length)
+            found = split.plan(self._sample(self.exact[1]), plan.bits_v, self.length) if self.shape_v is None else None
             if found is not None:
                 self.bits_v, self.basis = found
+            if self.shape_k is not None:
+                self.statistics.query_energy = None  # centred alone: the matrices scale
             self.statistics.take(self._sample(self.exact[0]))
         done = 0
         while done < due:
@@ -375,6 +382,11 @@ class PackedKV:
 
     # -- files; the names of fields are those of FORMAT 1
 
+    @property
+    def shapes(self) -> list[str]:
+        """Names of the calibrated matrices of keys and values, "" where there are none."""
+        return ["" if shape is None else shape.name for shape in (self.shape_k, self.shape_v)]
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and header of a file; :meth:`restore` reads them back."""
         self.settle()
@@ -389,7 +401,7 @@ class PackedKV:
         header = {
             "length": self.length, "segments": len(self.segments), "fine": len(self.fine), "exact_why": self.exact_why,
             "plan": vars(self.plan), "bits_v": list(self.bits_v),
-        } | ({"moved": True} if self.moved else {})  # fmt: skip
+        } | ({"moved": True} if self.moved else {}) | ({"shapes": self.shapes} if any(self.shapes) else {})  # fmt: skip
         return tensors | {f"policy.{name}": tensor for name, tensor in own.items()}, header | ({"policy": policy} if policy else {})
 
     def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -397,6 +409,8 @@ class PackedKV:
         self.clear()
         if header.get("plan") != vars(self.plan):
             raise TqaiError(f"the file was written with {header.get('plan')}, this cache is {vars(self.plan)}: give the same config")
+        if header.get("shapes", ["", ""]) != self.shapes:
+            raise TqaiError("the file was written with another calibration file: give the one that it was written with")
         if header["length"] == 0 and not {"keys", "values"} & tensors.keys():
             return
         keys = check_tensor(tensors, "keys", (None,) * 4, FLOATS, AGAIN)

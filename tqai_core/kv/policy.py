@@ -30,6 +30,7 @@ from ..config import Config
 from ..errors import TqaiError
 from ..files import check_tensor
 from ..roles import BlockPredictor, BlockReader, BlockScorer, LayerScorer, Monitor, PackMonitor, Scorer, Strategy, TokenScorer, TokenSorter
+from .calibrated import Shape
 from .segments import AGAIN, FLOATS, SEGMENT, UNCHANGED, Adjustment, BitTier, PackBatch, Plan
 
 FLUSH = 256  # most tokens that are judged together
@@ -69,6 +70,7 @@ class Policy:
         self.has_fine = not self.plain and self.fine != (self.plan.bits_k, self.plan.bits_v)  # whether there is a finer size at all
         asked = [m.recent_queries for m in (self.scorer, self.monitor) if isinstance(m, (TokenScorer, PackMonitor))]
         self.recent_queries = max(asked, default=0)
+        self.shape: Shape | None = None  # of the keys, from a calibration file
         self.clear()
 
     def clear(self) -> None:
@@ -200,7 +202,8 @@ class Policy:
             batch.predicted, batch.coefficients = predicted, coefficients
 
     def _coefficient_coder(self, k: Tensor) -> Rows:
-        return rows(k.shape[3], COEFFICIENT, self.plan.seed, k.device)
+        plain = rows(k.shape[3], COEFFICIENT, self.plan.seed, k.device)
+        return plain if self.shape is None else self.shape.coder(plain, self.plan.seed)
 
     def _expand(self, coefficients: Tensor) -> Tensor:
         """Coefficients ``[B, H, blocks, terms, D]`` at each token of their blocks."""
@@ -243,7 +246,7 @@ class Policy:
         if not self.by_block:
             return [UNCHANGED] * len(tiers)
         base = tiers[0]
-        turned = base.coder_k.rotate(q if base.scale is None else q * base.scale)
+        turned = base.coder_k.query(q if base.scale is None else q * base.scale)
         out, reads = [], self.reads and count <= CHOICE
         exact: Tensor | None = None  # logarithm of the weight that the exact rows have, on the scale of stored keys
         if self.reads_by_query and reads:

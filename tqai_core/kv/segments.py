@@ -18,6 +18,11 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SEGMENT = 1024  # tokens of a full segment
 
 
+def flush(recent: int) -> int:
+    """See :attr:`Plan.flush`."""
+    return 32 if recent >= 16 or recent == 0 else 16
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one layer is held. ``calibrate``: tokens to wait for before statistics are taken; 0 stores keys as they are."""
@@ -28,6 +33,11 @@ class Plan:
     recent: int = 64
     calibrate: int = 256
     seed: int = 0
+
+    @property
+    def flush(self) -> int:
+        """Tokens that leave the recent window together: fewer where it is short, or those that wait would be most of it."""
+        return flush(self.recent)
 
 
 @dataclass

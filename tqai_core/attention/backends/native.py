@@ -44,7 +44,7 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("level_k", "run", "segments")),
         *((name, ctypes.c_int64) for name in ("segment_count", "first")),
         *((name, ctypes.c_void_p) for name in ("q", "forward", "mean", "scale", "basis")),
-        ("axes", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("axes", "forward_head")),
         *((name, ctypes.c_void_p) for name in ("exact_k", "exact_v")),
         *((name, ctypes.c_int64) for name in ("exact", "front", "exact_kind")),
         *((name, ctypes.c_void_p) for name in ("mask",)),
@@ -56,7 +56,10 @@ class _Job(ctypes.Structure):
 
 
 class _Run(ctypes.Structure):
-    _fields_ = [("d", ctypes.c_int64), ("bits", ctypes.c_int64), ("level", ctypes.c_void_p), ("back", ctypes.c_void_p)]
+    _fields_ = [
+        ("d", ctypes.c_int64), ("bits", ctypes.c_int64), ("level", ctypes.c_void_p), ("back", ctypes.c_void_p),
+        ("back_head", ctypes.c_int64),
+    ]  # fmt: skip
 
 
 class _Segment(ctypes.Structure):
@@ -280,6 +283,11 @@ def _with(offsets: Tensor, call: Call, tier: BitTier) -> Tensor:
     return out.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else out.add_(mask)
 
 
+def _stride(matrix: Tensor) -> int:
+    """Numbers from one head's matrix to the next; 0 where all heads share one."""
+    return matrix.stride(0) if matrix.ndim == 3 else 0
+
+
 def _run(library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, change: Adjustment, parts: int) -> OnlineSoftmax | None:
     """Neighbouring segments to a thread each (split K), in ``parts`` threads; the first takes the exact rows too."""
     global _pool
@@ -294,7 +302,8 @@ def _run(library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, c
     q, read = call.q.contiguous(), None if change.read is None else change.read.contiguous()
     mean, scale = (None if x is None else x.contiguous() for x in (tier.mean, tier.scale))
     basis = values.basis
-    runs = (_Run * len(values.runs))(*((run.d, run.bits, run.level.data_ptr(), run.back.data_ptr()) for run in values.runs))
+    parts_of = [(run.d, run.bits, run.level.data_ptr(), run.back.data_ptr(), _stride(run.back)) for run in values.runs]
+    runs = (_Run * len(parts_of))(*parts_of)
     states, jobs, at = [], [], 0
     for i in range(parts):
         own = tier.segments[len(tier.segments) * i // parts : len(tier.segments) * (i + 1) // parts]
@@ -304,8 +313,8 @@ def _run(library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, c
         jobs.append(_Job(
             b * h, h, call.group, call.count, d, values.d, keys.bits, len(runs),
             keys.level.data_ptr(), ctypes.addressof(runs), ctypes.addressof(table), len(own), tier.sinks + at,
-            q.data_ptr(), keys.forward.data_ptr(), *(None if x is None else x.data_ptr() for x in (mean, scale, basis)),
-            0 if basis is None else basis.shape[1], exact_k.data_ptr(), exact_v.data_ptr(),
+            q.data_ptr(), keys.asking.data_ptr(), *(None if x is None else x.data_ptr() for x in (mean, scale, basis)),
+            0 if basis is None else basis.shape[1], _stride(keys.asking), exact_k.data_ptr(), exact_v.data_ptr(),
             *((exact_k.shape[2], tier.sinks) if i == 0 else (0, 0)), 1 if exact_k.dtype == torch.bfloat16 else 2,
             None if mask is None else mask.data_ptr(), 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
             *strides, call.mask.first, tier.sinks + tier.packed, call.precise, call.softcap or 0.0,

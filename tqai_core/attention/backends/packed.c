@@ -54,6 +54,7 @@ typedef struct {
 typedef struct { /* neighbouring coordinates of a row of values that have bits and a gain of their own */
   int64_t d, bits;
   const float *level, *back; /* back [d, d] takes them out of the rotated domain */
+  int64_t back_head;         /* from one head's matrix to the next; 0: all share one */
 } Run;
 
 typedef struct {
@@ -65,7 +66,7 @@ typedef struct {
   const float *q, *forward;     /* [heads, rows, d]; [d, d], into the rotated domain */
   const float *mean, *scale;    /* of the packed keys [heads, d], or both NULL */
   const int8_t *basis;          /* of the packed values [kv_heads, axes, dv]: reflections, the last one first; or NULL */
-  int64_t axes;
+  int64_t axes, forward_head; /* from one head's forward to the next; 0: all share one */
   const void *exact_k, *exact_v; /* [heads, exact, d] and [heads, exact, dv]; the first ones lie before the packed tokens */
   int64_t exact, front, exact_kind; /* 1: bf16, 2: fp32 */
   const void *mask;                 /* or NULL */
@@ -808,7 +809,7 @@ int tqai_attend(const Job *job) {
       bad[r] = !isfinite(shift[r]);
       if (job->scale)
         for (int64_t j = 0; j < d; j++) y[j] *= job->scale[head * d + j];
-      product(y, job->forward, d, x);
+      product(y, job->forward + head % job->kv_heads * job->forward_head, d, x);
       for (int64_t j = 0; j < d; j++) {
         most = fmaxf(most, fabsf(x[j]));
         bad[r] |= !isfinite(x[j]);
@@ -874,7 +875,7 @@ int tqai_attend(const Job *job) {
       float *x = wide_row, *y = out + r * dv;
       for (int64_t i = 0, j = 0; i < runs; j += job->run[i++].d) {
         for (int64_t k = j; k < j + job->run[i].d; k++) x[j + order_v[k]] = sum[r * dv + k];
-        product(x + j, job->run[i].back, job->run[i].d, y + j);
+        product(x + j, job->run[i].back + head % job->kv_heads * job->run[i].back_head, job->run[i].d, y + j);
       }
       if (job->basis) reflect(y, job->basis + head % job->kv_heads * job->axes * dv, job->axes, dv, wide_row);
       for (int64_t j = 0; j < dv; j++) y[j] = bad[r] ? NAN : y[j] + out_exact[r * dv + j];

@@ -292,6 +292,8 @@ def attach(target: Any, config: Config) -> CachesHandle:
     """Pack the caches of a pipeline or of a bare transformer. Nothing is changed when this raises."""
     if extra := [role for role in ("scorer", "strategy", "monitor") if getattr(config, role) is not None]:
         raise TqaiError(f"{', '.join(extra)} asked for the caches of a diffusion transformer, which take a codec alone: leave it out")
+    if ":file=" in config.codec or ",file=" in config.codec:
+        raise TqaiError(f"codec {config.codec!r}: a calibration file is for the caches of language models; give bits_k and bits_v")
     models = {"transformer": target} if isinstance(target, nn.Module) else denoisers(target)
     handle = CachesHandle(config)
     checked = [(model, found) for model in models.values() if (found := _watch(model, config, handle)) is not None]

@@ -17,7 +17,7 @@ from ...errors import TqaiError
 from ...files import check_head
 from ...kv.segments import AGAIN, Plan
 from ...report import Report
-from ..language import CacheHandle, LayerFigures, Usage, cache_report, kv_config, layer_plans
+from ..language import CacheHandle, LayerFigures, Usage, cache_report, calibrated, kv_config, layer_plans
 from .cache import PackedKVCache, hook
 
 
@@ -60,6 +60,8 @@ def make_prompt_cache(model: Any, config: Config | None = None) -> PromptCache:
     no multiple of 32. One sequence length for the whole batch: mlx-lm's batched server is not for it.
     """
     config = kv_config(config, "make_prompt_cache wants")
+    if calibrated(config) is not None:
+        raise TqaiError(f"codec {config.codec!r}: caches of mlx-lm read no calibration file; give bits_k and bits_v")
     if methods := [name for name in ("scorer", "strategy", "monitor") if getattr(config, name)]:
         raise TqaiError(f"{' and '.join(methods)} asked: caches of mlx-lm are packed only; leave them out, or use transformers")
     if not hasattr(model, "layers"):

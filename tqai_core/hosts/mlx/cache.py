@@ -15,7 +15,6 @@ from mlx_lm.models import cache as caches
 
 from ...codecs.rows import BITS
 from ...errors import TqaiError
-from ...kv.cache import FLUSH
 from ...kv.segments import AGAIN, Plan
 from ...kv.statistics import KeyStatistics, sample
 from ..language import Usage
@@ -116,12 +115,12 @@ class PackedKVCache(caches._BaseCache):
             self.statistics.observe(sample(q).astype(mx.float32), self.tail[0].shape[1])
 
     def settle(self) -> None:
-        """Pack what has left the recent window, if the statistics are there and at least 32 tokens are due."""
+        """Pack what has left the recent window, if the statistics are there and enough tokens are due."""
         if self.tail is None or self.offset < self.plan.calibrate:
             return
         sink, rest = 0 if self.packed else self.plan.sink, self.tail[0].shape[2]
         end = rest - self.plan.recent
-        if end - sink < FLUSH:
+        if end - sink < self.plan.flush:
             return
         if self.wants_queries:
             self.statistics.take(sample(self.tail[0][:, :, sink:]).astype(mx.float32), self.interleaved)

@@ -21,7 +21,7 @@ from ...config import Config
 from ...errors import TqaiError
 from ...kv.cache import PackedKV
 from ...kv.segments import Plan
-from ..language import CacheHandle, kv_config
+from ..language import CacheHandle, calibrated, kv_config
 from .cache import KVCache, PackedLayer
 
 NAME = "tqai"
@@ -54,6 +54,8 @@ def attach(model: Any, config: Config, steps: int | None = None) -> LMHandle:
     for method in config.build():
         if method is not None:
             method.belongs(model)
+    if (known := calibrated(config)) is not None:
+        known.check(model)
     KVCache(model.config, config)  # says what cannot be packed before anything is touched
     sdpa, flex, others = (getattr(model, f"_supports_{name}", True) for name in ("sdpa", "flex_attn", "attention_backend"))
     if not getattr(model, "_can_set_attn_implementation", lambda: True)() or not (sdpa or others):

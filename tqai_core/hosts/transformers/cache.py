@@ -17,12 +17,12 @@ from ...attention.lazy import LazyKV
 from ...config import Config
 from ...errors import TqaiError
 from ...files import check_tensor, checked, read_with_header
-from ...kv.cache import FLUSH, PackedKV, check_range
+from ...kv.cache import PackedKV, check_range
 from ...kv.policy import policy
 from ...kv.segments import AGAIN, FLOATS, Plan
 from ...report import Report
 from ...types import nbytes, tensors_in
-from ..language import LayerFigures, Usage, cache_report, kv_config, layer_plans
+from ..language import LayerFigures, Usage, cache_report, calibrated, kv_config, layer_plans
 
 FORMAT = 2
 
@@ -139,9 +139,10 @@ class KVCache(Cache):
             raise TqaiError(f"{text.model_type} has no attention heads, so no keys and values to pack: use its own cache")
         for head_dim, plan in dict.fromkeys((_of_layer(text, "head_dim", i), plan) for i, plan in packed):
             _check(text, head_dim or text.hidden_size // text.num_attention_heads, plan)
+        known = calibrated(config)
         for i, plan in packed:
             methods, plan = policy(config, plan, i, len(layers))
-            layers[i] = PackedLayer(PackedKV(plan, methods))
+            layers[i] = PackedLayer(PackedKV(plan, methods, (None, None) if known is None else known.shapes[i]))
         super().__init__(layers=layers)
         self._count_anew()
 
@@ -166,7 +167,7 @@ class KVCache(Cache):
         if isinstance(layer := self.layers[layer_idx], PackedLayer):
             first = self.usage.count(layer_idx)
             # walking every tensor at every token would cost more than it tells
-            if first and (key_states.shape[2] > 1 or layer.kv.length % FLUSH == 0):
+            if first and (key_states.shape[2] > 1 or layer.kv.length % layer.kv.plan.flush == 0):
                 self.usage.peak = max(self.usage.peak, self.nbytes)
             if self._text._attn_implementation == "flex_attention":  # it is compiled, and takes plain tensors alone
                 out = tuple(x.dense() for x in out)  # type: ignore[attr-defined]

@@ -28,11 +28,17 @@ def model(variant: str = "plain") -> Any:
     header, weights = _file()
     lm = Qwen2ForCausalLM(Qwen2Config(**model_config(header)))
     lm.load_state_dict({name: w.float() for name, w in weights.items() if name != "held_out"})
+    harden(lm, variant)
+    return lm.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def harden(lm: Any, variant: str) -> None:
+    """Make a model of Llama's or Qwen2's kind the ``variant`` of itself; "plain" leaves it as it is."""
     if variant == "outlier":
         _outliers(lm)
     elif variant == "bias":
         _bias(lm)
-    return lm.eval().requires_grad_(False)
 
 
 def held_out() -> Tensor:
@@ -48,16 +54,20 @@ def _outliers(lm: Any, seed: int = 0) -> None:
         for own in factor:
             own[:, torch.randperm(d // 2, generator=g)[: len(FACTORS)]] = torch.tensor(FACTORS)
         wide = factor.repeat_interleave(group, 0)
-        k.weight.data *= factor.view(-1, 1)
-        k.bias.data *= factor.flatten()
-        q.weight.data /= wide.view(-1, 1)
-        q.bias.data /= wide.flatten()
+        k.weight *= factor.view(-1, 1)
+        q.weight /= wide.view(-1, 1)
+        if k.bias is not None:
+            k.bias *= factor.flatten()
+            q.bias /= wide.flatten()
 
 
 def _bias(lm: Any) -> None:
     """Key biases of +-40, as the first and last layers of Qwen2 have them: nearly one number added to all scores of a query."""
     d = lm.config.hidden_size // lm.config.num_attention_heads
     for layer in lm.model.layers:
-        bias = layer.self_attn.k_proj.bias.data.view(-1, 2, d // 2)
+        k = layer.self_attn.k_proj
+        if k.bias is None:
+            k.bias = torch.nn.Parameter(k.weight.new_zeros(len(k.weight)), requires_grad=False)
+        bias = k.bias.view(-1, 2, d // 2)
         bias[:, 0, -2:] += BIAS
         bias[:, 1, -2:] -= BIAS
