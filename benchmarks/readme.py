@@ -375,6 +375,7 @@ def summary(dit: dict[str, Any]) -> str:
             f"outputs and {best['fewer Euler steps, same calls'] / best['tqai balanced']:.0f}x less than fewer steps",
             "[steps](docs/steps.md)",
         ],
+        ["a distilled model, eight steps or fewer", "what `tqai bench few` says", few_row(load("few")), "[few](docs/few.md)"],
         [
             "a minute to calibrate a model",
             "`tqai calibrate --sampler`, then `tqai.CalibratedScheduler`",
@@ -417,6 +418,19 @@ def summary(dit: dict[str, Any]) -> str:
         ],
     ]
     return table(["you have", "you take", "measured", "more"], rows)
+
+
+def few_row(result: dict[str, Any]) -> str:
+    """What beats fewer steps at equal time most clearly, by the time it saves, at each number of steps."""
+    from bench import few
+
+    parts = []
+    for kind, steps in dict.fromkeys((r["mini"], r["steps"]) for r in result["rows"]):
+        rows = [r for r in result["rows"] if (r["mini"], r["steps"]) == (kind, steps)]
+        good = [r for r in rows if few.beats(r) and r["distance"] <= few.CLOSE * rows[0]["distance"]]
+        best = max(good, key=lambda r: r["cpu"], default=None)
+        parts.append(f"{kind}, {steps} steps: " + (f"{best['cpu']:.2f}x ({best['group']})" if best else "nothing beats fewer steps"))
+    return "; ".join(parts)
 
 
 def dit_kv_row(result: dict[str, Any]) -> str:

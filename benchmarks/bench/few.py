@@ -239,7 +239,7 @@ def beats(row: Row) -> bool:
     """Nearer to its exact run and to real pictures than fewer steps at equal time."""
     return (
         not row["failed"] and row["group"] not in (EXACT, FEWER) and row["distance_fewer"] is not None
-        and row["distance"] <= row["distance_fewer"] and row["psnr"] >= row["psnr_fewer"]
+        and row["distance"] <= row["distance_fewer"] and (row["psnr"] is None or row["psnr"] >= row["psnr_fewer"])
     )  # fmt: skip
 
 
@@ -281,7 +281,7 @@ def _cells(r: Row) -> list[str]:
     head = [r["mini"], str(r["steps"]), r["group"], r["method"]]
     if r["failed"]:
         return [*head, *[""] * 9, f"failed: {r['failed']}"]
-    db = [f"{r[key]:.1f}" for key in ("psnr", "psnr_tail", "psnr_worst")]
+    db = ["exact" if r[key] is None or math.isinf(r[key]) else f"{r[key]:.1f}" for key in ("psnr", "psnr_tail", "psnr_worst")]
     similar = [f"{r[key]:.3f}" for key in ("ssim", "ssim_worst")]
     fewer = ["" if r[key] is None or r["group"] in (EXACT, FEWER) else f"{r[key]:.2f}" for key in ("distance_fewer", "psnr_fewer")]
     won = "" if r["group"] in (EXACT, FEWER) else "yes" if beats(r) else "no"

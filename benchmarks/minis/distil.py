@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from train_dit import Conditioned
+from train_dit import Conditioned, Crew
 
 from tqai_core.minis import names
 
@@ -110,12 +110,14 @@ def trajectories(net: Conditioned, recipe: Recipe, seed: int) -> list[tuple[Tens
     return out
 
 
-def batches(found: list[tuple[Tensor, Tensor]], recipe: Recipe) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Latents, their sigma, prompts, and the mean velocity to the student's next node; shapes take turns."""
+def batches(found: list[tuple[Tensor, Tensor]], recipe: Recipe, share: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Latents, their sigma, prompts, and the mean velocity to the student's next node; shapes take turns.
+    ``share``: processes that divide a batch."""
     every = FINE // KEPT // recipe.steps  # kept latents between two nodes of the student
     while True:
         for (nodes, prompts), (_, _, batch) in zip(found, recipe.shapes, strict=True):
-            pick, k = torch.randint(0, len(prompts), (batch,)), torch.randint(0, recipe.steps, (batch,))
+            many = batch // share
+            pick, k = torch.randint(0, len(prompts), (many,)), torch.randint(0, recipe.steps, (many,))
             x, then = nodes[pick, k * every], nodes[pick, (k + 1) * every]
             yield x, 1 - k / recipe.steps, prompts[pick], (x - then) * recipe.steps
 
@@ -137,12 +139,14 @@ def distil(kind: str, updates: int, seed: int, out: Path, cache: Path) -> None:
     net = teacher(names.STUDENTS[kind])
     layers = add_low_rank(net.transformer, recipe.rank)
     learnt = [p for layer in layers.values() for p in (layer.down, layer.up)]
+    crew = Crew.join()
+    torch.manual_seed(seed + crew.rank)
     mean = [p.detach().clone() for p in learnt]
     optimizer = torch.optim.AdamW(learnt, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     log: dict[str, Any] = dict(kind=kind, seed=seed, updates=updates, rank=recipe.rank, guidance=recipe.guidance, torch=torch.__version__)
     log |= dict(trajectories={str(shape): count for shape, count, _ in recipe.shapes}, parameters=sum(p.numel() for p in learnt), loss=[])
     running = None
-    source = batches(found, recipe)
+    source = batches(found, recipe, crew.size)
     for step in (bar := tqdm(range(updates), desc=kind, mininterval=5)):
         rate = recipe.lr * min(1, (step + 1) / 40) * (0.5 + 0.5 * math.cos(math.pi * step / updates)) + 1e-5
         for group in optimizer.param_groups:
@@ -153,6 +157,7 @@ def distil(kind: str, updates: int, seed: int, out: Path, cache: Path) -> None:
         loss = F.mse_loss(guess.float(), velocity)
         optimizer.zero_grad()
         loss.backward()
+        crew.average(learnt)
         nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
         torch._foreach_lerp_(mean, [p.detach() for p in learnt], 1 - min(0.98, (step + 1) / (step + 10)))
@@ -160,10 +165,11 @@ def distil(kind: str, updates: int, seed: int, out: Path, cache: Path) -> None:
         if (step + 1) % 50 == 0:
             bar.set_postfix(loss=f"{running:.4f}")
             log["loss"].append([step + 1, round(running, 5)])
-        if (step + 1) % 300 == 0 or step + 1 == updates:
-            log["cpu_seconds"] = round(time.process_time() - began, 1)
+        if crew.rank == 0 and ((step + 1) % 300 == 0 or step + 1 == updates):
+            log |= dict(processes=crew.size, cpu_seconds=round((time.process_time() - began) * crew.size, 1))
             save(kind, recipe, layers, mean, log, out)
-    print(json.dumps({k: log[k] for k in ("kind", "updates", "parameters", "cpu_seconds")} | {"loss": log["loss"][-1]}))
+    if crew.rank == 0:
+        print(json.dumps({k: log[k] for k in ("kind", "updates", "parameters", "cpu_seconds")} | {"loss": log["loss"][-1]}))
 
 
 def save(kind: str, recipe: Recipe, layers: dict[str, LowRank], mean: list[Tensor], log: dict[str, Any], out: Path) -> None:

@@ -215,7 +215,7 @@ def train(kind: str, steps: int, seed: int, out: Path) -> None:
         header = dict(format="tqai-mini", version="1", kind=kind, cls=recipe["cls"], config=json.dumps(recipe["config"]))
         weights = {k: v.half().contiguous() for k, v in ema.state_dict().items()}
         save_file(weights, out / f"{kind}.safetensors", {k: str(v) for k, v in header.items()})
-        log["cpu_seconds"] = round(time.process_time() - began, 1)
+        log.update(processes=crew.size, cpu_seconds=round((time.process_time() - began) * crew.size, 1))
         (out / f"{kind}.json").write_text(json.dumps(log, indent=1) + "\n")
 
     bar = tqdm(range(steps), desc=kind, mininterval=2)
