@@ -46,6 +46,13 @@ WORDS = {  # what a promise is about -> what its failure means
         "a run that lies between two pictures is decided by its first steps: forecasts there leave the worst picture further from its "
         "exact run than the median picture of fewer steps."
     ),
+    "8 steps: CPU-time ratio of the fastest part": (
+        "with 8 steps no part gives that much and stays nearer both to the exact run and to real pictures than fewer steps do."
+    ),
+    "4 steps: CPU-time ratio of the fastest part": (
+        "with 4 steps no part gives that much and stays nearer both to the exact run and to real pictures than fewer steps do."
+    ),
+    "Fréchet distance beside the teacher's": "a student's pictures are further from real ones than its teacher's, by more than promised.",
     "window: order 1 without / order 0 with": (
         "with the nearest blocks, order 0 and a far field have more error than order 1 without one, on the worst seed."
     ),

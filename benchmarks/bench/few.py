@@ -237,10 +237,10 @@ def _between(line: list[tuple[float, Row]], time: float, key: str) -> float | No
 
 def beats(row: Row) -> bool:
     """Nearer to its exact run and to real pictures than fewer steps at equal time."""
-    return (
-        not row["failed"] and row["group"] not in (EXACT, FEWER) and row["distance_fewer"] is not None
-        and row["distance"] <= row["distance_fewer"] and (row["psnr"] is None or row["psnr"] >= row["psnr_fewer"])
-    )  # fmt: skip
+    if row["failed"] or row["group"] in (EXACT, FEWER) or row["distance_fewer"] is None:
+        return False
+    ours, fewer = (math.inf if row[key] is None else row[key] for key in ("psnr", "psnr_fewer"))  # JSON has no inf
+    return row["distance"] <= row["distance_fewer"] and ours >= fewer
 
 
 def verdicts(result: Row) -> list[Row]:
@@ -283,7 +283,7 @@ def _cells(r: Row) -> list[str]:
         return [*head, *[""] * 9, f"failed: {r['failed']}"]
     db = ["exact" if r[key] is None or math.isinf(r[key]) else f"{r[key]:.1f}" for key in ("psnr", "psnr_tail", "psnr_worst")]
     similar = [f"{r[key]:.3f}" for key in ("ssim", "ssim_worst")]
-    fewer = ["" if r[key] is None or r["group"] in (EXACT, FEWER) else f"{r[key]:.2f}" for key in ("distance_fewer", "psnr_fewer")]
+    fewer = ["" if r.get(key) is None or r["group"] in (EXACT, FEWER) else f"{r[key]:.2f}" for key in ("distance_fewer", "psnr_fewer")]
     won = "" if r["group"] in (EXACT, FEWER) else "yes" if beats(r) else "no"
     return [*head, f"{r['cpu']:.2f}", *db, *similar, f"{r['distance']:.3f}", f"{r['read']:.3f}", ", ".join(filter(None, fewer)), won]
 

@@ -45,8 +45,8 @@ class Recipe:
 PHOTOS = (((64, 12), 320, 32), ((256, 12), 240, 12))
 SHARES = 4  # in which the trajectories are drawn, so that processes may share the work
 RECIPES = {
-    "photo_8": Recipe(8, 700, 32, 1.5, PHOTOS),
-    "photo_4": Recipe(4, 900, 32, 1.5, PHOTOS),
+    "photo_8": Recipe(8, 400, 32, 1.5, PHOTOS),
+    "photo_4": Recipe(4, 600, 32, 1.5, PHOTOS),
     "wan_4": Recipe(4, 500, 16, 2.0, (((1, 9, 16, 16), 96, 6),)),
 }
 
