@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from tqai_core.config import LEVELS, PRESETS
+from tqai_core.config import FEW, LEVELS, PRESETS
 from tqai_core.config import preset as ready
 
 from .files import contained
@@ -36,9 +36,10 @@ class TQAICompress(io.ComfyNode):
                 io.Model.Input("model", tooltip="Any flow-matching model, after LoRAs and shift nodes."),
                 io.Combo.Input(
                     "preset",
-                    options=list(PRESETS),
+                    options=[*PRESETS, FEW],
                     default="balanced",
-                    tooltip="Tolerance tuned for the model's family: quality skips least, fast most. Not used when a pipeline is linked.",
+                    tooltip="Tolerance tuned for the model's family: quality skips least, fast most. few is for "
+                    "8 steps or fewer: the first ones run at half the height and width. Not used when a pipeline is linked.",
                 ),
                 io.Combo.Input(
                     "level",
