@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -18,21 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqai_core.config import Config
+from tqai_core.config import Config, preset
 from tqai_core.metrics import psnr, ssim
 from tqai_core.minis import names
 
 from .harness import Mini, Row, Table, closing, each, machine, one_thread, promises, tails
 from .judges import Clips, Eye, Photographs
 
-TRACKS = {"photo_8": (8, 6), "photo_4": (4,), "wan_4": (4,), "photo": (8,), "wan": (8,)}  # steps of each mini
+FINE = 24  # steps of the teacher that students are compared with
+TRACKS = {"photo_8": (8, 6), "photo_4": (4,), "wan_4": (4,), "photo": (8, FINE), "wan": (8,)}  # steps of each mini
 KINDS = tuple(TRACKS)
 SEEDS = 32
 SAMPLES = {"photo": 4, "wan": 1}  # pictures or clips a seed, by the teacher
-FINE = 24  # steps of the teacher that students are compared with
 EXACT, FEWER, COARSE = "exact", "fewer steps", "coarse to fine"
+LESS = {24: (12, 10, 9, 8), 8: (6, 5, 4, 3), 6: (5, 4, 3, 2), 4: (3, 2, 1)}  # "fewer steps" of so many
 CLOSE = 1.05  # a Fréchet distance that much larger is still as good
-FASTER = {8: 1.5, 4: 1.25}  # what a part must give to be offered
+FASTER = {24: 2.6, 8: 1.5, 4: 1.25}  # what a part must give to be offered
 WORSE = {"photo_8": 1.15, "photo_4": 1.40}  # a student's Fréchet distance beside its teacher's, at most
 
 
@@ -46,22 +47,27 @@ class Method:
 
 def methods(kind: str, steps: int) -> list[Method]:
     """Everything that is tried at so many steps."""
-    out = [Method(FEWER, f"{n} steps", steps=n) for n in range(steps - 1, max(steps // 3, 1), -1)]
+    out = [Method(FEWER, f"{n} steps", steps=n) for n in LESS[steps]]
+    if steps == FINE:
+        return out + many(names.family(kind))
     longest = skips(steps)[-1]
     if kind == names.PHOTO:  # its students have the other rows: here guidance counts
-        return out + [at_level("model", what, steps, longest) for what in ORDERS] + guidance(steps)
-    for level in ("model", "block", "attention"):
-        for skipped in skips(steps) if level != "attention" else [longest]:
-            out += [at_level(level, what, steps, skipped) for what in ORDERS]
-    late = tuple(range(2, steps - 1))
-    out += [
-        Method("block level", "order 1, the first block exact", at("block", "delta2", steps, longest, skip_layers=(0,))),
-        Method("block level", "reuse, the first two blocks exact, from step 2 on", at("block", "delta", steps, late, skip_layers=(0, 1))),
-    ]
-    for density in (0.5, 0.25):
-        sparse = Config(level="attention", scorer="bsa", strategy=f"window:density={density}", monitor=schedule(steps, late))
-        out.append(Method("sparse attention", f"{density:.0%} of the blocks, from step 2 on", sparse))
-    return out + ([] if kind in names.STUDENTS else guidance(steps)) + coarse(steps)
+        return [*out, at_level("model", "order 1", steps, longest), *guidance(steps)]
+    levels = [("model", what, skipped) for what in ORDERS for skipped in dict.fromkeys([skips(steps)[0], longest])]
+    levels += [("block", what, longest) for what in ORDERS] + [("attention", "order 1", longest)]
+    out += [at_level(level, what, steps, skipped) for level, what, skipped in levels]
+    out.append(Method("block level", "order 1, the first block exact", at("block", "delta2", steps, longest, skip_layers=(0,))))
+    sparse = Config(level="attention", scorer="bsa", strategy="window:density=0.5", monitor=schedule(steps, range(2, steps - 1)))
+    out.append(Method("sparse attention", "half of the blocks, from the third step on", sparse))
+    return out + coarse(steps)[: None if names.STUDENTS.get(kind) == names.PHOTO else 1]  # WAN's mini knows one size: one row says so
+
+
+def many(family: str) -> list[Method]:
+    """With as many steps as teachers take: the presets, and more of the steps at half the size."""
+    out = [Method("preset", name, preset(name, family)) for name in ("balanced", "fast")]
+    for name, share in (("balanced", 0.05), ("balanced", 0.1), ("balanced", 0.2), ("fast", 0.1)):
+        out.append(Method("combination", f"{name}; {COARSE}, {share:.0%}", replace(preset(name, family), half_size=share)))
+    return out
 
 
 ORDERS = {"reuse": "delta", "order 1": "delta2"}
@@ -83,15 +89,13 @@ def guidance(steps: int) -> list[Method]:
 
 
 def coarse(steps: int) -> list[Method]:
-    """The first steps at half the height and width, where this tqai has it, alone and with forecasts."""
-    if "half_size" not in {f.name for f in fields(Config)}:
-        return []
-    on = lambda share, monitor=None: Config(  # type: ignore[call-arg]  # noqa: E731
-        strategy="delta2" if monitor else None, monitor=monitor, codec="exact", half_size=share
-    )
-    out = [Method(COARSE, f"finer detail up to {share:.0%} signal", on(share)) for share in (0.05, 0.1, 0.2, 0.4)]
-    longest = skips(steps)[-1]
-    return [*out, Method("combination", f"{COARSE}, 10%; order 1, without {told(longest)}", on(0.1, schedule(steps, longest)))]
+    """The first steps at half the height and width, alone and with forecasts."""
+    plain = Config(strategy=None, monitor=None, codec="exact")
+    on = lambda share, skipped=(): replace(at("model", "delta2", steps, skipped) if skipped else plain, half_size=share)  # noqa: E731
+    out = [Method(COARSE, f"finer detail up to {share:.0%} signal", on(share)) for share in (0.1, 0.2, 0.3)]
+    for share, skipped in dict.fromkeys([(0.1, skips(steps)[0]), (0.1, skips(steps)[-1]), (0.2, skips(steps)[-1])]):
+        out.append(Method("combination", f"{COARSE}, {share:.0%}; order 1, without {told(skipped)}", on(share, skipped)))
+    return out
 
 
 def skips(steps: int) -> list[tuple[int, ...]]:
@@ -125,8 +129,6 @@ def bench(kinds: Sequence[str] = KINDS, tell: Callable[[str], None] = lambda tex
 def result_of(rows: list[Row], teachers: list[Row], count: int) -> dict[str, Any]:
     result = {"bench": "few", "machine": machine(), "seeds": list(range(count)), "samples": SAMPLES, "rows": rows, "teachers": teachers}
     missing = {"text keys and values kept": "no level keeps them: text and picture are one attention in Flux, and in WAN they are little"}
-    if not any(row["group"] == COARSE for row in rows):
-        missing[COARSE] = "not in this tqai"
     return result | {"missing": missing, "verdicts": verdicts(result)}
 
 
