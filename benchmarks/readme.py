@@ -20,11 +20,12 @@ from typing import Any
 import figures
 import promised
 import sources
-from bench.alone import FEWER, NMSE, PRESET, PSNR
+from bench.alone import FEWER, NMSE, PRESET, PSNR, SSIM
 from figures import KINDS, ROOT, e4, load, pick, table
 from promised import counts
 
 from tqai_core.config import PRESETS
+from tqai_core.minis import names
 
 
 def minis() -> str:
@@ -32,10 +33,11 @@ def minis() -> str:
     shapes = {
         "flux": "1 double + 3 single blocks, one head of 128", "sd3": "3 joint blocks, three heads of 64",
         "wan": "4 blocks, one head of 128, 9 frames", "z_image": "1 + 1 refiner and 3 joint blocks, one head of 128",
+        "photo": "as flux; photographs of 16 x 16 and 32 x 32 pixels",
     }  # fmt: skip
     rows = []
     for kind, shape in shapes.items():
-        log = json.loads((ROOT / "tqai_core" / "minis" / f"{kind}.json").read_text())
+        log = json.loads((names.folder(kind) / f"{kind}.json").read_text())
         read = f"{log['accuracy'][-1][1]:.2f}" + (" of the frames" if kind == "wan" else "")
         rows.append([kind, shape, f"{log['parameters'] / 1e6:.2f} M", f"{log['cpu_seconds'] / 60:.0f} min", read])
     log = json.loads((ROOT / "benchmarks" / "minis" / "edit.json").read_text())
@@ -55,13 +57,27 @@ def headline(dit: dict[str, Any]) -> str:
     return (
         f"**{skipped:.0%} or more of the model calls of a 24-step sampler are forecast instead of computed: {low:.2f}x to "
         f"{high:.2f}x faster (batches of {counts(dit['samples'])}), nothing retrained. PSNR to the exact run, one picture or clip at a "
-        f"time, median and least: {psnr}.**"
+        f"time, median and least: {psnr}.**\n\n{photographs(dit)}"
+    )
+
+
+def photographs(dit: dict[str, Any]) -> str:
+    """The same on pictures that are less smooth than digits."""
+    rows = dit["tables"]["photo"]["alone"]
+    ours, fewer = (pick(rows, method=what.format("balanced")) for what in (PRESET, FEWER))
+    told = lambda r: f"{r['psnr']:.1f} dB, least {r['psnr_worst']:.1f}, SSIM {r['ssim']:.3f}, least {r['ssim_worst']:.3f}"  # noqa: E731
+    digits = pick(dit["tables"]["flux"]["alone"], method=PRESET.format("balanced"))
+    return (
+        f"Digits are smooth. On photographs (the photo mini, same class as flux, 32 x 32 pixels, {dit['alone']['photo']} seeds) `balanced` "
+        f"forecasts {ours['skipped']:.0%} of the calls: {told(ours)}; {digits['psnr'] - ours['psnr']:.0f} dB less than on digits. Fewer "
+        f"steps with as many calls: {told(fewer)}. With 8 steps and fewer: [few](docs/few.md)."
     )
 
 
 def tail(row: dict[str, Any], name: str) -> list[str]:
     """A figure, its 5 % quantile (errors: 95 %) and the worst; nothing where a result of before has none of these."""
-    form = (lambda v: "exact" if v is None else f"{v:.1f}") if name == "psnr" else e4
+    forms = {"psnr": lambda v: "exact" if v is None else f"{v:.1f}", "ssim": lambda v: f"{v:.4f}"}
+    form = forms.get(name, e4)
     return [form(row[key]) if key in row else "" for key in (name, f"{name}_tail", f"{name}_worst")]
 
 
@@ -78,7 +94,7 @@ def euler(dit: dict[str, Any]) -> str:
 
 def alone(dit: dict[str, Any]) -> str:
     rows = [
-        [kind, r["method"], f"{r['calls']:.1f}", *tail(r, "psnr"), *tail(r, "nmse"), f"{r['agreement']:.3f}"]
+        [kind, r["method"], f"{r['calls']:.1f}", *tail(r, "psnr"), *tail(r, "ssim"), *tail(r, "nmse"), f"{r['agreement']:.3f}"]
         for kind in dit["tables"]
         for r in dit["tables"][kind]["alone"]
     ]
@@ -90,7 +106,7 @@ def alone(dit: dict[str, Any]) -> str:
             ours, fewer = (pick(dit["tables"][kind]["alone"], method=what.format(name)) for what in (PRESET, FEWER))
             gaps.append(f"{ours['psnr_worst'] - fewer['psnr']:+.1f} dB ({kind})")
         note += f" The least of `{name}` against the median of fewer steps: {', '.join(gaps)}."
-    return f"{table(['mini', 'method', 'mean calls', *PSNR, *NMSE, 'same label'], rows)}\n\n{note}"
+    return f"{table(['mini', 'method', 'mean calls', *PSNR, *SSIM, *NMSE, 'same label'], rows)}\n\n{note}"
 
 
 def multistep(dit: dict[str, Any]) -> str:
@@ -231,7 +247,10 @@ def sampler(result: dict[str, Any]) -> str:
 
 
 def attention_of(bench: Any, result: dict[str, Any]) -> dict[str, str]:
-    return {"attention": table(*bench.speeds(result)), "attention-clips": table(*bench.clips(result))}
+    return {
+        "attention": table(*bench.speeds(result)), "attention-clips": table(*bench.clips(result)),
+        "attention-sol": table(*bench.sol.cells(result["sol"])),
+    }  # fmt: skip
 
 
 def peers(result: dict[str, Any]) -> str:
@@ -385,6 +404,7 @@ def summary(dit: dict[str, Any]) -> str:
             f"outputs and {best['fewer Euler steps, same calls'] / best['tqai balanced']:.0f}x less than fewer steps",
             "[steps](docs/steps.md)",
         ],
+        ["a distilled model, eight steps or fewer", "what `tqai bench few` says", few_row(load("few")), "[few](docs/few.md)"],
         [
             "a minute to calibrate a model",
             "`tqai calibrate --sampler`, then `tqai.CalibratedScheduler`",
@@ -427,6 +447,19 @@ def summary(dit: dict[str, Any]) -> str:
         ],
     ]
     return table(["you have", "you take", "measured", "more"], rows)
+
+
+def few_row(result: dict[str, Any]) -> str:
+    """What beats fewer steps at equal time most clearly, by the time it saves, at each number of steps."""
+    from bench import few
+
+    parts = []
+    for kind, steps in dict.fromkeys((r["mini"], r["steps"]) for r in result["rows"]):
+        rows = [r for r in result["rows"] if (r["mini"], r["steps"]) == (kind, steps)]
+        good = [r for r in rows if few.beats(r) and r["distance"] <= few.CLOSE * rows[0]["distance"]]
+        best = max(good, key=lambda r: r["cpu"], default=None)
+        parts.append(f"{kind}, {steps} steps: " + (f"{best['cpu']:.2f}x ({best['group']})" if best else "nothing beats fewer steps"))
+    return "; ".join(parts)
 
 
 def dit_kv_row(result: dict[str, Any]) -> str:
@@ -520,7 +553,7 @@ def get() -> dict[str, str]:
 
 
 def parts() -> dict[str, str]:
-    from bench import attention, calibrate, dit_kv, levels, llm_methods, methods, pipelines, stream_report
+    from bench import attention, calibrate, dit_kv, few, levels, llm_methods, methods, pipelines, stream_report
 
     dit, vectors, lower, kernels = (load(name) for name in ("dit", "codec", "levels", "attention"))
     lm, caches, made = (load(name) for name in ("llm", "llm_methods", "calibrate"))
@@ -538,6 +571,7 @@ def parts() -> dict[str, str]:
         "llm": f"{llm_quality(lm)}\n\n{llm_speed(lm)}", "kv": kv_of(caches), "mlx": mlx(load("mlx")),
         "methods": sections(methods, load("methods")), "levels-all": sections(levels, lower), "peers": peers(load("dit_peers")),
         "kv-all": sections(llm_methods, caches), "attention-all": sections(attention, kernels),
+        "few": sections(few, {**load("few"), "verdicts": []}),
         "dit-kv": sections(dit_kv, {**load("dit_kv"), "verdicts": []}), "pipelines": sections(stream_report, load("stream_report")),
     }  # fmt: skip
 

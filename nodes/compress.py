@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from tqai_core.config import LEVELS, PRESETS
+from tqai_core.config import FEW, LEVELS, PRESETS
 from tqai_core.config import preset as ready
 
 from .files import contained
@@ -36,10 +36,10 @@ class TQAICompress(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model, after LoRAs and shift nodes."),
                 io.Combo.Input(
                     "preset",
-                    options=list(PRESETS),
+                    options=[*PRESETS, FEW],
                     default="balanced",
-                    tooltip="How much is skipped: quality least, fast most. The error allowed is tuned for each family of models. Not used "
-                    "when a pipeline is linked.",
+                    tooltip="How much is skipped: quality least, fast most. few is for 8 steps or fewer: the first ones run at half the "
+                    "height and width. The error allowed is tuned for each family of models. Not used when a pipeline is linked.",
                 ),
                 io.Combo.Input(
                     "level",

@@ -31,6 +31,17 @@ class Parametrisation:
         x, t = self._flow(x, sigma)
         return x - velocity.to(x.dtype) * t
 
+    def latent(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The flow's latent ``x_t`` of the host's."""
+        return self._flow(x, sigma)[0]
+
+    def host(self, latent: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The host's latent and sigma of the flow's latent ``[b, ...]`` at ``time [b]``: the reverse of :meth:`latent` and :meth:`time`."""
+        if not self.scaled:
+            return latent, time
+        t = time.reshape(time.shape[:1] + (1,) * (latent.ndim - 1))
+        return latent / (1 - t), time / (1 - time)
+
     def _flow(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         t = self.time(sigma.reshape(sigma.shape[:1] + (1,) * (x.ndim - 1)) if sigma.ndim == 1 else sigma)
         return (x * (1 - t) if self.scaled else x), t

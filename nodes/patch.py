@@ -23,6 +23,7 @@ from tqai_core.legacy import Legacies
 from tqai_core.roles import EntropyMonitor
 from tqai_core.scorers.fisher import Fisher, load, origin
 
+from .half_size import sized
 from .levels import FORWARD, Forward, marker, override
 from .page import executing, sender
 from .parametrisation import Parametrisation, of
@@ -130,6 +131,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run.flow.inherit(LEGACIES.get(given["latent_image"], float(sigmas[0])))
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     guider.model_options["transformer_options"][RUN] = run
+    run.flow.half_size.model = guider.model_patcher.model.diffusion_model
     failed = True
     try:
         result = executor(*args, **kwargs)
@@ -212,14 +214,22 @@ def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> An
     frames = tuple(window.index_list) if hasattr(window, "index_list") else None
     sides, uuids = options.get("cond_or_uncond", ()), options.get("uuids", ())
     chunks = [Chunk(side, uuid, frames) for side, uuid in zip(sides, uuids)]  # noqa: B905 - older hosts give no uuids
+    inputs = dict(zip(("c_concat", "c_crossattn", "control"), args, strict=False))
+    inputs |= {k: v for k, v in kwargs.items() if k != "transformer_options"}
+
+    def compute(forward: Forward | None) -> Any:
+        def host(x: Any, t: Any) -> Any:
+            return executor(x, t, *args, **kwargs) if forward is None else _with_forward(executor, x, t, args, kwargs, forward)
+
+        return sized(run.flow, run.parametrisation, x, t, inputs, run.kind.patch, host)
+
     return run.forward(
         x,
         chunks,
-        lambda forward: executor(x, t, *args, **kwargs) if forward is None else _with_forward(executor, x, t, args, kwargs, forward),
+        compute,
         lambda denoised: run.parametrisation.velocity(x, t, denoised),
         lambda velocity: run.parametrisation.denoised(x, t, velocity),
-        dict(zip(("c_concat", "c_crossattn", "control"), args, strict=False))
-        | {k: v for k, v in kwargs.items() if k != "transformer_options"},
+        inputs,
     )
 
 

@@ -23,10 +23,11 @@ class Pipeline:
     monitor: str | None = None
     codec: str | None = None
     skip_layers: tuple[int | str, ...] = ()
+    half_size: float = 0.0
 
     @staticmethod
     def of(config: Config) -> Pipeline:
-        return Pipeline(config.scorer, config.strategy, config.monitor, config.codec, config.skip_layers)
+        return Pipeline(config.scorer, config.strategy, config.monitor, config.codec, config.skip_layers, config.half_size)
 
     def with_stage(self, role: str, choice: Mapping[str, Any] | None) -> Pipeline:
         """``choice`` is what a dynamic combo gives: the method's name under the role, its options beside it. The host gives
@@ -39,7 +40,7 @@ class Pipeline:
 
     def config(self, level: str) -> Config:
         """Raises ValueError where a stage does not work at ``level``."""
-        return Config(self.scorer, self.strategy, self.monitor, self.codec, level, self.skip_layers)
+        return Config(self.scorer, self.strategy, self.monitor, self.codec, level, self.skip_layers, half_size=self.half_size)
 
     def to_json(self) -> str:
         """JSON that ``tqai.Config.from_json`` reads too, at the first level where all stages work."""

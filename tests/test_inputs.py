@@ -115,7 +115,7 @@ def test_a_controlnet_that_ends_in_the_middle(kind, pipe_of, monkeypatch):
     pipe = controlled(kind, pipe_of(kind))
     pixels = lambda image: SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda *seed: image[:, :1, ::8, ::8]))
     monkeypatch.setattr(pipe.vae, "encode", pixels, raising=False)
-    picture = torch.rand(1, 3, minis.PIXELS, minis.PIXELS, generator=torch.Generator().manual_seed(3))
+    picture = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(3))
     inputs = minis.inputs(kind, [3]) | dict(num_inference_steps=STEPS, output_type="latent", return_dict=False, control_image=picture)
     run = lambda end=0.5: pipe(**inputs, control_guidance_end=end, generator=torch.Generator().manual_seed(0))[0]
     exact = run()

@@ -56,5 +56,5 @@ def test_the_pipeline_gives_pictures(kind):
 def test_bad_input():
     with pytest.raises(ValueError, match="flux, sd3, wan, z_image"):
         minis.pipeline("sdxl")
-    with pytest.raises(ValueError, match="digits from 0 to 9"):
+    with pytest.raises(ValueError, match="numbers from 0 to 9"):
         minis.inputs("flux", [11])

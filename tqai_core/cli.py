@@ -29,8 +29,9 @@ BENCHES = {
     "llm": "KV caches", "dit_kv": "caches of references in diffusion transformers", "rolling": "histories of autoregressive video",
     "calibrate": "calibration and tuning (also --kinds lm)",
     "default": "the preset of a class that nobody tuned (also --kinds z_image)",
-    "pipelines": "which pipelines of diffusers are taken",
+    "pipelines": "which pipelines of diffusers are taken", "few": "eight steps and fewer, on photographs and clips",
 }  # fmt: skip
+OTHERS = ("lm", "z_image", "photo", "photo_8", "photo_4", "wan_4")  # minis of single benches
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,9 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--real", nargs="?", const="out/real-lm", metavar="FOLDER", help=real)
     plots = "as SVG; codec: NMSE against bits with the Shannon line; llm: KL against bits held; attention: speed against tokens"
     p.add_argument("--plot", type=out_file, metavar="FILE", help=plots)
-    p.add_argument(
-        "--kinds", type=comma_list(str, (*MINIS, "lm", "z_image")), help="minis to run, as in flux,wan; left out: all of the bench"
-    )
+    p.add_argument("--kinds", type=comma_list(str, (*MINIS, *OTHERS)), help="minis to run, as in flux,wan; left out: all of the bench")
     p.add_argument("--seeds", type=comma_list(seed), help="seeds, as in 0,1,2, which is the default")
     tryout.arguments(command("try", "does it help on my model? the exact run, a few settings, one page, one verdict", _try))
     run.arguments(command("run", "one prompt through a language model or a diffusers pipeline, and what tqai saved and changed", _run))
@@ -241,8 +240,8 @@ def _bench(args: argparse.Namespace) -> int:
     minis = getattr(bench, "KINDS", MINIS)
     if "lm" in given.get("kinds", ()) and args.what != "calibrate":
         raise TqaiError(f"bench {args.what} --kinds lm: the language model is in bench calibrate alone: give some of {', '.join(minis)}")
-    if "z_image" in given.get("kinds", ()) and "z_image" not in minis:
-        raise TqaiError(f"bench {args.what} --kinds z_image: this bench has only {', '.join(minis)}")
+    if foreign := [kind for kind in given.get("kinds", ()) if kind in OTHERS[1:] and kind not in minis]:
+        raise TqaiError(f"bench {args.what} --kinds {foreign[0]}: this bench has only {', '.join(minis)}")
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
     given = {"kinds": minis, "seeds": (0, 1, 2), "peers": True, "tell": tell} | given
     result = bench.bench(**{name: value for name, value in given.items() if name in takes})

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .errors import TqaiError
@@ -35,8 +35,10 @@ class Config:
     numbers (-1 is the last), ranges ``"0-2"``, names of modules (``"blocks.3.attn2"``). At level ``kv``: ``sink`` first and
     ``recent`` last tokens stay exact, up to ``protect`` first and last layers (at most an eighth of them each) are held
     at 8 bits, ``calibrate`` tokens are waited for before keys are scaled (0: never); without a scorer, strategy and monitor
-    it is a plain packed cache. ``offload``: the packed caches of a diffusion transformer lie in host memory. Stages are
-    stored in their shortest spec form, so that equal pipelines are equal and hash alike.
+    it is a plain packed cache. ``offload``: the packed caches of a diffusion transformer lie in host memory. ``half_size``
+    (level model): the first steps run at half the height and width, until a larger share than this of the finer detail is signal
+    and no longer noise (0: never; see :mod:`half_size`). Stages are stored in their shortest spec form, so that equal pipelines are
+    equal and hash alike.
     """
 
     scorer: Any = None
@@ -50,6 +52,7 @@ class Config:
     protect: int = CACHE["protect"]
     calibrate: int = CACHE["calibrate"]
     offload: bool = False
+    half_size: float = 0.0
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class Config:
                 method.check(self.level)
             object.__setattr__(self, role, method.spec if method else "exact" if role == "codec" else None)
         self._check_cache()
+        self._check_half_size()
         object.__setattr__(self, "skip_layers", _layers(self.skip_layers))
 
     def _check_cache(self) -> None:
@@ -92,13 +96,22 @@ class Config:
                 f"codec {self.codec!r}: bits_k and bits_v are options of caches, asked at level {self.level!r}: give bits=, or level='kv'"
             )
 
+    def _check_half_size(self) -> None:
+        value = self.half_size
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise TqaiError(f"half_size={str(value)[:80]}: give a share of signal, from 0 (off) to below 1")
+        if value and self.level != "model":
+            raise TqaiError(f"half_size={value} is for whole steps, asked at level {self.level!r}: give level='model'")
+        object.__setattr__(self, "half_size", float(value))
+
     def build(self) -> tuple[Scorer | None, Strategy | None, Monitor | None, Codec]:
         """The four methods."""
         return tuple(build(r, s) if (s := getattr(self, r)) else None for r in ROLES)  # type: ignore[return-value]
 
     def to_dict(self) -> dict[str, Any]:
         found = {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields(self)}
-        return found if self.offload else {name: v for name, v in found.items() if name != "offload"}  # older versions do not know it
+        newer = {"offload", "half_size"}  # older versions do not know them
+        return {name: value for name, value in found.items() if value or name not in newer}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -167,6 +180,7 @@ def _layers(given: Any) -> tuple[int | str, ...]:
 
 
 PRESETS = ("quality", "balanced", "fast")
+FEW, HIDDEN = "few", 0.1  # a preset for few steps, and its half_size
 # tolerance of each preset and family, tuned on seeds 100 to 155 of the minis, one picture at a time; figures are of seeds 0 to 63
 TAUS = {name: {family.name: family.tolerances[name] for family in FAMILIES.values() if family.tolerances} for name in PRESETS}
 KV_PRESETS = ("k8v4", "k6v4", "k5v4", "k5v3", "k4v4", "k4v3", "k4v2", "k3v2", "k2v2")  # bits of keys and values
@@ -176,6 +190,8 @@ def preset(name: str = "balanced", family: str | os.PathLike[str] | None = None)
     """A ready pipeline: ``quality`` (42 to 46 % of the calls of 24 Euler steps skipped), ``balanced`` (50 to 54 %), ``fast``
     (54 to 58 %).
 
+    ``few`` is ``balanced`` whose first steps run at half the height and width; it helps with 8 steps or fewer too, where nothing can be
+    forecast, and wants a model that was trained at both sizes.
     ``k8v4``, ``k6v4``, ``k5v4`` (the default of caches), ``k5v3``, ``k4v4``, ``k4v3``, ``k4v2``, ``k3v2``, ``k2v2``: KV caches with so
     many bits for keys and values. Keys need more: their errors are in every weight, those of values are averaged.
     ``family`` is a name of ``FAMILIES``, or a file ``NAME.json`` of ``tqai tune --family``; without one, or where it was not tuned,
@@ -184,8 +200,10 @@ def preset(name: str = "balanced", family: str | os.PathLike[str] | None = None)
     if name in KV_PRESETS and family is None:
         window = {"recent": 12} if name.endswith("v2") else {}  # there each exact token costs as much as many packed ones
         return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])}, **window)
+    if name == FEW:
+        return replace(preset("balanced", family), half_size=HIDDEN)
     if name not in PRESETS:
-        raise TqaiError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, and for caches {', '.join(KV_PRESETS)}")
+        raise TqaiError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, {FEW}, and for caches {', '.join(KV_PRESETS)}")
     given = "" if family is None else os.fspath(family)
     if given.endswith(".json"):
         tau = entry.read(given).tolerances[name]

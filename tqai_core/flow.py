@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .config import Config
 from .guidance import Difference
+from .half_size import HalfSize
 from .legacy import Legacy
 from .memory import Memory, Stream
 from .metrics import relative, squares
@@ -66,12 +67,14 @@ class Flow:
         self.recorder, self.model, self.agree, self.allow_new_streams = recorder, model, agree or (lambda sums: sums), allow_new_streams
         self.memory = Memory(self.codec)
         self.guidance = Difference(self.memory, strategy.cfg == "difference" if strategy else False)
+        self.half_size = HalfSize(config.half_size)
         self.begin()
 
     def begin(self, bypass: str | None = None) -> None:
         """A new generation. ``bypass`` is the reason why everything is computed exactly, if there is one."""
         self.memory.clear()
         self.guidance.begin()
+        self.half_size.begin()
         self.bypass_reason = self.disabled_reason or bypass
         self.gate_state = Stream(self.codec)  # state of the monitor, and of the scorer where it scores steps
         self.decision = Decision(True, "start")
@@ -127,6 +130,7 @@ class Flow:
         if self.bypass_reason is not None and self.step is not None:  # idle since the first one: nothing is held, nothing was judged
             self.opening, self.step = False, step
             self._entry = self.recorder.decision(self.model, step, self.decision)
+            self._size(step)
             return self.decision
         self.settle()
         if self.step is not None and self.bypass_reason is None and (why := self.monitor.gives_up(self.gate_state.state)):
@@ -157,7 +161,18 @@ class Flow:
                 self.decision = Decision(True, "a branch has too short a history", self.decision.error_estimate)
         self.guidance.enter(step, self.decision)
         self._entry = self.recorder.decision(self.model, step, self.decision)
+        self._size(step)
         return self.decision
+
+    def _size(self, step: Step) -> None:
+        """Half or full size for this step. The first one of full size is computed, and says nothing of the errors before it: finer
+        detail comes in."""
+        if self.half_size.enter(step.sigma):
+            self.skipped_steps = []
+            if not self.decision.compute:
+                self.revise("the first step of full size")
+        if self.half_size.small(step.sigma):
+            self._entry["half_size"] = True
 
     def bypass(self, why: str) -> None:
         """The rest of the generation is computed exactly, and nothing stays held."""

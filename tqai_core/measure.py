@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .metrics import nmse, psnr
-from .minis import digits
+from .metrics import nmse, psnr, ssim
+from .minis import digits, names
 from .report import Report
 
 
@@ -33,11 +33,12 @@ class Run:
 
 
 class Mini:
-    """A mini pipeline with a call counter of its own, independent of tqai's report."""
+    """A mini pipeline with a call counter of its own, independent of tqai's report. ``side``: of photographs, 16 or 32 pixels."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, side: int | None = None) -> None:
         from .hosts.diffusers import minis
 
+        self.family, self.side = names.family(kind), side
         self.kind, self.pipe, self._minis = kind, minis.pipeline(kind), minis
         self.calls = 0
         inner = self.pipe.transformer
@@ -52,10 +53,10 @@ class Mini:
 
         self.pipe.scheduler = scheduler(name, shift, self.kind, nodes)
 
-    def run(self, labels: Sequence[int], seed: int, steps: int, config: Config | None = None, guidance: float = 2.0) -> Run:
+    def run(self, labels: Sequence[int], seed: int, steps: int, config: Config | None = None, guidance: float | None = None) -> Run:
         import tqai_core  # the public door, as users go through it
 
-        inputs = self._minis.inputs(self.kind, labels, guidance)
+        inputs = self._minis.inputs(self.kind, labels, guidance, self.side)
         if self.kind == "z_image":  # ZImagePipeline's own sigmas are a list, which UniPC cannot multiply
             inputs["sigmas"] = np.linspace(1, 1 / steps, steps)
         generator = torch.Generator().manual_seed(seed)
@@ -76,9 +77,11 @@ class Mini:
 def compare(mini: Mini, run: Run, exact: Run) -> dict[str, Any]:
     """Error of a run against the exact run of the same seed and schedule, of the whole batch and of each picture."""
     agree = (mini.labels(run.latents) == mini.labels(exact.latents)).float().mean()
+    pixels = mini.pixels(run.latents), mini.pixels(exact.latents)
     return {
-        "nmse": nmse(run.latents, exact.latents), "psnr": psnr(run.latents, exact.latents), "agreement": float(agree),
+        "nmse": nmse(run.latents, exact.latents), "psnr": psnr(run.latents, exact.latents), "ssim": ssim(*pixels),
         "nmse_each": each(nmse, run.latents, exact.latents), "psnr_each": each(psnr, run.latents, exact.latents),
+        "ssim_each": each(ssim, *pixels), "agreement": float(agree),
     }  # fmt: skip
 
 
@@ -93,7 +96,7 @@ def tails(row: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, list):
-            name, ranked = key.removesuffix("_each"), sorted(value, reverse=not key.startswith("psnr"))
+            name, ranked = key.removesuffix("_each"), sorted(value, reverse=not key.startswith(("psnr", "ssim")))
             out |= {f"{name}_tail": ranked[int(0.05 * (len(ranked) - 1))], f"{name}_worst": ranked[0]}
         else:
             out[key] = value

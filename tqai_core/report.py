@@ -20,12 +20,14 @@ DECISIONS = ("step", "sigma", "action", "estimate", "error", "why")
 class Report:
     """The last generation (or the one under way), the same keys for every door.
 
-    ``calls`` are model calls asked for by the host, ``evaluations`` sampler steps, ``bytes_exact`` what fp16 copies of
-    the held tensors would take at the peak, ``seconds_cpu`` process CPU time of the whole generation.
+    ``calls`` are model calls asked for by the host, ``calls_half`` those computed at half the height and width, ``evaluations`` sampler
+    steps, ``bytes_exact`` what fp16 copies of the held tensors would take at the peak, ``seconds_cpu`` process CPU time of the whole
+    generation.
     """
 
     calls: int = 0
     calls_skipped: int = 0
+    calls_half: int = 0
     evaluations: int = 0
     decisions: list[dict[str, Any]] = field(default_factory=list)
     bytes_held_peak: int = 0
@@ -54,6 +56,8 @@ class Report:
             f"| {self.evaluations} | {self.calls} | {self.calls_skipped} ({share:.0%}) | {self.bytes_held_peak:,} B "
             f"| {self.bytes_exact:,} B | {self.seconds_cpu:.2f} s |",
         ]
+        if self.calls_half:
+            lines.append(f"\n{self.calls_half} calls at half the height and width")
         if self.decisions:
             lines += ["", *(f"| {' | '.join(cells)} |" for cells in (DECISIONS, ["---"] * len(DECISIONS), *self.rows()))]
         lines += self._caches()
@@ -163,7 +167,7 @@ class Recorder:
         for site in self.report.per_site.values():
             site.pop("errors", None)
         alone = self.report.evaluations == 1 and not self.report.fallbacks  # a call that fills a cache before the loop
-        if self.report.calls and not self.report.calls_skipped and not alone:
+        if self.report.calls and not (self.report.calls_skipped or self.report.calls_half or alone):
             reasons = [f["why"] for f in self.report.fallbacks] or [why for why, _ in self._why.most_common(3)]
             self.warn(f"nothing was skipped in {self.report.evaluations} evaluations: {'; '.join(reasons)}")
 

@@ -49,7 +49,7 @@ ROLES = ("scorer", "strategy", "monitor", "codec")
 Pipeline = record(
     **dict.fromkeys(ROLES, (Text | Pairs | None, None)), **{f"{role}_kwargs": (Pairs | None, None) for role in ROLES},
     level=(Name, "model"), skip_layers=(Layers | int | Text, ""), version=(int, 1),
-    **dict.fromkeys(("sink", "recent", "protect", "calibrate"), (int, 0)), offload=(bool, False),
+    **dict.fromkeys(("sink", "recent", "protect", "calibrate"), (int, 0)), offload=(bool, False), half_size=(float, 0.0),
 )  # fmt: skip
 
 # packed tensors; meta of a packed step of a stream, beside what its codec writes

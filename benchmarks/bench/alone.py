@@ -10,7 +10,8 @@ from tqai_core.config import PRESETS, preset
 
 from .harness import Mini, Row, Run, Table, compare, medians
 
-PSNR, NMSE = ["PSNR dB", "5 %", "least"], ["NMSE e-4", "95 %", "most"]  # heads of the median, the quantile and the worst
+# heads of the median, the quantile and the worst
+PSNR, SSIM, NMSE = ["PSNR dB", "5 %", "least"], ["SSIM", "5 %", "least"], ["NMSE e-4", "95 %", "most"]
 PRESET, FEWER = "tqai {}", "fewer Euler steps, calls of {}"
 
 
@@ -27,7 +28,7 @@ def bench(mini: Mini, runs: Sequence[tuple[int, list[int]]], steps: int) -> list
             return {"calls": run.calls / exact.calls * steps, "skipped": 1 - run.calls / exact.calls, **compare(mini, run, exact)}
 
         for name in PRESETS:
-            ours = row(mini.run(labels, seed, steps, preset(name, mini.kind)))
+            ours = row(mini.run(labels, seed, steps, preset(name, mini.family)))
             calls = round(ours["calls"])
             if calls not in fewer:
                 fewer[calls] = row(mini.run(labels, seed, calls))
@@ -38,13 +39,14 @@ def bench(mini: Mini, runs: Sequence[tuple[int, list[int]]], steps: int) -> list
 
 
 def tables(kind: str, rows: Sequence[Row], runs: int) -> Table:
-    head = ["method", "mean calls", *PSNR, *NMSE, "labels"]
+    head = ["method", "mean calls", *PSNR, *SSIM, *NMSE, "labels"]
     return (
         f"{kind}: one picture or clip at a time, {runs} seeds: median, 5 % quantile (errors: 95 %) and the worst",
         head,
         [
             [
                 r["method"], f"{r['calls']:.1f}", *(f"{r[key]:.1f}" for key in ("psnr", "psnr_tail", "psnr_worst")),
+                *(f"{r[key]:.4f}" if key in r else "" for key in ("ssim", "ssim_tail", "ssim_worst")),
                 *(f"{r[key] * 1e4:.2f}" for key in ("nmse", "nmse_tail", "nmse_worst")), f"{r['agreement']:.3f}",
             ]
             for r in rows

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from tqai_core.config import PRESETS, preset
 from tqai_core.metrics import nmse, psnr, ssim
+from tqai_core.minis import names
 
 from . import dit
 from .harness import Mini, Row, Table, closing, each, machine, medians, one_thread, promises
 
 STEPS = dit.STEPS
-SAMPLES = {"flux": 6, "sd3": 6, "wan": 2}
+SAMPLES = {"flux": 6, "sd3": 6, "wan": 2, "photo": 2}
+KINDS = tuple(SAMPLES)
 CALIBRATION = (100, 101)  # seeds of MagCache's ratios
 TAUS = (0.015, 0.02, 0.03, 0.13, 0.2)  # beside the presets: what tqai does at the peers' CPU times
 ANCHOR = 5  # rows between two exact runs
@@ -108,7 +110,7 @@ class Track:
             return {}
 
         self.meter.rows = {"blocks": 0, "attention": 0}
-        inputs = minis.inputs(mini.kind, self.labels(seed), 2.0)
+        inputs = minis.inputs(mini.kind, self.labels(seed))
         generator = torch.Generator().manual_seed(seed)
         try:
             with peers.quiet():
@@ -142,11 +144,11 @@ def ours(kind: str) -> list[Rival]:
 
         return enable
 
-    balanced = preset("balanced", kind)
+    balanced = preset("balanced", names.family(kind))
     at = lambda tau: on(replace(balanced, monitor=f"lyapunov:tau={tau}"))  # noqa: E731
-    rivals = [Rival("tqai", name, on(preset(name, kind)), zero=at(0)) for name in PRESETS]
+    rivals = [Rival("tqai", name, on(preset(name, names.family(kind))), zero=at(0)) for name in PRESETS]
     rivals += [Rival("tqai", f"tau={tau:g}", at(tau), zero=at(0)) for tau in TAUS]
-    bare = [(name, replace(preset(name, kind), codec="exact")) for name in PRESETS]
+    bare = [(name, replace(preset(name, names.family(kind)), codec="exact")) for name in PRESETS]
     return rivals + [Rival("tqai", f"{name}, uncoded", on(config), zero=at(0)) for name, config in bare]
 
 
@@ -224,7 +226,7 @@ def _of_diffusers(kind: str, ratios: list[float], steps: int) -> list[Rival]:
         *((f"attention, every {n}, fp32", dict(interval=n, own_names=True, dtype=dtype)) for n in (2, 3)),
         *((f"lite, every {n}, fp32", dict(interval=n, lite=True, dtype=dtype)) for n in (2, 3)),
     ]
-    shapes = {"flux": lambda x: minis.pixels("flux", x).unsqueeze(2), "sd3": lambda x: x.unsqueeze(2)}
+    shapes = lambda x: minis.pixels(kind, x).unsqueeze(2)  # noqa: E731
     sea = [(f"{t:g}" + (" (default)" if t == 0.25 else ""), dict(threshold=t)) for t in (0.1, 0.25, 0.5)]
     if context:  # as documented it finds no context; helped, it may run
         out += _rows("FirstBlockCache", peers.first_block, first[0])
@@ -241,7 +243,7 @@ def _of_diffusers(kind: str, ratios: list[float], steps: int) -> list[Rival]:
     else:
         out += _rows("SeaCache", peers.sea_cache, sea[1])
         helped = "cache context, shape of the latents"
-        out += _rows("SeaCache", peers.sea_cache, *((s, o | {"latents": shapes[kind]}) for s, o in sea), helped=helped)
+        out += _rows("SeaCache", peers.sea_cache, *((s, o | {"latents": shapes}) for s, o in sea), helped=helped)
     return out
 
 
@@ -250,7 +252,7 @@ def _of_cache_dit(kind: str, steps: int) -> list[Rival]:
 
     out: list[Rival] = []
     db = lambda **options: dict(options, separate=kind != "sd3", steps=steps)  # noqa: E731
-    if kind == "flux":
+    if names.family(kind) == "flux":
         out += _rows("DBCache", peers.db_cache, ("F1B0, .3, its guidance default", dict(threshold=0.3, steps=steps)))
     out += _rows("DBCache", peers.db_cache, *((f"F1B0, {t:g}", db(threshold=t)) for t in (0.08, 0.15, 0.3)))
     out += _rows(

@@ -26,8 +26,8 @@ def pipeline(kind: str, scheduler: Any = None) -> Any:
     return pipeline(kind, scheduler)
 
 
-def inputs(kind: str, labels: Sequence[int], guidance: float = 2.0) -> dict[str, Any]:
-    """Keyword arguments that make the pipeline draw ``labels`` (0 to 9), guided by ``guidance``."""
+def inputs(kind: str, labels: Sequence[int], guidance: float | None = None) -> dict[str, Any]:
+    """Keyword arguments that make the pipeline draw ``labels`` (0 to 9), guided by ``guidance`` (2 where it is left out)."""
     from ..hosts.diffusers.minis import inputs
 
     return inputs(kind, labels, guidance)

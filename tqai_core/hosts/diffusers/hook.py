@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks.hooks import BaseState, ModelHook, StateManager
@@ -20,6 +20,7 @@ from ...handle import Handle
 from ...inputs import Inputs
 from ...types import Step, Where
 from .clock import EXPERTS, CallClock, Clock, SchedulerClock, denoisers, pipelines_on_the_stack
+from .half_size import HalfSizeCall
 from .outputs import Form
 from .release import on_failure
 from .sites import ModuleSite
@@ -80,6 +81,7 @@ class RootHook(ModelHook):
         self.context = StateManager(NoState)  # diffusers puts the cache context here
         self.names = tuple(inspect.signature(model.forward).parameters)  # of the positional arguments
         self.compiled = False
+        self.half_size = HalfSizeCall(model, patch.flow.half_size, self._refused)
         self.found: SchedulerClock | None = None  # of the pipeline that calls a bare transformer
         self._restart()
 
@@ -132,11 +134,31 @@ class RootHook(ModelHook):
         context = self.context._context
         if not self._enter(module, context, given):
             return compute(*args, **kwargs)
+        if flow.half_size.small(cast(Step, flow.step).sigma):
+            compute = self._at_half_size(compute, given)
         try:
             return self._at_step(context, given, compute, args, kwargs)
         finally:
             if flow.step is not None and flow.step.last and sum(self.branches.values()) >= self.calls:
                 self._release()
+
+    def _at_half_size(self, compute: Callable[..., Any], given: dict[str, Any]) -> Callable[..., Any]:
+        """The model's forward at half the height and width, or as it is where its arguments do not allow that."""
+        sigma = cast(Step, self.flow.step).sigma
+        layout = self.half_size.prepare(given, sigma)
+        if isinstance(layout, str):
+            self.flow.half_size.off()
+            self._refused(layout)
+            return compute
+
+        def half(*args: Any, **kwargs: Any) -> Any:
+            self.recorder.report.calls_half += not self.flow.half_size.judges(sigma)
+            return self.half_size(layout, compute, {**dict(zip(self.names, args, strict=False)), **kwargs}, sigma)
+
+        return half
+
+    def _refused(self, why: str) -> None:
+        self.recorder.fallback(self.flow.model, f"full size: {why}")
 
     def _release(self) -> None:
         """Nobody asks again after the last step. Modular pipelines and loops of one's own do not say that they are over."""
@@ -227,6 +249,7 @@ class RootHook(ModelHook):
             on_failure(self._finish)
             flow.memory.grid = patch.family.grid(module, given)
             self.inputs.clear()
+            self.half_size.begin()
             self._forget_text()
         self.calls, self.key, self.branches, self.sibling = sum(self.branches.values()), tick.key, Counter(), None
         flow.enter(tick.step)

@@ -1,0 +1,142 @@
+"""The photo mini, its judge, the students, and the bench of few steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from bench import few, judges  # noqa: E402
+from bench.harness import Mini  # noqa: E402
+from minis.judge import Judge, frechet, moments  # noqa: E402
+
+from tqai_core import TqaiError, minis  # noqa: E402
+from tqai_core.hosts.diffusers import minis as host  # noqa: E402
+from tqai_core.minis import digits, names  # noqa: E402
+
+LABORATORY = ROOT / "benchmarks" / "minis"
+PHOTOS = (names.PHOTO, "photo_8", "photo_4")
+
+
+def test_the_photo_mini_and_its_students_are_small_and_learnt():
+    assert sum(names.weights(kind).stat().st_size for kind in PHOTOS) <= 6e6
+    for kind in (names.PHOTO, *names.STUDENTS):
+        log = json.loads((LABORATORY / f"{kind}.json").read_text())
+        assert log["kind"] == kind
+        assert log["loss"][-1][1] < log["loss"][0][1], "it learnt"
+
+
+@pytest.mark.parametrize("side, count", [(16, 40), (32, 20)])
+def test_what_was_asked_is_read_in_photographs_of_both_sizes(side, count):
+    mini, prompts = Mini(names.PHOTO, side), torch.arange(count) % 20
+    mini.schedule("euler", 1.0)
+    pixels = mini.pixels(mini.run(prompts.tolist(), seed=3, steps=8).latents)
+    assert pixels.shape == (count, 3, side, side)
+    assert Judge.load().accuracy(pixels, prompts) >= 0.9
+
+
+@pytest.mark.parametrize("kind, steps", [("photo_8", 8), ("photo_4", 4)])
+def test_a_student_needs_few_steps_and_no_guidance(kind, steps):
+    student, teacher = Mini(kind, 16), Mini(names.PHOTO, 16)
+    prompts = list(range(20))
+    made = {}
+    for name, mini, count in (("student", student, steps), ("fine", teacher, 24), ("hasty", teacher, steps)):
+        mini.schedule("euler", 1.0)
+        guided = 1.0 if name == "hasty" else None  # as many calls as the student takes
+        made[name] = mini.run(prompts, 5, count, guidance=guided)
+    assert student.calls == steps
+    pixels = student.pixels(made["student"].latents)
+    assert Judge.load().accuracy(pixels, torch.tensor(prompts)) >= 0.9
+    error = {name: float((made[name].latents - made["fine"].latents).square().mean()) for name in ("student", "hasty")}
+    assert error["student"] < error["hasty"] / 2, "half the error of its teacher with the same calls"
+
+
+def test_a_student_is_its_teacher_and_a_low_rank_difference():
+    base, student = (host.transformer(kind).state_dict() for kind in ("photo", "photo_8"))
+    name = "single_transformer_blocks.1.proj_mlp.weight"
+    ranks = torch.linalg.svdvals(student[name] - base[name])
+    assert int((ranks > 1e-4 * ranks[0]).sum()) == 32
+    assert torch.equal(student["proj_out.bias"], base["proj_out.bias"])
+
+
+def test_a_clip_student_draws_digits():
+    mini, labels = Mini("wan_4"), [0, 3, 7]
+    mini.schedule("euler", 1.0)
+    run = mini.run(labels, 1, 4)
+    assert mini.calls == 4
+    assert digits.accuracy(mini.pixels(run.latents), torch.tensor(labels)) >= 0.6
+
+
+def test_labels_that_the_minis_do_not_have():
+    with pytest.raises(TqaiError, match="from 0 to 19"):
+        host.inputs(names.PHOTO, [21])
+    with pytest.raises(TqaiError, match=r"unknown mini 'sdxl'.*photo_8"):
+        minis.pipeline("sdxl")
+
+
+def test_the_distance_of_features():
+    a = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+    assert frechet(moments(a), moments(a)) == pytest.approx(0, abs=1e-3)
+    assert frechet(moments(a), moments(a + 2)) == pytest.approx(8 * 4, rel=1e-3)
+    assert frechet(moments(a), moments(3 * a)) == pytest.approx(8 * 4, rel=0.1)
+
+
+def test_the_clips_judge_prefers_clips():
+    real, noise = digits.clips(60, seed=4)[0], torch.randn(60, 1, 9, 16, 16, generator=torch.Generator().manual_seed(0))
+    judge = judges.Clips()
+    assert judge.distance(real) < judge.distance(real + 0.3 * noise) / 2 < judge.distance(noise) / 4
+
+
+def test_steps_that_are_skipped():
+    assert few.skips(4) == [(2,)]
+    assert few.skips(8) == [(6,), (4, 6), (2, 4, 6)]
+    assert few.schedule(4, (2,)) == "schedule:steps=0+1+3,total=4"
+
+
+def row(group: str, cpu: float, distance: float, psnr: float, **more: object) -> dict[str, object]:
+    return {"mini": "m", "steps": 8, "group": group, "method": "", "failed": "", "cpu": cpu, "distance": distance, "psnr": psnr, **more}
+
+
+def test_fewer_steps_at_equal_time_are_a_line():
+    line = [row(few.EXACT, 1.0, 1.0, math.inf), row(few.FEWER, 2.0, 3.0, 20.0)]
+    near, far = few.against_fewer([*line, row("model level", 4 / 3, 1.5, 30.0), row("x", 3.0, 9.0, 9.0)])[2:]
+    assert near["distance_fewer"] == pytest.approx(2.0)
+    assert near["psnr_fewer"] == pytest.approx(20 + 20 * math.log10(2))
+    assert few.beats(near)
+    assert far["distance_fewer"] is None
+    assert not few.beats(far)
+
+
+def test_promises_and_order():
+    rows = few.against_fewer([
+        row(few.EXACT, 1.0, 1.0, math.inf), row(few.FEWER, 2.0, 3.0, 20.0), row("good", 1.6, 1.04, 30.0), row("bad", 1.6, 2.9, 15.0),
+        row("far from real", 1.9, 1.2, 30.0), {"mini": "m", "steps": 8, "group": "broken", "method": "", "failed": "why"},
+    ])  # fmt: skip
+    (verdict,) = few.verdicts({"rows": rows, "teachers": []})
+    assert verdict["measured"] == pytest.approx(1.6)
+    assert verdict["ok"]
+    assert [r["group"] for r in few.lost_first(rows)] == ["broken", "bad", "good", "far from real", few.EXACT, few.FEWER]
+
+
+def test_the_bench_end_to_end(monkeypatch):
+    every = few.methods("photo_4", 4)
+    assert {"fewer steps", "model level", "block level", "attention level", "sparse attention"} <= {m.group for m in every}
+    monkeypatch.setattr(few, "methods", lambda kind, steps: [every[0], *(m for m in every if m.group == "model level")])
+    monkeypatch.setattr(few, "FINE", 4)
+    result = few.bench(["photo_4"], count=3)
+    assert not any(r["failed"] for r in result["rows"])
+    exact, fewer, reuse, line = result["rows"]
+    assert exact["psnr_worst"] == math.inf
+    assert line["calls"] == reuse["calls"] == fewer["calls"] == 0.75
+    assert reuse["psnr"] > 15
+    assert exact["read"] >= 0.9
+    titles = [title for title, *_ in few.tables_of(result)]
+    assert any("3 seeds" in title for title in titles)
+    assert "promises" in titles

@@ -1,0 +1,186 @@
+"""The first steps at half the height and width: noise hides fine detail there, so the model need not look at it.
+
+The sampler keeps its latent ``x`` of full size. Where a step is taken at half size, the model sees the lower half of the latent's
+frequencies in each direction (orthonormal DCT-II), as a latent of its own with the noise level that it has there; its clean picture is
+enlarged, and the finer half stays what it is, noise. With an Euler sampler this is the progressive growth of "Spectral Progressive
+Diffusion" (arXiv 2605.18736); since the sampler sees nothing of it, any sampler, mask or forecast goes with it.
+
+When to stop is measured: the predicted clean picture's power, frequency by frequency, is continued as a power law into the finer half.
+Where a part of it larger than the tolerance would be seen above the noise, the rest of the run has full size.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+BANDS = 8  # of frequencies, in which the power is averaged
+MOST = 8.0  # factor by which a predicted power may be too small
+APART = 0.7  # relative difference of the pictures predicted at the two sizes above which a model knows but one of them
+JUDGED = 0.95  # from this sigma on pictures differ enough from the mean of all to judge by
+TRUSTED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # models that were judged, and whether they know both sizes
+START = 0.9  # a run that begins below this sigma begins with a picture, whose detail is there already
+
+
+@lru_cache(maxsize=16)
+def restriction(n: int, device: torch.device) -> Tensor:
+    """``[n / 2, n]``: the lower half of the DCT's frequencies, as samples at every second place; its rows are orthonormal."""
+    return _dct(n // 2, device).T @ _dct(n, device)[: n // 2]
+
+
+@lru_cache(maxsize=32)
+def _dct(n: int, device: torch.device) -> Tensor:
+    """The orthonormal DCT-II as a matrix ``[n, n]``."""
+    i = torch.arange(n, device=device, dtype=torch.float32)
+    basis = torch.cos(math.pi / n * (i + 0.5) * i[:, None]) * math.sqrt(2 / n)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+def reduce(x: Tensor, sigma: float) -> tuple[Tensor, float]:
+    """The latent of half size in ``x [..., h, w]`` at ``sigma``, and the sigma at which a model sees it.
+
+    Enlarged by two, a picture has twice the amplitude in each DCT coefficient and noise has the same: so less noise is seen.
+    """
+    small = restriction(x.shape[-2], x.device) @ x.float() @ restriction(x.shape[-1], x.device).T
+    return (small / (2 - sigma)).to(x.dtype), sigma / (2 - sigma)
+
+
+def enlarge(x: Tensor, sigma: float, clean: Tensor) -> Tensor:
+    """The velocity of ``x [..., h, w]`` towards the ``clean [..., h / 2, w / 2]`` picture in its lower frequencies, fp32."""
+    large = restriction(x.shape[-2], x.device).T @ clean.float() @ restriction(x.shape[-1], x.device)
+    return (x.float() - 2 * large) / sigma
+
+
+class HalfSize:
+    """Whether the steps of one generation are taken at half size.
+
+    Args:
+        tolerance: share of signal in what the finer half of the frequencies holds (the rest is noise) from which on steps have full
+            size. 0: none has half size.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.model: Any = None  # whose steps these are
+        self.begin()
+
+    @property
+    def trusted(self) -> bool | None:
+        """Whether the model knows both sizes; None until one step of it was computed at both."""
+        return TRUSTED.get(self.model) if self.model is not None else None
+
+    @trusted.setter
+    def trusted(self, value: bool) -> None:
+        TRUSTED[self.model] = value
+
+    def begin(self) -> None:
+        self.on: bool | None = None  # None before the first step
+        self.share = 0.0
+        self._judged_at: float | None = None
+        self._powers: list[Tensor] = []
+        self._sigma, self._size = 1.0, (0, 0)
+
+    def enter(self, sigma: float) -> bool:
+        """A step begins: whether it is the first one of full size after some of half size. One host sync, at half size only."""
+        if self.on is None:
+            self.on = self.tolerance > 0 and sigma >= START and self.trusted is not False
+            return False
+        if not self.on or not self._powers:
+            return False
+        powers = torch.stack(self._powers).mean(0).tolist()
+        self._powers.clear()
+        self.share = hidden(powers, self._size, self._sigma, sigma)
+        self.on = self.share <= self.tolerance
+        return not self.on
+
+    def small(self, sigma: float) -> bool:
+        """Whether calls at ``sigma`` are computed at half size. A model that was not judged yet waits for the step that judges it, which
+        has full size in all branches."""
+        return bool(self.on) and sigma != self._judged_at and (self.trusted is not None or sigma <= JUDGED)
+
+    def judges(self, sigma: float) -> bool:
+        """Whether the step at ``sigma`` is computed at both sizes: once for a model, early, where the prompt and the model's knowledge
+        make the picture and not yet the latent."""
+        return self.trusted is None and sigma <= JUDGED
+
+    def judge(self, clean: Tensor, small: Tensor, sigma: float) -> str | None:
+        """Why this model is not run at half size, from its pictures of both sizes for one latent, or None. A host sync, once."""
+        both = reduce(clean, 0.0)[0].float(), small.float()
+        full, half = (picture - picture.mean((-1, -2), keepdim=True) for picture in both)
+        apart = float(((half - full).square().sum() / full.square().sum().clamp(min=1e-12)).sqrt())
+        self.trusted, self._judged_at = apart <= APART, sigma
+        if self.trusted:
+            return None
+        self.off()
+        return f"at half the size this model predicts another picture (relative difference {apart:.2f}): it was not trained for it"
+
+    def off(self) -> None:
+        self.on = False
+        self._powers.clear()
+
+    def see(self, clean: Tensor, sigma: float) -> None:
+        """A picture ``[..., h, w]`` of half size that the model predicted at ``sigma``, its own."""
+        self._sigma, self._size = sigma, (clean.shape[-2], clean.shape[-1])
+        self._powers.append(_powers(clean.float()))
+
+
+@lru_cache(maxsize=16)
+def _bands(h: int, w: int, device: torch.device) -> Tensor:
+    """``[BANDS, h w]``: weights that average the coefficients of a band of frequencies; the mean is in none."""
+    f = _frequencies(h, w)
+    number = (f / f.max() * BANDS).long().clamp(max=BANDS - 1)
+    rows = torch.stack([(number == i) & (f > 0) for i in range(BANDS)]).float().reshape(BANDS, -1)
+    return (rows / rows.sum(-1, keepdim=True).clamp(min=1)).to(device)
+
+
+@lru_cache(maxsize=16)
+def _finer(h: int, w: int) -> list[tuple[float, float]]:
+    """The frequencies that a picture of ``2 h`` x ``2 w`` has and its half has not, in units of the half's highest: (middle of a band,
+    share of the coefficients in it)."""
+    f = _frequencies(2 * h, 2 * w) * 2 / _frequencies(h, w).max()
+    f[:h, :w] = 0
+    number = (f[f > 0] * BANDS).long().bincount()
+    return [((i + 0.5) / BANDS, int(n) / int(number.sum())) for i, n in enumerate(number) if n]
+
+
+def _frequencies(h: int, w: int) -> Tensor:
+    """Of the DCT's coefficients, 1 the highest in each direction."""
+    return ((torch.arange(h) / h)[:, None] ** 2 + (torch.arange(w) / w) ** 2).sqrt()
+
+
+def _powers(clean: Tensor) -> Tensor:
+    """``[BANDS]``: mean power of the DCT coefficients of ``clean [..., h, w]``, band by band."""
+    h, w = clean.shape[-2:]
+    coefficients = _dct(h, clean.device) @ clean @ _dct(w, clean.device).T
+    return _bands(h, w, clean.device) @ coefficients.reshape(-1, h * w).square().mean(0)
+
+
+def hidden(powers: list[float], size: tuple[int, int], seen_at: float, sigma: float) -> float:
+    """Share of signal in the finer half of the frequencies at ``sigma``, from the ``powers`` of a clean picture of half ``size`` that
+    was predicted at ``seen_at``.
+
+    A prediction is a mean over all pictures that fit, which lacks what noise still hides. Of a Gaussian picture of power P a share
+    P / (P + r) is seen, with r the noise's power over the signal's: solved for P, that undoes it, up to ``MOST`` times, since what is
+    seen of almost nothing tells little. Then log P is a line over log f.
+    """
+    ratio = (seen_at / max(1 - seen_at, 1e-3)) ** 2
+    points = []
+    for i, power in enumerate(powers):
+        if power > 0:
+            solved = min((1 + math.sqrt(1 + 4 * ratio / power)) / 2, MOST)
+            points.append((math.log((i + 0.5) / BANDS), math.log(power * solved)))
+    if len(points) < 2:
+        return 0.0
+    mean_f, mean_p = (sum(p[k] for p in points) / len(points) for k in (0, 1))
+    slope = sum((f - mean_f) * (p - mean_p) for f, p in points) / sum((f - mean_f) ** 2 for f, _ in points)
+    noise, share = (sigma / max(1 - sigma, 1e-3)) ** 2, 0.0
+    for f, part in _finer(*size):
+        power = 4 * math.exp(mean_p + min(slope, 0.0) * (math.log(f) - mean_f))  # of the picture of full size
+        share += part * power / (power + noise)
+    return share
