@@ -13,12 +13,12 @@ SOLVERS = ("Euler", "UniPC", "DPM++")
 PROMISES = {
     "steps": ("dit", "default", "levels", "dit_peers"), "codec": ("codec", "stream"), "pipelines": ("stream_report",), "llm": ("llm",),
     "sparse": ("attention",), "sampler": ("sampler",), "calibration": ("calibrate",),
-    "methods": ("levels", "attention", "dit_peers", "llm"), "dit-kv": ("dit_kv",), "models": ("pipelines",),
+    "methods": ("levels", "attention", "dit_peers", "llm"), "dit-kv": ("dit_kv",), "rolling": ("rolling",), "models": ("pipelines",),
 }  # fmt: skip
 COMMANDS = {
     "dit": "dit", "default": "default", "levels": "levels", "dit_peers": "dit --peers", "codec": "codec", "stream": "stream",
     "stream_report": "stream --report", "llm": "llm", "attention": "attention", "sampler": "sampler", "calibrate": "calibrate",
-    "dit_kv": "dit_kv", "pipelines": "pipelines",
+    "dit_kv": "dit_kv", "rolling": "rolling", "pipelines": "pipelines",
 }  # fmt: skip
 
 
