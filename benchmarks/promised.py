@@ -14,13 +14,13 @@ PROMISES = {
     "steps": ("dit", "default", "levels", "dit_peers"), "codec": ("codec", "stream"), "pipelines": ("stream_report",),
     "llm": ("llm_real", "llm"),
     "sparse": ("attention",), "sampler": ("sampler",), "calibration": ("calibrate",),
-    "methods": ("levels", "attention", "dit_peers", "llm"), "dit-kv": ("dit_kv",), "models": ("pipelines",), "few": ("few",),
+    "methods": ("levels", "attention", "dit_peers", "llm"), "dit-kv": ("dit_kv",), "rolling": ("rolling",), "models": ("pipelines",), "few": ("few",),
 }  # fmt: skip
 COMMANDS = {
     "dit": "dit", "default": "default", "levels": "levels", "dit_peers": "dit --peers", "codec": "codec", "stream": "stream",
     "stream_report": "stream --report", "llm": "llm", "llm_real": "llm --real",
     "attention": "attention", "sampler": "sampler", "calibrate": "calibrate",
-    "dit_kv": "dit_kv", "pipelines": "pipelines", "few": "few",
+    "dit_kv": "dit_kv", "rolling": "rolling", "pipelines": "pipelines", "few": "few",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ LOADERS = (
     "tqai_core.hosts.calibration_targets.demo", "tqai_core.hosts.calibration_targets.folder", "tqai_core.hosts.diffusers.minis.pipeline",
     "tqai_core.hosts.diffusers.load.pipeline", "tqai_core.hosts.transformers.run.load", "tqai_core.hosts.diffusers.run.load",
     "tqai_core.demo.Mini", "tqai_core.calibrate.page.page",
-    *(f"bench.{name}.bench" for name in ("codec", "dit", "dit_kv", "dit_peers", "stream", "attention", "sampler", "calibrate")),
+    *(f"bench.{name}.bench" for name in ("codec", "dit", "dit_kv", "dit_peers", "stream", "attention", "sampler", "calibrate", "rolling")),
     "bench.llm.bench", "bench.llm_methods.bench",
 )  # fmt: skip
 CALIBRATE = ("calibrate", "--demo", "flux", "-o", "c.safetensors")

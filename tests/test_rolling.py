@@ -233,6 +233,31 @@ def test_groups_are_decoded_together_as_each_alone():
     assert torch.allclose(nothing.decode(nothing.encode(x[:, 0])), coder.mean.float().expand_as(x[:, 0]))
 
 
+def test_the_peers_of_the_bench_are_held_as_they_are_counted():
+    pytest.importorskip("diffusers")
+    from bench.rolling import Centroids, Integers, Peer
+
+    x = torch.randn(256, 1, 128, generator=torch.Generator().manual_seed(0)) + 3
+    for scheme, bits, most in (
+        (Integers(8), 8.5, 4e-6), (Integers(4), 4.5, 1e-3), (Integers(2), 2.5, 0.03), (Integers(4, 256, rotated=True), 4.0625, 0.03),
+        (Centroids(4), 2.4375, 0.06), (Centroids(2, zero=True), 2.4375, 0.03), (Centroids(16, zero=True, counted=False), 2.3125, 0.03),
+    ):  # fmt: skip
+        for keys in (True, False):
+            back, held = scheme.hold(x, keys, 1)
+            assert 8 * held / x.numel() == bits
+            assert nmse(back, x) < most
+    apart = torch.cat([x[:1] * 0 + 5, x[:1] * 0 - 5]).repeat(128, 1, 1) + x * 1e-3
+    assert nmse(Centroids(2).hold(apart, True, 3)[0], apart) < 1e-6, "two heaps are two centroids"
+    frames = torch.randn(1, 64 * 40, 1, 128, generator=torch.Generator().manual_seed(1))
+    peer = Peer(Integers(8))
+    for part in frames.split(256, 1):
+        peer.append(part, part)
+    found, wanted = peer.get()[0], torch.cat([frames[:, :256], frames[:, -24 * 64 :]], 1)
+    assert torch.equal(found[:, :256], wanted[:, :256])
+    assert torch.equal(found[:, -256:], wanted[:, -256:])
+    assert nmse(found, wanted) < 1e-4
+
+
 # -- the causal mini: diffusers' own class
 
 

@@ -62,7 +62,7 @@ class Rolling:
         recent: last frames, exact.
         window: most frames that are held, all together; behind the first ones the oldest leave.
         group: frames that are packed together.
-        bits_k, bits_v: of a packed number, gains included. Axes and statistics come on top, with about an eighth.
+        bits_k, bits_v: of a packed number, gains included. Axes and statistics come on top (:mod:`codecs.transform`).
         codec: ``"transform"``, or ``"exact"``, which packs nothing.
         interleaved: whether rotary positions turn channels (2i, 2i + 1); else (i, i + D / 2).
         why: the reason why this history can no longer pack; "" where it can.
