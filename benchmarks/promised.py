@@ -14,7 +14,8 @@ PROMISES = {
     "steps": ("dit", "default", "levels", "dit_peers"), "codec": ("codec", "stream"), "pipelines": ("stream_report",),
     "llm": ("llm_real", "llm"),
     "sparse": ("attention",), "sampler": ("sampler",), "calibration": ("calibrate",),
-    "methods": ("levels", "attention", "dit_peers", "llm"), "dit-kv": ("dit_kv",), "rolling": ("rolling",), "models": ("pipelines",), "few": ("few",),
+    "methods": ("levels", "attention", "dit_peers", "llm"), "dit-kv": ("dit_kv",), "rolling": ("rolling",),
+    "models": ("pipelines",), "few": ("few",),
 }  # fmt: skip
 COMMANDS = {
     "dit": "dit", "default": "default", "levels": "levels", "dit_peers": "dit --peers", "codec": "codec", "stream": "stream",
