@@ -134,7 +134,7 @@ class CacheRun:
                 else dict(zip(("nmse_k", "nmse_v") if pair else ("nmse_v",), part.error.view(-1).tolist(), strict=True))
             )
             row |= {key: max(row[key] or 0.0, error) for key, error in found.items()}
-            row["tokens"] += part.tokens
+            row["tokens"] += part.tier.length if isinstance(part, Prefix) else part.tokens
             row["bytes_held"] += part.nbytes
             row["bytes_exact"] += 2 * part.numbers
             row["bits_held"] = round(16 * row["bytes_held"] / row["bytes_exact"], 4)

@@ -144,10 +144,12 @@ class PackedPairs:
         finally:
             NOW.reset(token)
 
+    @torch.compiler.disable
     def __len__(self) -> int:
         now = NOW.get()
         return len(self._pairs) if now is not None and now.reads else 0
 
+    @torch.compiler.disable
     def __contains__(self, name: object) -> bool:
         return len(self) > 0
 

@@ -214,7 +214,7 @@ CORE: dict[str, Core] = {
     "LoadImage": Core(
         ("IMAGE", "MASK"),
         {"image": combo("example.png", image_upload=True)},
-        lambda image, upload=None: (torch.rand(1, 160, 160, 3, generator=torch.Generator().manual_seed(3)), torch.zeros(1, 160, 160)),
+        lambda image: (torch.rand(1, 160, 160, 3, generator=torch.Generator().manual_seed(3)), torch.zeros(1, 160, 160)),
     ),
     "VAEEncode": Core(
         ("LATENT",),

@@ -68,20 +68,12 @@ class Prefix:
         if error is None:
             whole = BitTier(keys, values, (), *coders, None, None, keys.shape[2], 0)
             return Prefix(whole, k.device, "keys or values hold NaN or inf")
+        if host:
+            for segment in segments:
+                segment.map(lambda x: x.to("cpu"))
         ends = [torch.cat([x[:, :, : plan.sink], x[:, :, plan.sink + size :]], 2) for x in (keys, values)]
         tier = BitTier(ends[0], ends[1], segments, coders[0], coder_v, statistics.mean, statistics.scale, plan.sink, size)
-        made = Prefix(tier, k.device, error=error)
-        return made.offload() if host else made
-
-    def offload(self) -> Prefix:
-        """Its packed rows moved to host memory."""
-        for segment in self.tier.segments:
-            segment.map(lambda x: x.to("cpu"))
-        return self
-
-    @property
-    def tokens(self) -> int:
-        return self.tier.length
+        return Prefix(tier, k.device, error=error)
 
     @property
     def length(self) -> int:
@@ -141,6 +133,12 @@ class Prefix:
         tier = self.tier
         mean, scale = (None if x is None else x.float() for x in (tier.mean, tier.scale))
         return replace(tier, segments=[self._here(segment) for segment in tier.segments], mean=mean, scale=scale)
+
+    def offload(self) -> Prefix:
+        """Its packed rows moved to host memory."""
+        for segment in self.tier.segments:
+            segment.map(lambda x: x.to("cpu"))
+        return self
 
     def _here(self, segment: Segment) -> Segment:
         return Segment(*(x.to(self.device, non_blocking=True) for x in vars(segment).values()))
