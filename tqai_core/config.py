@@ -182,8 +182,8 @@ def preset(name: str = "balanced", family: str | os.PathLike[str] | None = None)
     the strictest tolerance of all families is taken.
     """
     if name in KV_PRESETS and family is None:
-        window = {"recent": 12} if name.endswith("v2") else {}  # there each exact token costs as much as many packed ones
-        return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])}, **window)
+        recent = 12 if name.endswith("v2") else CACHE["recent"]  # there an exact token costs as much as many packed ones
+        return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])}, recent=recent)
     if name not in PRESETS:
         raise TqaiError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, and for caches {', '.join(KV_PRESETS)}")
     given = "" if family is None else os.fspath(family)

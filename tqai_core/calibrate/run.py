@@ -72,7 +72,7 @@ def calibrate(
     verdicts_of = {"bases": verdicts, "bits": verdict}
     if target.kind == "lm":
         progress("verdict on caches", (len(seeds) + 0.8) / total)
-        found, verdicts_of["cache"] = cache_tables(target, caches, float(sums.samples.sum()), VALIDATION)
+        found, verdicts_of["cache"] = cache_tables(target, caches, float(sums.samples.sum()), CHOICE, VALIDATION)
         tables |= moments.keys() | found
     header = {
         **settings, "held_out": HELD_OUT, "samples": sums.samples.int().tolist(), "seconds_cpu": time.process_time() - began,
@@ -150,7 +150,7 @@ def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) 
     caches.sums = {name.removeprefix("caches/"): x for name, x in tensors.items() if name.startswith("caches/")}
     if any(not x.is_floating_point() or not CACHE_SUM.fullmatch(name) for name, x in caches.sums.items()):
         raise TqaiError(f"{partial}: a field of 'caches' is damaged: delete it and calibrate again")
-    if target.kind == "lm" and not caches.sums:
+    if settings["kind"] == "lm" and not caches.sums:
         raise TqaiError(f"{partial} was begun by an older tqai, which measured nothing for caches: delete it and calibrate again")
     sums, again = Sums(1, 1, 1), "delete it and calibrate again"
     units = (None, None, 2, len(header["sigmas"]), len(WIDTHS))
