@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..codecs.rows import BITS, Rows, rows
 from ..codecs.shaped import Shaped, shapes
-from ..hosts.calibration_targets import CalibrationTarget
+from ..hosts.calibration_targets import Language
 from ..kv.calibrated import share_out
 from ..kv.statistics import KeyStatistics
 from .cache_tables import DAMAGE, SHAPES
@@ -23,7 +23,8 @@ from .cache_tables import DAMAGE, SHAPES
 AVERAGES = (3.0, 4.0)  # whose allocations are tried
 SHARES = (0.0, 0.5, 1.0)  # of the differences between layers
 MARGIN = 0.97  # of the other's loss, for a choice to be kept
-MORE = range(108, 116)  # windows for moments alone, which a run without gradients gives
+MORE = range(108, 116)  # windows for moments alone, at positions from the first to the last: rotary positions turn keys and queries
+FAR = 0.43  # of the positions: where every second window of a verdict begins
 SINK = 4  # first tokens that stay exact in a trial, as in a cache
 
 
@@ -121,16 +122,19 @@ def shrunk(damage: Tensor, share: float) -> Tensor:
 
 
 def tables(
-    target: CalibrationTarget, sums: CacheSums, samples: float, choice: Sequence[int], seeds: Sequence[int]
+    target: Language, sums: CacheSums, samples: float, choice: Sequence[int], seeds: Sequence[int]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of the file and the verdict on ``seeds``; how far layers are drawn together is chosen on the seeds ``choice``."""
-    for seed in MORE:
-        target.final(seed, sums.see)
+    for i, seed in enumerate(MORE):
+        target.far(seed, i / (len(MORE) - 1), sums.see)
     damage, (keys, values) = sums.damage(samples), sums.shapes()
-    exact = {seed: target.final(seed) for seed in (*choice, *seeds)}
+    where = {seed: i % 2 * FAR for i, seed in enumerate((*choice, *seeds), start=1)}  # positions that moments were not taken at, too
+    exact = {seed: target.far(seed, part) for seed, part in where.items()}
 
     def loss(bits: Bits, matrices: tuple[Tensor | None, Tensor | None], seeds: Sequence[int] = seeds) -> float:
-        runs = [target.damage(target.final(seed, coded(bits, matrices)), exact[seed]) / target.size(exact[seed]) for seed in seeds]
+        runs = [
+            target.damage(target.far(seed, where[seed], coded(bits, matrices)), exact[seed]) / target.size(exact[seed]) for seed in seeds
+        ]
         return sum(runs) / len(runs)
 
     even: Bits = [(4, 4)] * len(damage)
