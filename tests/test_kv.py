@@ -182,6 +182,16 @@ def test_a_token_is_packed_once_and_never_again():
     assert torch.equal(kv.dense("k")[:, :, :368], before)
 
 
+@pytest.mark.parametrize(("recent", "step"), [(0, 32), (12, 16), (15, 16), (16, 32), (28, 32)])
+def test_tokens_leave_a_short_window_in_small_steps(recent, step):
+    kv, _, _ = filled(Plan(recent=recent, calibrate=0))
+    packed = kv.packed
+    for waiting in range(1, step + 1):
+        kv.append(*tokens(torch.Generator().manual_seed(0), 2, 2, 1, 64))
+        kv.settle()
+        assert kv.packed == packed + (step if waiting == step else 0)
+
+
 def test_outlier_channels_and_offsets_cost_nothing():
     """Keys with channels 50 times as large, queries with them as much smaller: the same scores, the same codes."""
     g = torch.Generator().manual_seed(0)

@@ -239,7 +239,7 @@ def test_edge_layers_have_eight_bits_and_skipped_ones_are_exact():
     bits = [layer.kv.plan.bits_k if hasattr(layer, "kv") else 16 for layer in cache.layers]
     assert bits == [8, 8, 4, 4, 4, 16, 4, 4, 4, 4, 4, 4, 4, 4, 16, 8]
     assert {f["where"] for f in cache.report().fallbacks} == {"attn.5", "attn.14"}
-    none = tqai.KVCache(config, tqai.Config(level="kv", protect=0))
+    none = tqai.KVCache(config, tqai.Config(level="kv", codec="turbo"))
     assert {layer.kv.plan.bits_k for layer in none.layers} == {4}
 
 

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from ..codecs.rows import BITS, Rows, rows
 from ..codecs.shaped import Shaped, shapes
-from ..hosts.calibration_targets import CalibrationTarget
+from ..hosts.calibration_targets import Language
 from ..kv.calibrated import share_out
 from ..kv.statistics import KeyStatistics
 from .cache_tables import DAMAGE, SHAPES
 
 AVERAGES = (3.0, 4.0)  # whose allocations are tried
+SHARES = (0.0, 0.5, 1.0)  # of the differences between layers
 MARGIN = 0.97  # of the other's loss, for a choice to be kept
-MORE = range(108, 116)  # windows for moments alone, which a run without gradients gives
+MORE = range(108, 116)  # windows for moments alone, at positions from the first to the last: rotary positions turn keys and queries
+FAR = 0.43  # of the positions: where every second window of a verdict begins
 SINK = 4  # first tokens that stay exact in a trial, as in a cache
 
 
@@ -67,10 +69,11 @@ class CacheSums:
 
     def shapes(self) -> tuple[Tensor, Tensor]:
         """Matrices of keys, for errors that queries see, and of values, for errors that the output sees: ``fp16 [layers, H, d, d]``."""
-        pairs = (("k", "q"), ("v", "gv"))
-        made = (torch.stack([shapes(*(self.sums[f"{i}/{name}"] for name in pair)) for i in range(self.layers)]) for pair in pairs)
-        keys, values = (x.half() for x in made)
-        return keys, values
+
+        def stacked(rows: str, cost: str, shrink: float) -> Tensor:
+            return torch.stack([shapes(self.sums[f"{i}/{rows}"], self.sums[f"{i}/{cost}"], shrink) for i in range(self.layers)]).half()
+
+        return stacked("k", "q", 0.05), stacked("v", "gv", 0.5)  # gradients are few and far from Gaussian
 
 
 def key_scale(q: Tensor, k: Tensor) -> Tensor:
@@ -110,15 +113,28 @@ def coded(bits: Bits, matrices: tuple[Tensor | None, Tensor | None]) -> Callable
     return change
 
 
-def tables(target: CalibrationTarget, sums: CacheSums, samples: float, seeds: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the file and the verdict on ``seeds``."""
-    for seed in MORE:
-        target.final(seed, sums.see)
-    damage, (keys, values) = sums.damage(samples), sums.shapes()
-    exact = {seed: target.final(seed) for seed in seeds}
+def shrunk(damage: Tensor, share: float) -> Tensor:
+    """``damage [layers, 2, 6]`` with layers drawn together on a log scale: a few probes tell keys from values well, but one layer from
+    another with much noise. ``share`` of their differences is left; 0 makes all layers alike."""
+    log = damage.clamp_min(1e-30).log()
+    mean = log.mean(0, keepdim=True)
+    return (mean + share * (log - mean)).exp()
 
-    def loss(bits: Bits, matrices: tuple[Tensor | None, Tensor | None]) -> float:
-        runs = [target.damage(target.final(seed, coded(bits, matrices)), exact[seed]) / target.size(exact[seed]) for seed in seeds]
+
+def tables(
+    target: Language, sums: CacheSums, samples: float, choice: Sequence[int], seeds: Sequence[int]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the file and the verdict on ``seeds``; how far layers are drawn together is chosen on the seeds ``choice``."""
+    for i, seed in enumerate(MORE):
+        target.far(seed, i / (len(MORE) - 1), sums.see)
+    damage, (keys, values) = sums.damage(samples), sums.shapes()
+    where = {seed: i % 2 * FAR for i, seed in enumerate((*choice, *seeds), start=1)}  # positions that moments were not taken at, too
+    exact = {seed: target.far(seed, part) for seed, part in where.items()}
+
+    def loss(bits: Bits, matrices: tuple[Tensor | None, Tensor | None], seeds: Sequence[int] = seeds) -> float:
+        runs = [
+            target.damage(target.far(seed, where[seed], coded(bits, matrices)), exact[seed]) / target.size(exact[seed]) for seed in seeds
+        ]
         return sum(runs) / len(runs)
 
     even: Bits = [(4, 4)] * len(damage)
@@ -127,6 +143,8 @@ def tables(target: CalibrationTarget, sums: CacheSums, samples: float, seeds: Se
     before = plain if kept_k is None else shaped_k
     shaped_v = loss(even, (kept_k, values))
     kept_v = values if shaped_v <= MARGIN * before else None
+    tried = {share: loss(share_out(shrunk(damage, share), 4.0), (kept_k, kept_v), choice) for share in SHARES}
+    damage = shrunk(damage, share := min(tried, key=tried.__getitem__))
     uniform = {4.0: before if kept_v is None else shaped_v}
     trials = []
     for average in AVERAGES:
@@ -137,6 +155,6 @@ def tables(target: CalibrationTarget, sums: CacheSums, samples: float, seeds: Se
     kept = {name: x for name, x in zip(SHAPES, (kept_k, kept_v), strict=True) if x is not None}
     verdict = {
         "seeds": list(seeds), "bits": trials, "plain": plain, "shaped_k": shaped_k, "shaped_v": shaped_v,
-        "kept": [name[-1] for name in kept],
+        "kept": [name[-1] for name in kept], "share": share,
     }  # fmt: skip
     return {DAMAGE: damage, **kept}, verdict

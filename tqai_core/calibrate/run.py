@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import TqaiError
 from ..files import check_tensor, checked, write_tensors
 from ..hosts.attention_interceptor import blocks_of
-from ..hosts.calibration_targets import CalibrationTarget, Diffusion
+from ..hosts.calibration_targets import CalibrationTarget, Diffusion, Language
 from ..modelhash import model_hash
 from ..progress import Progress, silent
 from . import basis, policy
@@ -70,9 +70,9 @@ def calibrate(
     progress("verdict on bits", (len(seeds) + 0.5) / total)
     tables["bits"], verdict = policy.allocate(target, tables["damage"], average, codec, CHOICE, VALIDATION)
     verdicts_of = {"bases": verdicts, "bits": verdict}
-    if target.kind == "lm":
+    if isinstance(target, Language):
         progress("verdict on caches", (len(seeds) + 0.8) / total)
-        found, verdicts_of["cache"] = cache_tables(target, caches, float(sums.samples.sum()), VALIDATION)
+        found, verdicts_of["cache"] = cache_tables(target, caches, float(sums.samples.sum()), CHOICE, VALIDATION)
         tables |= moments.keys() | found
     header = {
         **settings, "held_out": HELD_OUT, "samples": sums.samples.int().tolist(), "seconds_cpu": time.process_time() - began,
@@ -101,13 +101,7 @@ def _measure(
     """One run of ``seed`` into ``moments``, and probes at its calls into ``sums`` (made here for the first seed); of a language model into
     ``caches`` too."""
     progress("a run", 0.0)
-
-    def see(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if caches is not None:
-            caches.see(layer, q, k, v)
-        return moments.see(layer, q, k, v)
-
-    calls = target.record(seed, see)
+    calls = target.record(seed, moments.see)
     if sums is None:
         heads = {len(moments.sums[f"{layer}/mean"]) for layer in moments.layers}
         if moments.layers != list(range(len(blocks_of(target.model)))) or len(heads) != 1:
@@ -150,7 +144,7 @@ def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) 
     caches.sums = {name.removeprefix("caches/"): x for name, x in tensors.items() if name.startswith("caches/")}
     if any(not x.is_floating_point() or not CACHE_SUM.fullmatch(name) for name, x in caches.sums.items()):
         raise TqaiError(f"{partial}: a field of 'caches' is damaged: delete it and calibrate again")
-    if target.kind == "lm" and not caches.sums:
+    if settings["kind"] == "lm" and not caches.sums:
         raise TqaiError(f"{partial} was begun by an older tqai, which measured nothing for caches: delete it and calibrate again")
     sums, again = Sums(1, 1, 1), "delete it and calibrate again"
     units = (None, None, 2, len(header["sigmas"]), len(WIDTHS))

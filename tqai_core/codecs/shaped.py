@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .rows import Rows
 
-SHRINK = 0.05  # of what lies off the diagonals of the moments: they come from a few thousand vectors
-
 
 class Shaped(Rows):
     """A coder of rows ``[B, H, ..., d]`` with the tables of ``plain``; ``shape fp32 [H, d, d]`` has the matrices ``A``."""
@@ -36,15 +34,16 @@ class Shaped(Rows):
         return (q.float().flatten(2, -2) @ self.asking).view(q.shape)
 
 
-def shapes(c: Tensor, g: Tensor) -> Tensor:
-    """The matrices ``A fp32 [H, d, d]`` for second moments ``c`` of rows and ``g`` of what an error costs, both ``[H, d, d]``."""
+def shapes(c: Tensor, g: Tensor, shrink: float = 0.05) -> Tensor:
+    """The matrices ``A fp32 [H, d, d]`` for second moments ``c`` of rows and ``g`` of what an error costs, both ``[H, d, d]``. ``shrink``
+    is the part of what lies off the diagonals that is not believed: moments come from a few thousand vectors."""
     c, g = c.double(), g.double()
     diagonal = lambda x: x.diagonal(dim1=-2, dim2=-1)  # noqa: E731
     floor = lambda x: diagonal(x) + 1e-6 * diagonal(x).mean(-1, keepdim=True) + 1e-30  # noqa: E731
     scale = (floor(c) / floor(g)).pow(0.25)  # first alike in all channels, so that shrinking knows no outliers
     alike = torch.diag_embed(1 / scale)
     c, g = alike @ c @ alike, torch.diag_embed(scale) @ g @ torch.diag_embed(scale)
-    c, g = ((1 - SHRINK) * x + SHRINK * torch.diag_embed(floor(x)) for x in (c, g))
+    c, g = ((1 - shrink) * x + shrink * torch.diag_embed(floor(x)) for x in (c, g))
     values, vectors = torch.linalg.eigh(g)
     root = vectors @ torch.diag_embed(values.clamp_min(1e-30).sqrt()) @ vectors.mT
     least = torch.linalg.eigh(root @ c @ root)

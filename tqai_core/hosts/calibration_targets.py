@@ -155,13 +155,24 @@ class Language:
     def __post_init__(self) -> None:
         self.model.requires_grad_(False).eval()
 
-    def _run(self, ids: Tensor) -> Tensor:
-        return self.model(ids.to(self.model.device), use_cache=False).logits.float().log_softmax(-1)
+    def _run(self, ids: Tensor, first: int = 0) -> Tensor:
+        ids = ids.to(self.model.device)
+        where = {"position_ids": torch.arange(first, first + ids.shape[1], device=ids.device)[None]} if first else {}
+        return self.model(ids, use_cache=False, **where).logits.float().log_softmax(-1)
 
     @torch.no_grad()
     def final(self, seed: int, change: Change | None = None) -> Tensor:
         with intercept_attention(self.model, change):
             return self._run(self.windows(seed))
+
+    @torch.no_grad()
+    def far(self, seed: int, part: float, change: Change | None = None) -> Tensor:
+        """The end result where the window begins at ``part`` of the positions that the model knows. Outputs of rotary positions are the
+        same everywhere, keys are not."""
+        most = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+        ids = self.windows(seed)
+        with intercept_attention(self.model, change):
+            return self._run(ids, max(int(part * (most - ids.shape[1])), 0))
 
     def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
         ids = self.windows(seed)
