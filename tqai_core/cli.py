@@ -26,7 +26,8 @@ SHELLS = "Print it into a file that your shell reads, as in: tqai completion bas
 BENCHES = {
     "dit": "forecast-skipping", "levels": "block, attention, guidance, overhead", "methods": "every scorer x strategy x monitor",
     "attention": "sparse and dense kernels", "sampler": "the calibrated sampler", "codec": "vectors", "stream": "trajectories",
-    "llm": "KV caches", "dit_kv": "caches of references in diffusion transformers", "calibrate": "calibration and tuning (also --kinds lm)",
+    "llm": "KV caches", "llm_speed": "their time in a model of SmolLM2's shape", "dit_kv": "caches of references in diffusion transformers",
+    "calibrate": "calibration and tuning (also --kinds lm)",
     "default": "the preset of a class that nobody tuned (also --kinds z_image)",
     "pipelines": "which pipelines of diffusers are taken",
 }  # fmt: skip
