@@ -529,8 +529,11 @@ MODES = {
 
 
 def run(model, config, ids, fused, **kw):
-    """Tokens and cache of a generation; nothing is left patched."""
+    """Tokens and cache of a generation; nothing is left patched. Not ``fused``: by transformers' attention that makes dense values."""
+    was = model.config._attn_implementation
     handle = tqai.apply(model, config) if fused else None
+    if not fused:
+        model.set_attn_implementation("eager")
     cache = handle.cache() if handle else tqai.KVCache(model.config, config)
     torch.manual_seed(3)
     with warnings.catch_warnings():
@@ -540,6 +543,7 @@ def run(model, config, ids, fused, **kw):
         finally:
             if handle:
                 handle.remove()
+            model.set_attn_implementation(was)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -633,7 +637,8 @@ def test_softcapped_models_predict_before_the_cap():
     assert torch.allclose(fused, exact, atol=2e-2)
 
 
-def test_window_by_an_attention_that_is_not_ours_reads_all(qwen):
+def test_window_by_an_attention_that_is_not_ours_reads_all(qwen, monkeypatch):
+    monkeypatch.setattr(qwen.config, "_attn_implementation_internal", "eager")
     config = tqai.Config(**{**BASE, "codec": "turbo:bits=8"}, strategy="window:density=0.1")
     cache = tqai.KVCache(qwen.config, config)
     with warnings.catch_warnings():

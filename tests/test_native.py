@@ -72,7 +72,7 @@ def both(kv, q, **options):
 
 
 def close(fast, slow, dtype):
-    """Within the rounding of bf16; fp32 queries come nearer, by what levels of 15 bits leave."""
+    """Within the rounding of bf16; fp32 queries come nearer, by what weights of 15 bits leave."""
     assert fast.isfinite().all()
     limit = 1e-4 if dtype == torch.float32 else 4e-3
     assert float((fast - slow).norm()) <= limit * float(slow.norm()) + 1e-6
@@ -143,16 +143,39 @@ def test_extreme_scores_and_values(kernel):
 
 
 @compiler
-def test_threads_share_the_tokens(kernel, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_the_tokens(kernel, monkeypatch, dtype):
     monkeypatch.setattr(native, "PARALLEL", 1)
-    kv = filled(Plan(recent=32), 5000, b=2)
-    q = torch.randn(2, 4, 1, 64)
-    one = attend(q, kv, scaling=0.3)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    kv = filled(Plan(recent=32), 5000, b=2, dtype=dtype)
+    q = torch.randn(2, 4, 1, 64).to(dtype)
     mask = torch.rand(2, 4, 1, 5000) > 0.3
-    for options in ({}, {"mask": mask}, {"aux": torch.randn(4)}):
-        close(*both(kv, q, scaling=0.3, **options), torch.float32)
-    assert torch.allclose(attend(q, kv, scaling=0.3), one, atol=1e-5)
+    mask[1, :, :, :4000] = False  # a sequence whose first threads see nothing
+    ways = ({}, {"mask": mask}, {"aux": torch.randn(4)}, {"softcap": 5.0})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    one = [attend(q, kv, scaling=0.3, **options) for options in ways]
+    for count in (2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        for options, alone in zip(ways, one, strict=True):
+            close(*both(kv, q, scaling=0.3, **options), dtype)
+            more = attend(q, kv, scaling=0.3, **options)
+            limit = 5e-6 if dtype == torch.float32 else 3e-3  # sums in another order; bf16 rounds the result
+            assert float((more - alone).float().norm()) <= limit * float(alone.float().norm())
+
+
+@compiler
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("d", [32, 64, 96, 128, 160])
+def test_queries_in_fp32_keep_their_digits(kernel, d, bits):
+    """Scores so large that a query of 15 bits would move weights: two digits do not."""
+    g = torch.Generator().manual_seed(bits)
+    kv = PackedKV(Plan(bits, bits, recent=0, calibrate=0))
+    kv.append(torch.randn(1, 2, 333, d, generator=g), torch.randn(1, 2, 333, d, generator=g))
+    kv.settle()
+    q = torch.randn(1, 6, 1, d, generator=g)
+    fast, slow = both(kv, q, scaling=40 * d**-0.5)
+    assert float((fast - slow).norm()) <= 1e-4 * float(slow.norm())
+    coarse, near = both(kv, q.bfloat16(), scaling=40 * d**-0.5)
+    assert float((coarse - near).norm()) <= 2e-2 * float(near.norm())
 
 
 @compiler

@@ -52,6 +52,7 @@ def test_the_demo_streams_and_counts_in_a_process_of_its_own(tmp_path):
     assert done.stdout.startswith(result["text"].rstrip("\n")[:40])
     assert "tokens/s" in done.stdout
     assert result["kind"] == "lm"
+    assert f"tokens/s on {result['processor']}" in done.stdout
     assert result["prompt_tokens"] == 9
     assert result["new_tokens"] == len(result["tokens"]) == 300
     assert result["text"] == bytes(result["tokens"]).decode("utf-8", "replace")
@@ -174,6 +175,156 @@ def test_a_model_without_rotary_positions_and_with_a_cache_of_its_own_choice(cap
     assert result["compare"]["kl_mean"] < 0.1
 
 
+def test_turns_share_one_cache(capsys, lm_folder):
+    """The second turn reads its own words alone."""
+    options = ("-m", lm_folder, *PLAIN, "--max-tokens", 20, "--temperature", 0)
+    first = "x = 1\n" * 60
+    talk, _ = ask(capsys, first, "--then", "and y?", *options, "--system", "be brief")
+    assert talk["turns"][0]["prompt_tokens"] == len(f"<system>be brief<user>{first}<assistant>")
+    one, two = talk["turns"]
+    assert one["tokens_read"] == one["prompt_tokens"]
+    assert 0 < two["tokens_read"] < 60, "the tokens of the first turn are in the cache"
+    assert talk["cache"]["tokens"] == two["prompt_tokens"] + talk["new_tokens"] - 1
+    assert talk["cache"]["positions_left"] == 512 - two["prompt_tokens"] - talk["new_tokens"]
+    assert two["tokens_read"] == len("<user>and y?<assistant>") + 1, "and the last token of the answer"
+    raw, _ = ask(capsys, "abc", "--then", "def", *options, "--raw")
+    assert raw["turns"][1]["prompt_tokens"] == 3 + 20 + 3
+    assert raw["turns"][1]["tokens_read"] == 4, "the last token written was never read"
+
+
+def test_what_a_cache_holds_beyond_the_common_text_is_forgotten():
+    """A template that leaves the beginning of an answer out: the cache is cropped to what is common, and an exact one then writes what a
+    new one does."""
+    from transformers import DynamicCache
+
+    from tqai_core.hosts.transformers.conversation import Conversation
+    from tqai_core.hosts.transformers.loading import Bytes, Loaded
+    from tqai_core.minis import lm
+
+    class Shortens(Bytes):
+        chat_template = "yes"
+
+        def apply_chat_template(self, messages, **options):
+            *before, last = messages
+            return "".join(m["content"] if m["role"] == "user" else m["content"][5:] for m in before) + last["content"]
+
+    loaded = Loaded(lm(), Shortens(), "mini")
+    text = "def read(path):\n    with open(path) as f:\n        return f.read()\n\n" * 6
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    cut = {}
+    for name, config in (("packed", tqai.Config(level="kv", recent=8)), ("exact", tqai.Config(level="kv", codec="exact"))):
+        with torch.no_grad(), tqai.apply(loaded.model, config) as handle:
+            talk = Conversation(loaded, handle.cache(), True, options)
+            answer = talk.ask(text)["text"]
+            cut[name] = talk.ask("def write(")
+            whole = Conversation(loaded, DynamicCache(config=loaded.model.config), False, options)
+            want = whole.ask(text + answer[5:] + "def write(")
+            assert cut[name]["prompt_tokens"] == want["prompt_tokens"] == talk.cache.get_seq_length() - 11
+    assert cut["exact"]["tokens"] == want["tokens"]
+    assert len(text) + len("def write(") < cut["packed"]["prompt_tokens"]
+    assert cut["packed"]["tokens_read"] <= 12 - 5 + len("def write(")
+
+
+def test_turns_are_typed_in_a_terminal(capsys, lm_folder, monkeypatch):
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("hello\nand you?\n\nnever\n"))
+    assert main(["run", "-m", str(lm_folder), "--max-tokens", "4", "--temperature", "0"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("> ") == 3, "an empty line ends it"
+    assert told.count("tokens left]") == 2
+    assert "of them held from the turns before" in told
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    assert "prompt is missing" in refused(capsys, "-m", lm_folder)
+    monkeypatch.setattr(sys, "stdin", Terminal(""))
+    assert "nothing was asked" in refused(capsys, "-m", lm_folder)
+
+
+def test_prompts_from_a_file_and_from_standard_input(capsys, lm_folder, tmp_path, monkeypatch):
+    import io
+
+    words = "x = 1\n"
+    (tmp_path / "p.txt").write_text(words)
+    options = ("-m", lm_folder, "--max-tokens", 3, "--temperature", 0, "--raw")
+    here, _ = ask(capsys, words, *options)
+    file, _ = ask(capsys, f"@{tmp_path / 'p.txt'}", *options)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(words))
+    piped, _ = ask(capsys, "-", *options)
+    assert here["tokens"] == file["tokens"] == piped["tokens"]
+    at, _ = ask(capsys, "@@x", *options)
+    assert at["prompt_tokens"] == 2
+    assert "No such file" in refused(capsys, f"@{tmp_path / 'none.txt'}", "--demo")
+
+
+def test_a_short_text_is_told_in_a_plain_sentence(capsys, lm_folder):
+    assert main(["run", "hello", "-m", str(lm_folder), "--max-tokens", "4"]) == 0
+    told = capsys.readouterr().out
+    assert "all of them exact" in told
+    assert "x as large" not in told
+    assert (
+        main(["run", "x = 1\n" * 14, "-m", str(lm_folder), "--max-tokens", "4", "--calibrate", "0", "--recent", "8", "--sink", "40"]) == 0
+    )
+    assert "no smaller, for its exact tokens weigh more" in capsys.readouterr().out
+
+
+def test_a_gguf_file_and_its_folder(capsys, tmp_path, monkeypatch):
+    """A tiny Llama written as GGUF runs as the same weights do in a folder of transformers."""
+    import importlib.util
+
+    gguf = pytest.importorskip("gguf")
+    tiny_gguf(gguf, tmp_path / "tiny.gguf")
+    options = ("--max-tokens", 12, "--temperature", 0, "--raw", *PLAIN, "--calibrate", 0)
+    one, _ = ask(capsys, "ab" * 40, "-m", tmp_path / "tiny.gguf", *options, "--compare")
+    two, _ = ask(capsys, "ab" * 40, "-m", tmp_path, *options)
+    assert one["tokens"] == two["tokens"]
+    assert one["cache"]["tokens_packed"] > 0
+    assert one["compare"]["kl_mean"] < 0.1
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    assert "has 2 GGUF files" in refused(capsys, "hi", "-m", tmp_path)
+    assert "cannot load" in refused(capsys, "hi", "-m", tmp_path / "other.gguf")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else real(name, *a))
+    assert "pip install 'tqai-core[gguf]'" in refused(capsys, "hi", "-m", tmp_path / "tiny.gguf")
+
+
+def tiny_gguf(gguf, path):
+    """A random Llama of 2 layers with 2 heads of 32 and a byte-level tokenizer, in the format of llama.cpp."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    g, d = torch.Generator().manual_seed(0), 64
+    words = sorted(ByteLevel.alphabet())
+    words.append("".join(words[:2]))  # a merge
+    writer = gguf.GGUFWriter(str(path), "llama")
+    for name, value in (("context_length", 256), ("embedding_length", d), ("block_count", 2), ("feed_forward_length", 96),
+                        ("head_count", 2), ("head_count_kv", 2), ("rope_dimension_count", 32), ("vocab_size", len(words))):  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * len(words))
+    writer.add_token_merges([f"{words[0]} {words[1]}"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+    def add(name, *shape):
+        writer.add_tensor(name, (torch.randn(shape, generator=g) * shape[-1] ** -0.5).numpy())
+
+    add("token_embd.weight", len(words), d)
+    for i in range(2):
+        for name, rows, columns in (("attn_q", d, d), ("attn_k", d, d), ("attn_v", d, d), ("attn_output", d, d),
+                                    ("ffn_gate", 96, d), ("ffn_up", 96, d), ("ffn_down", d, 96)):  # fmt: skip
+            add(f"blk.{i}.{name}.weight", rows, columns)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(d, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(d, np.float32))
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+
+
 def test_too_many_tokens_are_said(capsys, lm_folder):
     result, _ = ask(capsys, "x" * 505, "-m", lm_folder, "--no-chat", "--max-tokens", 10)
     assert any("512 positions" in text for text in result["warnings"])
@@ -224,6 +375,9 @@ def test_bad_input_is_one_line_with_the_cure(capsys, lm_folder, tmp_path):
     assert "--device tpu9" in say("hi", "--demo", "--device", "tpu9")
     assert "--steps asked" in say("hi", "--demo", "--steps", 4)
     assert "no chat template" in say("hi", "--demo", "--chat")
+    assert "no chat template is used" in say("hi", "--demo", "--system", "be brief")
+    assert "prompt is empty" in say("hi", "--demo", "--then", " ")
+    assert "about one turn" in say("hi", "--demo", "--then", "more", "--compare")
     assert "No such file" in say("hi", "--demo", "--pipeline", tmp_path / "none.json")
     (tmp_path / "f").write_text("{")
     assert "no JSON" in say("hi", "--demo", "--pipeline", tmp_path / "f")

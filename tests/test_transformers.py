@@ -66,8 +66,11 @@ def prompt(batch=2, length=70, vocab=128, seed=0):
 
 
 def run(model, config, ids, fused, **kw):
-    """Tokens and cache of a generation; nothing is left patched."""
+    """Tokens and cache of a generation; nothing is left patched. Not ``fused``: by transformers' attention that makes dense values."""
+    was = model.config._attn_implementation
     handle = tqai.apply(model, config) if fused else None
+    if not fused:
+        model.set_attn_implementation("eager")
     cache = handle.cache() if handle else tqai.KVCache(model.config, config)
     kw = {"max_new_tokens": 50, "do_sample": False, **kw}
     torch.manual_seed(3)
@@ -78,6 +81,7 @@ def run(model, config, ids, fused, **kw):
         finally:
             if handle:
                 handle.remove()
+            model.set_attn_implementation(was)
 
 
 def padded(ids):
@@ -133,11 +137,7 @@ def test_assisted_generation(qwen):
 def test_eager_reads_dense_values_and_sees_the_same_statistics(mini, text):
     ids = text[None, :300]
     fused, cache = run(mini, tqai.Config(level="kv"), ids, True)
-    mini.set_attn_implementation("eager")
-    try:
-        eager, other = run(mini, tqai.Config(level="kv"), ids, False)
-    finally:
-        mini.set_attn_implementation("sdpa")
+    eager, other = run(mini, tqai.Config(level="kv"), ids, False)
     assert torch.equal(fused, eager)
     for a, b in zip(cache.packed_layers, other.packed_layers, strict=True):
         assert torch.allclose(a.kv.statistics.scale, b.kv.statistics.scale, rtol=1e-3)
@@ -152,7 +152,43 @@ def test_exact_where_nothing_is_packed_yet(qwen):
     assert "packing starts at 256" in cache.report().warnings[0]
 
 
-def test_another_attention_is_told_once(qwen):
+@pytest.mark.parametrize("mode", ["greedy", "beam", "chunked prefill", "left padding"])
+def test_sdpa_reads_a_bare_cache_in_place(qwen, mode):
+    """Without apply: the tokens of the fused run, by logits within rounding, and no dense value is made."""
+    ids = prompt()
+    kw = {**MODES[mode], **({"attention_mask": padded(ids)} if mode == "left padding" else {})}
+    fused, _ = run(qwen, KV, ids, True, **kw)
+    cache = tqai.KVCache(qwen.config, KV)
+    assert qwen.config._attn_implementation == "sdpa"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if mode == "chunked prefill" else "error")
+        bare = qwen.generate(ids, past_key_values=cache, max_new_tokens=50, do_sample=False, **kw)
+    assert torch.equal(bare, fused)
+    assert cache.packed_layers[0].kv.packed > 0
+    assert (cache.materialised == 0) == (mode != "chunked prefill"), "a chunk repeats the heads of its keys, which needs dense ones"
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("masked", ["none", "bool", "added"])
+def test_sdpa_on_views_is_sdpa_on_dense_values(groups, masked):
+    layer = tqai.KVCache(Qwen2Config(**SMALL), tqai.Config(level="kv", calibrate=0, recent=8)).packed_layers[0]
+    layer.update(torch.randn(2, 2, 90, 16), torch.randn(2, 2, 90, 16))
+    k, v = layer.update(torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16))
+    q, mask = torch.randn(2, 2 * groups, 1, 16), torch.rand(2, 1, 1, 91) > 0.3
+    given = {"none": None, "bool": mask, "added": torch.zeros(mask.shape).masked_fill(~mask, -1e9)}[masked]
+    sdpa = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=given, enable_gqa=groups > 1)
+    got = sdpa(q, k, v)
+    assert layer.kv.decoded == 0
+    dense = k.dense(), v.dense()
+    torch.testing.assert_close(got, sdpa(q, *dense), rtol=2e-4, atol=2e-5)
+    query = q.clone().requires_grad_(True)
+    sdpa(query, k, v).sum().backward()
+    assert query.grad is not None, "where a gradient is wanted, values are dense"
+    assert query.grad.abs().sum() > 0
+
+
+def test_another_attention_is_told_once(qwen, monkeypatch):
+    monkeypatch.setattr(qwen.config, "_attn_implementation_internal", "eager")
     cache = tqai.KVCache(qwen.config, KV)
     with pytest.warns(UserWarning, match=r"tqai\.apply\(model, config\)") as seen:
         qwen.generate(prompt(), past_key_values=cache, max_new_tokens=40, do_sample=False)

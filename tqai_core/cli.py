@@ -26,12 +26,13 @@ SHELLS = "Print it into a file that your shell reads, as in: tqai completion bas
 BENCHES = {
     "dit": "forecast-skipping", "levels": "block, attention, guidance, overhead", "methods": "every scorer x strategy x monitor",
     "attention": "sparse and dense kernels", "sampler": "the calibrated sampler", "codec": "vectors", "stream": "trajectories",
-    "llm": "KV caches", "dit_kv": "caches of references in diffusion transformers", "rolling": "histories of autoregressive video",
+    "llm": "KV caches", "llm_speed": "their time in a model of SmolLM2's shape",
+    "dit_kv": "caches of references in diffusion transformers", "rolling": "histories of autoregressive video",
     "calibrate": "calibration and tuning (also --kinds lm)",
     "default": "the preset of a class that nobody tuned (also --kinds z_image)",
     "pipelines": "which pipelines of diffusers are taken", "few": "eight steps and fewer, on photographs and clips",
 }  # fmt: skip
-OTHERS = ("lm", "z_image", "photo", "photo_8", "photo_4", "wan_4")  # minis of single benches
+OTHERS = ("lm", "z_image", "photo", "photo_8", "photo_4", "wan_4", "wan_sizes")  # minis of single benches
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import number, out_folder, whole
+from .arguments import number, out_folder, text_in, whole
 from .errors import TqaiError
 from .registry import ROLES, parse
 from .text import MAX_TOKENS, first_line
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 CACHE_OPTIONS = ("sink", "recent", "protect", "calibrate")
-LM_ONLY = ("bits_k", "bits_v", *CACHE_OPTIONS, "max_tokens", "temperature", "chat")
+LM_ONLY = ("bits_k", "bits_v", *CACHE_OPTIONS, "max_tokens", "temperature", "chat", "system", "then")
+DEMO_TOKENS = 4096  # of the mini's own prompt: packing pays there
 PIPE_ONLY = ("level", "steps", "guidance", "negative", "height", "width", "frames", "video", "out")
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("prompt", help="what the model is asked")
+    asked = (
+        "what the model is asked: text, @FILE, or - for standard input; left out: turns are typed in the terminal, and --demo has its own"
+    )
+    p.add_argument("prompt", nargs="?", help=asked)
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("-m", "--model", help="a hub id, or a local folder: of a causal LM, or of a diffusers pipeline (model_index.json)")
+    places = "a hub id, or a local folder: of a causal LM, or of a diffusers pipeline (model_index.json); or a GGUF file, or its folder"
+    which.add_argument("-m", "--model", help=places)
     which.add_argument("--demo", action="store_true", help="the trained byte-level mini: writes what looks like Python")
     for role in ROLES:
         p.add_argument(f"--{role}", metavar="SPEC", help=f"{role}: a name, name:key=value,..., or none (see `tqai methods`)")
@@ -52,6 +58,11 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="0 is greedy; left out: what the model's own settings say, with --demo .8",
     )
     lm.add_argument("--chat", action=argparse.BooleanOptionalAction, help="the tokenizer's chat template; left out: where it has one")
+    lm.add_argument(
+        "--raw", dest="chat", action="store_const", const=False, help="the prompt as it is, as --no-chat: the model continues it"
+    )
+    lm.add_argument("--system", metavar="TEXT", help="what the model is told before the first turn")
+    lm.add_argument("--then", action="append", metavar="TEXT", help="a further turn on the same cache; may be given several times")
     pipe = p.add_argument_group("diffusers pipelines (without stages: the balanced preset of the family)")
     pipe.add_argument("--level", choices=("model", "block", "attention"), help="where the stages act; left out: model")
     pipe.add_argument("--steps", type=whole(1), help="sampler steps; left out: the pipeline's own number, as for those below")
@@ -68,9 +79,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The figures. TqaiError for what cannot be run, before anything large is loaded where that can be known."""
     import torch
 
-    if not args.prompt.strip():
-        raise TqaiError("the prompt is empty: give some text, as in `tqai run 'Once upon' -m MODEL`")
     pipe = not args.demo and is_pipeline(args.model)
+    args.prompt = _prompt(args, pipe)
+    if args.compare and (args.then or args.prompt is None):
+        raise TqaiError("--compare asked, but it is about one turn: give one prompt and leave --then out")
     if foreign := [name for name in (LM_ONLY if pipe else PIPE_ONLY) if getattr(args, name) is not None]:
         asked = ", ".join("--" + name.replace("_", "-") for name in foreign)
         raise TqaiError(f"{asked} asked, but this is a {'diffusers pipeline' if pipe else 'language model'}: leave it out")
@@ -92,6 +104,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def check_library(name: str) -> None:
     if util.find_spec(name) is None:
         raise TqaiError(f"{name} is not installed: pip install 'tqai-core[{name}]'")
+
+
+def _prompt(args: argparse.Namespace, pipe: bool) -> str | None:
+    """The text that is asked for; None where turns are typed."""
+    given = args.prompt
+    if given is None and args.demo:
+        from .minis import lm_text
+
+        return bytes(lm_text()[:DEMO_TOKENS].tolist()).decode("ascii", "replace")
+    if given is None:
+        if pipe or args.then or not sys.stdin.isatty():
+            raise TqaiError("the prompt is missing: give some text, @FILE, or - for standard input")
+        return None
+    if given == "-":
+        given = sys.stdin.read()
+    elif given.startswith("@"):
+        given = given[1:] if given.startswith("@@") else text_in(given[1:])
+    if not given.strip() or any(not words.strip() for words in args.then or ()):
+        raise TqaiError("the prompt is empty: give some text, as in `tqai run 'Once upon' -m MODEL`")
+    return given
 
 
 def config_of(args: argparse.Namespace, level: str) -> Config | None:
@@ -137,8 +169,12 @@ def is_pipeline(model: str) -> bool:
     if folder.is_dir():
         if (folder / "model_index.json").exists():
             return True
-        if not (folder / "config.json").exists():
-            raise TqaiError(f"{model} has neither config.json (a language model) nor model_index.json (a diffusers pipeline)")
+        if not (folder / "config.json").exists() and not any(folder.glob("*.gguf")):
+            raise TqaiError(
+                f"{model} has neither config.json (a language model) nor model_index.json (a diffusers pipeline), and no GGUF file"
+            )
+        return False
+    if folder.is_file() and folder.suffix.lower() == ".gguf":
         return False
     if folder.exists():
         raise TqaiError(f"{model} is a file: give the folder that holds config.json or model_index.json")
@@ -184,20 +220,40 @@ def _peak(run: dict[str, Any]) -> str:
     return "peak memory " + (f"{peak['bytes'] / 2**20:.1f} MiB: " if peak["bytes"] is not None else "") + peak["how"]
 
 
-def _speed(run: dict[str, Any]) -> str:
-    speed = f"{run['tokens_per_second']:.1f} tokens/s" if run["tokens_per_second"] else "too few tokens for a speed"
-    return f"{run['new_tokens']} tokens, {speed} after {run['seconds_prefill']:.2f} s for the prompt's {run['prompt_tokens']}"
+def _speed(run: dict[str, Any], where: str) -> str:
+    speed = f"{run['tokens_per_second']:.1f} tokens/s on {where}" if run["tokens_per_second"] else "too few tokens for a speed"
+    again = f", {run['prompt_tokens'] - run['tokens_read']} of them held from the turns before" * (
+        run["tokens_read"] < run["prompt_tokens"]
+    )
+    return f"{run['new_tokens']} tokens, {speed} after {run['seconds_prefill']:.2f} s for the prompt's {run['prompt_tokens']}{again}"
+
+
+def _held(cache: dict[str, Any]) -> str:
+    """Bytes of the cache, beside those of 16 bits a number."""
+    held, plain, tokens = cache["bytes_held"], cache["bytes_16bit"], f"{cache['tokens']:,} tokens"
+    left = "" if cache["positions_left"] is None else f"; {cache['positions_left']:,} of {cache['positions']:,} tokens are left"
+    if not cache["tokens_packed"]:
+        return f"cache {held:,} B for {tokens}: all of them exact{left}"
+    start = (
+        f"cache {held:,} B for {tokens}, {cache['tokens_packed']:,} of them packed, most ever held {cache['bytes_peak']:,} B; at 16 bits "
+    )
+    if held >= plain:
+        return f"{start}{plain:,} B: so short a text is no smaller, for its exact tokens weigh more than the packed ones save{left}"
+    return f"{start}{plain:,} B, {plain / held:.2f}x as large{left}"
+
+
+def _against(run: dict[str, Any], exact: dict[str, Any], where: str, pays: int) -> list[str]:
+    """What packing did to the speed of this very text."""
+    mine, other, tokens = run["tokens_per_second"], exact["tokens_per_second"], run["cache"]["tokens"]
+    if not mine or not other:
+        return []
+    told = f"{mine / other:.2f}x the speed of the exact run at {tokens:,} tokens on {where}"
+    return [told if mine >= other else f"{told}; it pays from some {pays:,} tokens on"]
 
 
 def _lm_lines(result: dict[str, Any]) -> list[str]:
-    cache = result["cache"]
-    ratio = f", {cache['bytes_16bit'] / cache['bytes_held']:.2f}x smaller" if cache["bytes_held"] else ""
-    lines = [
-        _speed(result),
-        f"cache {cache['bytes_held']:,} B for {cache['tokens']} tokens, at 16 bits {cache['bytes_16bit']:,} B{ratio}; "
-        f"{cache['tokens_packed']} of the tokens packed, most ever held {cache['bytes_peak']:,} B",
-        _peak(result),
-    ]
+    where = result["processor"]
+    lines = [_speed(result, where), _held(result["cache"]), _peak(result)]
     if (other := result.get("compare")) is None:
         return lines
     same = other["first_difference"] is None
@@ -205,9 +261,10 @@ def _lm_lines(result: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "exact run: " + _speed(other),
+        "exact run: " + _speed(other, where),
         f"cache {other['cache']['bytes_held']:,} B",
         _peak(other),
+        *_against(result, other, where, result["cache"]["pays_from"]),
         "tokens identical" if same else f"first difference at token {other['first_difference']} of {other['new_tokens']}",
         f"KL of the next token along the exact run: {kl}",
         *([] if same else ["", "the exact run wrote:", other["text"]]),

@@ -1,7 +1,7 @@
 """What a packed cache gives to a model that asks for its keys and values: tensors without storage.
 
-Our own attention knows them and reads the packed rows. Anything else that computes on one gets dense values, so every
-model and every attention still works; it is only slower.
+Our own attention knows them and reads the packed rows, and so does torch's ``scaled_dot_product_attention`` that is given both of
+them as they are. Anything else that computes on one gets dense values, so every model and every attention still works; it is only slower.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..kv.cache import PackedKV
+from .packed import attend
 
 # asked of a tensor without computing on it
 PASSIVE = {
@@ -65,6 +67,8 @@ class LazyKV(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ in PASSIVE:
             return super().__torch_function__(func, types, args, kwargs or {})
+        if func is F.scaled_dot_product_attention and (out := _in_place(*args, **kwargs or {})) is not None:
+            return out
         change = lambda x: x.watched() if isinstance(x, LazyKV) else x  # noqa: E731
         return func(*tree_map(change, args), **tree_map(change, kwargs or {}))
 
@@ -72,6 +76,29 @@ class LazyKV(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         change = lambda x: x.dense() if isinstance(x, LazyKV) else x  # noqa: E731
         return func(*tree_map(change, args), **tree_map(change, kwargs or {}))
+
+
+def _in_place(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """``F.scaled_dot_product_attention`` on the packed rows; None where it is about something else than all tokens of one cache, wants a
+    gradient, or has a causal mask, which torch aligns at the first key."""
+    if not (isinstance(key, LazyKV) and isinstance(value, LazyKV) and not isinstance(query, LazyKV) and key.layer is value.layer):
+        return None
+    kv, count = key.layer.kv, query.shape[-2]
+    whole = key.which == "k" and value.which == "v" and key.fresh is None and kv.packed and key.shape[2] == kv.length
+    if not whole or query.ndim != 4 or dropout_p or (is_causal and count > 1) or (torch.is_grad_enabled() and query.requires_grad):
+        return None
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        return None
+    if attn_mask is None and count > 1:
+        attn_mask = query.new_zeros(1, 1, 1, kv.length)
+    if attn_mask is not None and (attn_mask.ndim != 4 or attn_mask.shape[3] != kv.length):
+        return None
+    kv.see(attn_mask, count)
+    kv.observe(query)
+    return attend(query, kv, scaling=query.shape[3] ** -0.5 if scale is None else scale, mask=attn_mask)
 
 
 class Watched(Tensor):

@@ -20,7 +20,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,10 +30,13 @@ from ...kv.segments import UNCHANGED, Adjustment, BitTier, encode, rows_in
 from ..call import Call, OnlineSoftmax
 
 SOURCE = Path(__file__).with_name("packed.c")
-OPTIONS = ("-O3", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC") + (
+    ("-pthread",) if os.name == "posix" else ()
+)
 TUNE = (("-march=native",), ("-mcpu=native",), ())  # the first one that the compiler takes
 ROWS = 32  # queries of one kv head, group included, up to which it beats the torch path
-PARALLEL = 1 << 21  # coordinates of keys a thread must have to be worth its start
+PARALLEL = 3 << 17  # coordinates of keys a thread must have to be worth its start: 4,096 tokens of 3 heads of 64 for two of them
+THREADS = 64
 UNITS = 32
 
 
@@ -69,7 +71,6 @@ class _Segment(ctypes.Structure):
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _why = ""  # it does not run, once that was found out
-_pool: ThreadPoolExecutor | None = None
 
 
 def status() -> str:
@@ -220,7 +221,7 @@ def load(path: Path) -> ctypes.CDLL:
     _check_private(path.parent)
     _check_library(path)
     library = ctypes.CDLL(str(path))
-    library.tqai_attend.argtypes, library.tqai_attend.restype = [ctypes.POINTER(_Job)], ctypes.c_int
+    library.tqai_attend.argtypes, library.tqai_attend.restype = [ctypes.POINTER(_Job), ctypes.c_int64], ctypes.c_int
     library.tqai_kind.argtypes, library.tqai_kind.restype = [], ctypes.c_char_p
     return library
 
@@ -267,7 +268,7 @@ def run(call: Call, tier: BitTier, change: Adjustment) -> OnlineSoftmax | None:
     """The softmax over all rows of ``tier``, exact ones included, or None where the kernel fails."""
     assert _library is not None
     b, h, _, d = call.q.shape
-    parts = min(torch.get_num_threads(), len(tier.segments), max(b * h * tier.length * d // PARALLEL, 1))
+    parts = min(torch.get_num_threads(), THREADS, len(tier.segments), max(b * h * tier.length * d // PARALLEL, 1))
     mask = call.mask.given if change.offsets is None else _with(change.offsets, call, tier)
     return _run(_library, call, tier, mask, change, parts)
 
@@ -290,7 +291,6 @@ def _stride(matrix: Tensor) -> int:
 
 def _run(library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, change: Adjustment, parts: int) -> OnlineSoftmax | None:
     """Neighbouring segments to a thread each (split K), in ``parts`` threads; the first takes the exact rows too."""
-    global _pool
     b, h, _, d = call.q.shape
     keys, values = tier.coder_k, tier.coder_v
     exact_k, exact_v = (x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float() for x in (tier.keys, tier.values))
@@ -304,12 +304,13 @@ def _run(library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, c
     basis = values.basis
     parts_of = [(run.d, run.bits, run.level.data_ptr(), run.back.data_ptr(), _stride(run.back)) for run in values.runs]
     runs = (_Run * len(parts_of))(*parts_of)
-    states, jobs, at = [], [], 0
+    states, tables, jobs, at = [], [], [], 0
     for i in range(parts):
         own = tier.segments[len(tier.segments) * i // parts : len(tier.segments) * (i + 1) // parts]
         table = (_Segment * len(own))(*((*(t.data_ptr() for t in vars(segment).values()), len(segment)) for segment in own))
         state = call.begin(values.d) if i == 0 else OnlineSoftmax.begin(q, values.d)
         states.append(state)
+        tables.append(table)  # kept alive
         jobs.append(_Job(
             b * h, h, call.group, call.count, d, values.d, keys.bits, len(runs),
             keys.level.data_ptr(), ctypes.addressof(runs), ctypes.addressof(table), len(own), tier.sinks + at,
@@ -321,17 +322,5 @@ def _run(library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, c
             *(x.data_ptr() for x in (state.top, state.weight, state.sum)),
             None if read is None else read.data_ptr() + at // change.block, 0 if read is None else read.shape[2], change.block,
         ))  # fmt: skip
-        jobs[-1].table = table  # kept alive
         at += rows_in(own)
-    if parts == 1:
-        done = [library.tqai_attend(ctypes.byref(jobs[0]))]
-    else:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(torch.get_num_threads(), "tqai-packed")
-        done = list(_pool.map(lambda job: library.tqai_attend(ctypes.byref(job)), jobs))
-    if any(done):
-        return None
-    state = states[0]
-    for other in states[1:]:
-        state.merge(other.top[None], other.weight[None], other.sum[None])
-    return state
+    return None if library.tqai_attend((_Job * parts)(*jobs), parts) else states[0]

@@ -5,7 +5,7 @@
  * to fp32 before 32 bits could overflow. What this rounds away is below 1e-4 of the result; 8 bits would round away 1e-2. The
  * softmax is online (1805.02867) and in fp32.
  *
- * Queries that come in fp32 stay that, at less than half the speed.
+ * Queries that come in fp32 keep 30 bits, as two digits of 15, and weights share a scale by 32 tokens: half of the rounding.
  *
  * Each instruction set unpacks coordinates in the order that suits it. Nothing here knows that order: it is read off once a
  * call by unpacking rows whose levels spell the number of the coordinate.
@@ -14,6 +14,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef _WIN32
+#include <pthread.h>
+#endif
 
 #if defined(TQAI_PLAIN)
 #elif defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX2__)
@@ -28,16 +31,18 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define TOKENS 64 /* that share one rescaling */
+#define FEWER 32  /* whose weights share a scale, of fp32 queries */
 #define UNIT 32   /* coordinates unpacked together */
-#define LEVEL 8191
 #define QUERY 32767 /* 8 x 8191 x 32767 < 2^31 */
+#define DIGIT 32768 /* a unit of the first digit of a query in units of the second */
 #define WEIGHT 32767
 #define TINY 1e-33f
 #define NEGLIGIBLE 1e-6f
 #define RUNS 2
+#define THREADS 64
 
 typedef struct {
-  int bits, top;     /* top: the largest integer level */
+  int bits, top;     /* top: the largest integer level without its sign */
   int16_t level[64]; /* unused for 8 bits: 2 code - 255 */
   uint8_t low[64], high[64];
   float unit; /* level = integer * unit */
@@ -73,7 +78,7 @@ typedef struct {
   int64_t mask_kind, mask_batch, mask_head, mask_row; /* 1: bytes, 0 hides; 2: fp32, added; strides in elements */
   int64_t seen;                                       /* columns that the first query sees, the next one more; 0: all */
   int64_t after;                                      /* column of the exact row number front */
-  int64_t precise;                                    /* fp32 where the products are taken */
+  int64_t precise;                                    /* queries of two digits */
   float softcap;                                      /* 0: none */
   float *top, *weight;     /* [heads, rows]: where the softmax stands; changed */
   float *sum;              /* [heads, rows, dv]: written */
@@ -130,9 +135,12 @@ static Book book(int64_t bits, const float *level) {
   memset(&b, 0, sizeof b);
   b.bits = (int)bits;
   b.unit = bits == 8 ? 0.5f : 1.0f / 2048;
-  b.top = bits == 8 ? 255 : LEVEL;
+  b.top = bits == 8 ? 255 : 1;
   if (bits < 8)
-    for (int i = 0; i < 1 << bits; i++) b.level[i] = (int16_t)lrintf(level[i] * 2048);
+    for (int i = 0; i < 1 << bits; i++) {
+      b.level[i] = (int16_t)lrintf(level[i] * 2048);
+      b.top = abs(b.level[i]) > b.top ? abs(b.level[i]) : b.top;
+    }
   for (int i = 0; i < 64; i++) b.low[i] = (uint8_t)b.level[i], b.high[i] = (uint8_t)((uint16_t)b.level[i] >> 8);
   return b;
 }
@@ -290,60 +298,52 @@ INLINE __m512 join(const __m512 *x) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
 
-/* out[i] = row . q[i]: 16 partial sums each; 128 coordinates never overflow them */
-INLINE void dots(const Book *b, const int bits, const uint8_t *row, const int16_t *q, int64_t d, const int n, __m512 *out) {
-  for (int i = 0; i < n; i++) out[i] = _mm512_setzero_ps();
+/* out[i] = row i of four, d apart, . q: 16 partial sums each; 128 coordinates never overflow them. The second digit lies apart */
+INLINE void dots(const int16_t *row, const int16_t *q, int64_t apart, const int digits, int64_t d, __m512 *out) {
   for (int64_t first = 0; first < d; first += 128) {
     const int64_t last = first + 128 < d ? first + 128 : d;
-    int64_t j = first;
-    __m512i s[4];
-    for (int i = 0; i < n; i++) s[i] = _mm512_setzero_si512();
-    for (; j + 64 <= last; j += 64) {
-      Wide x = unpack64(b, bits, row, d, j / 64);
-      for (int i = 0; i < n; i++) s[i] = _mm512_dpwssd_epi32(s[i], x.a, _mm512_loadu_si512(q + i * d + j));
-      for (int i = 0; i < n; i++) s[i] = _mm512_dpwssd_epi32(s[i], x.b, _mm512_loadu_si512(q + i * d + j + 32));
+    __m512i s[4][2];
+    for (int i = 0; i < 4; i++) s[i][0] = s[i][1] = _mm512_setzero_si512();
+    for (int64_t j = first; j < last; j += 32)
+      for (int g = 0; g < digits; g++) {
+        __m512i y = _mm512_loadu_si512(q + g * apart + j);
+        for (int i = 0; i < 4; i++) s[i][g] = _mm512_dpwssd_epi32(s[i][g], y, _mm512_loadu_si512(row + i * d + j));
+      }
+    for (int i = 0; i < 4; i++) {
+      __m512 x = _mm512_cvtepi32_ps(s[i][0]);
+      if (digits == 2) x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[i][1]), _mm512_set1_ps(1.0f / DIGIT), x);
+      out[i] = first > 0 ? _mm512_add_ps(out[i], x) : x;
     }
-    if (j < last) {
-      __m512i x = unpack32(b, bits, row, d);
-      for (int i = 0; i < n; i++) s[i] = _mm512_dpwssd_epi32(s[i], x, _mm512_loadu_si512(q + i * d + j));
-    }
-    for (int i = 0; i < n; i++) out[i] = _mm512_add_ps(out[i], _mm512_cvtepi32_ps(s[i]));
   }
 }
 
-INLINE void scores(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *q, int64_t rows, int64_t d,
-                   int16_t *row, float *s, const uint8_t *next, int64_t next_bytes) {
-  const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+INLINE void scores(const Book *b, const int bits, const int digits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *q,
+                   int64_t rows, int64_t apart, int64_t d, int16_t *row, float *s, const uint8_t *next, int64_t next_bytes) {
   __m512 f[4], g[4];
-  (void)row;
+  for (int i = 0; i < 4; i++) f[i] = g[i] = _mm512_setzero_ps();
   for (int64_t t = 0; t < n; t++)
     for (int64_t i = 0; i < next_bytes; i += 64) __builtin_prefetch(next + t * next_bytes + i);
-  if (rows == 1) {
-    for (int64_t t = 0; t < n; t += 16) {
-      for (int i = 0; i < 4; i++) {
-        for (int j = 0; j < 4; j++) {
-          int64_t at = t + 4 * i + j;
-          dots(b, bits, codes + (at < n ? at : n - 1) * bytes, q, d, 1, f + j);
-        }
-        g[i] = fold(f);
-      }
-      _mm512_storeu_ps(s + t, join(g));
+  for (int64_t t = 0; t < n; t += 4) {
+    for (int64_t i = 0; i < 4; i++) unpack_row(b, bits, codes + (t + i < n ? t + i : n - 1) * bytes, d, row + i * d);
+    if (rows == 1) {
+      dots(row, q, apart, digits, d, f);
+      g[t / 4 % 4] = fold(f);
+      if (t % 16 == 12 || t + 4 >= n) _mm512_storeu_ps(s + t / 16 * 16, join(g));
+      continue;
     }
-    return;
-  }
-  for (int64_t r = 0; r < rows; r += 4) /* padded to a multiple of 4 */
-    for (int64_t t = 0; t < n; t += 4) {
-      for (int i = 0; i < 4; i++) {
-        dots(b, bits, codes + (t + i < n ? t + i : n - 1) * bytes, q + r * d, d, 4, f);
-        g[i] = fold(f);
+    for (int64_t r = 0; r < rows; r += 4) { /* scores of padding are never read */
+      for (int64_t j = 0; j < 4 && r + j < rows; j++) {
+        dots(row, q + (r + j) * d, apart, digits, d, f);
+        g[j] = fold(f);
       }
-      __m512 x = _mm512_permutexvar_ps(turn, join(g));
+      __m512 x = join(g);
       float *to = s + r * TOKENS + t;
       _mm_storeu_ps(to, _mm512_castps512_ps128(x));
       _mm_storeu_ps(to + TOKENS, _mm512_extractf32x4_ps(x, 1));
       _mm_storeu_ps(to + 2 * TOKENS, _mm512_extractf32x4_ps(x, 2));
       _mm_storeu_ps(to + 3 * TOKENS, _mm512_extractf32x4_ps(x, 3));
     }
+  }
 }
 
 /* sum[i] += scale[i] * (rows weighted by w[i]), 64 coordinates or the last 32 */
@@ -532,18 +532,22 @@ INLINE void gather(const int16_t *pairs, int64_t count, const int16_t *w, const 
 #endif
 
 #ifndef WIDE
-INLINE void scores(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *q, int64_t rows, int64_t d,
-                   int16_t *row, float *s, const uint8_t *next, int64_t next_bytes) {
+INLINE void scores(const Book *b, const int bits, const int digits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *q,
+                   int64_t rows, int64_t apart, int64_t d, int16_t *row, float *s, const uint8_t *next, int64_t next_bytes) {
   for (int64_t t = 0; t < n; t++) {
-    float out[4];
     for (int64_t i = 0; i < next_bytes; i += 64) __builtin_prefetch(next + t * next_bytes + i);
     unpack_row(b, bits, codes + t * bytes, d, row);
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      dots(row, q + r * d, d, 4, out);
-      for (int i = 0; i < 4; i++) s[(r + i) * TOKENS + t] = out[i];
+    for (int64_t r = 0; r < rows; r += 4) {
+      const int count = rows - r < 4 ? (int)(rows - r) : 4;
+      float out[4] = {0}, fine[4] = {0};
+      for (int g = 0; g < digits; g++) {
+        if (count == 4)
+          dots(row, q + g * apart + r * d, d, 4, g ? fine : out);
+        else
+          for (int i = 0; i < count; i++) dots(row, q + g * apart + (r + i) * d, d, 1, (g ? fine : out) + i);
+      }
+      for (int i = 0; i < count; i++) s[(r + i) * TOKENS + t] = out[i] + fine[i] * (1.0f / DIGIT);
     }
-    for (; r < rows; r++) dots(row, q + r * d, d, 1, s + r * TOKENS + t);
   }
 }
 
@@ -586,6 +590,28 @@ static void set_code(uint8_t *row, int bits, int64_t d, int64_t j, int one) {
     } \
   } while (0)
 
+/* Functions of their own, and loops over the usual head dimensions that the compiler can unroll: twice as fast */
+#define OF_BITS(bits) \
+  static __attribute__((noinline)) void scores_##bits(const Book *b, int digits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *q, \
+      int64_t rows, int64_t apart, int64_t d, int16_t *row, float *s, const uint8_t *next, int64_t next_bytes) { \
+    if (digits == 2 && d == 64) scores(b, bits, 2, codes, bytes, n, q, rows, apart, 64, row, s, next, next_bytes); \
+    else if (digits == 2 && d == 128) scores(b, bits, 2, codes, bytes, n, q, rows, apart, 128, row, s, next, next_bytes); \
+    else if (digits == 2) scores(b, bits, 2, codes, bytes, n, q, rows, apart, d, row, s, next, next_bytes); \
+    else if (d == 64) scores(b, bits, 1, codes, bytes, n, q, rows, apart, 64, row, s, next, next_bytes); \
+    else if (d == 128) scores(b, bits, 1, codes, bytes, n, q, rows, apart, 128, row, s, next, next_bytes); \
+    else scores(b, bits, 1, codes, bytes, n, q, rows, apart, d, row, s, next, next_bytes); \
+  } \
+  static __attribute__((noinline)) void values_##bits(const Book *b, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *w, \
+      const float *scale, int64_t rows, int64_t d, int16_t *pairs, float *sum, int64_t apart) { \
+    values(b, bits, codes, bytes, n, w, scale, rows, d, pairs, sum, apart); \
+  }
+OF_BITS(2)
+OF_BITS(3)
+OF_BITS(4)
+OF_BITS(5)
+OF_BITS(6)
+OF_BITS(8)
+
 /* order[position] = coordinate, of rows (for queries) and of weighted sums (for values) */
 static void orders(const int bits, int64_t d, int32_t *rows, int32_t *sums, int16_t *out, int16_t *pairs, float *got, uint8_t *row) {
   Book b;
@@ -600,16 +626,10 @@ static void orders(const int bits, int64_t d, int32_t *rows, int32_t *sums, int1
     memset(row, 0, (size_t)d);
     for (int64_t j = 0; j < d; j++) set_code(row, bits, d, j, (int)(j >> bit & 1));
     memset(got, 0, (size_t)d * 4);
-#define PROBE(bits) unpack_row(&b, bits, row, d, out); values(&b, bits, row, d * bits / 8, 1, w, &one, 1, d, pairs, got, d)
+#define PROBE(bits) unpack_row(&b, bits, row, d, out); values_##bits(&b, row, d * bits / 8, 1, w, &one, 1, d, pairs, got, d)
     PICK(bits, PROBE);
     for (int64_t j = 0; j < d; j++) rows[j] |= (out[j] > 0) << bit, sums[j] |= (got[j] > 0) << bit;
   }
-}
-
-/* ---- the same with fp32 queries and weights: nothing is rounded */
-
-INLINE void floats(const int16_t *x, int64_t d, float *out) {
-  for (int64_t j = 0; j < d; j += LANES) *(Floats *)(out + j) = __builtin_convertvector(*(const Shorts *)(x + j), Floats);
 }
 
 INLINE float dot(const float *x, const float *y, int64_t d) {
@@ -619,34 +639,6 @@ INLINE float dot(const float *x, const float *y, int64_t d) {
     b += *(const Floats *)(x + j + LANES) * *(const Floats *)(y + j + LANES);
   }
   return add_up(a + b);
-}
-
-INLINE void scores_fp32(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const float *q, int64_t rows,
-                        int64_t d, int16_t *row, float *wide_row, float *s) {
-  for (int64_t t = 0; t < n; t++) {
-    unpack_row(b, bits, codes + t * bytes, d, row);
-    floats(row, d, wide_row);
-    for (int64_t r = 0; r < rows; r++) s[r * TOKENS + t] = dot(wide_row, q + r * d, d);
-  }
-}
-
-/* p: weights times gains, 0 after the last token */
-INLINE void values_fp32(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const float *p, int64_t rows,
-                        int64_t d, int16_t *row, float *wide_row, float *sum, int64_t apart) {
-  for (int64_t t = 0; t < n; t += 4) {
-    for (int64_t i = 0; i < 4; i++) {
-      unpack_row(b, bits, codes + (t + i < n ? t + i : t) * bytes, d, row);
-      floats(row, d, wide_row + i * d);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-      const float *x = p + r * TOKENS + t;
-      for (int64_t j = 0; j < d; j += LANES) {
-        const float *y = wide_row + j;
-        *(Floats *)(sum + r * apart + j) += (x[0] * *(const Floats *)y + x[1] * *(const Floats *)(y + d)) +
-                                        (x[2] * *(const Floats *)(y + 2 * d) + x[3] * *(const Floats *)(y + 3 * d));
-      }
-    }
-  }
 }
 
 /* Softcap and mask of n scores from a column on; -inf up to a whole vector */
@@ -762,8 +754,8 @@ static void reflect(float *x, const int8_t *basis, int64_t axes, int64_t d, floa
   }
 }
 
-/* 0, or 1 where memory ran out and nothing was changed. */
-int tqai_attend(const Job *job) {
+/* 0, or 1 where memory ran out. */
+static int attend(const Job *job) {
   const int64_t d = job->d, dv = job->dv, rows = job->group * job->count, wide_d = d > dv ? d : dv, runs = job->runs;
   const int64_t room = rows == 1 ? 1 : (rows + 3) / 4 * 4; /* further rows are zero */
   const Book bk = book(job->bits_k, job->level_k);
@@ -775,25 +767,25 @@ int tqai_attend(const Job *job) {
   }
   const int64_t bytes_k = d * job->bits_k / 8;
   const int64_t sizes[] = {room * d * 4, room * dv * 4, room * TOKENS * 4, room * TOKENS * 2, room * 4, room * 4, room,
-                           wide_d * 16,  TOKENS * 64,   d * 4,             dv * 4,            wide_d * 4, wide_d, TOKENS * 4 * rows, rows * dv * 4, rows * 4};
-  int64_t at[16], need = 64;
-  for (int i = 0; i < 16; i++) at[i] = need, need += (sizes[i] + 63) / 64 * 64;
+                           wide_d * 16,  TOKENS * 64,   d * 4,             dv * 4,            wide_d * 8, wide_d, rows * dv * 4, rows * 4};
+  int64_t at[15], need = 64;
+  for (int i = 0; i < 15; i++) at[i] = need, need += (sizes[i] + 63) / 64 * 64;
   uint8_t *memory = malloc((size_t)need);
   if (!memory) return 1;
   uint8_t *base = (uint8_t *)(((uintptr_t)memory + 63) / 64 * 64) - 64;
 #define PART(type, i) ((type *)(base + at[i]))
   int16_t *q = PART(int16_t, 0), *w = PART(int16_t, 3), *row = PART(int16_t, 11), *pairs = PART(int16_t, 8);
-  float *q_fp32 = PART(float, 0), *wide_row = PART(float, 7), *sum = PART(float, 1), *s = PART(float, 2), *unit = PART(float, 4), *scale = PART(float, 5);
-  float *weighted = PART(float, 13), *out_exact = PART(float, 14), *shift = PART(float, 15);
+  float *wide_row = PART(float, 7), *sum = PART(float, 1), *s = PART(float, 2), *unit = PART(float, 4), *scale = PART(float, 5);
+  float *out_exact = PART(float, 13), *shift = PART(float, 14);
   uint8_t *bad = PART(uint8_t, 6), *probe = PART(uint8_t, 12);
   int32_t *order_k = PART(int32_t, 9), *order_v = PART(int32_t, 10), *other = PART(int32_t, 7);
   float gain_k[TOKENS], gain_v[RUNS][TOKENS];
-  memset(q, 0, (size_t)(room * d) * 2);
+  memset(q, 0, (size_t)(room * d) * 4);
   memset(w, 0, (size_t)(room * TOKENS) * 2);
   memset(scale, 0, (size_t)room * 4);
   orders(bk.bits, d, order_k, other, row, pairs, wide_row + wide_d, probe);
   for (int64_t i = 0, j = 0; i < runs; j += job->run[i++].d)
-    orders(bv[i].bits, job->run[i].d, job->precise ? order_v + j : other, job->precise ? other : order_v + j, row, pairs, wide_row + wide_d, probe);
+    orders(bv[i].bits, job->run[i].d, other, order_v + j, row, pairs, wide_row + wide_d, probe);
 
   for (int64_t head = 0; head < job->heads; head++) {
     float *top = job->top + head * rows, *weight = job->weight + head * rows;
@@ -816,12 +808,11 @@ int tqai_attend(const Job *job) {
       }
       float up = bad[r] || !(most > TINY) ? 0 : QUERY / most;
       unit[r] = up > 0 ? bk.unit / up : 0;
-      if (job->precise) {
-        unit[r] = bk.unit;
-        for (int64_t j = 0; j < d; j++) q_fp32[r * d + j] = x[order_k[j]];
-        continue;
+      for (int64_t j = 0; j < d; j++) {
+        const float y = up > 0 ? x[order_k[j]] * up : 0;
+        q[r * d + j] = (int16_t)lrintf(y);
+        if (job->precise) q[(room + r) * d + j] = (int16_t)lrintf((y - rintf(y)) * DIGIT);
       }
-      for (int64_t j = 0; j < d; j++) q[r * d + j] = up > 0 ? (int16_t)lrintf(x[order_k[j]] * up) : 0;
     }
     int64_t column = job->first;
     for (int64_t g = 0; g < job->segment_count; g++) {
@@ -835,16 +826,15 @@ int tqai_attend(const Job *job) {
         for (int64_t t = n; t < even; t++) gain_k[t] = 0;
         for (int64_t i = 0; i < runs; i++) {
           const uint16_t *p = seg->gain_v + at * runs + i;
-          for (int64_t t = 0; t < n; t++) gain_v[i][t] = wide(p[t * runs]);
+          if (runs == 1) /* which the compiler can vectorise */
+            for (int64_t t = 0; t < n; t++) gain_v[i][t] = wide(p[t]);
+          else
+            for (int64_t t = 0; t < n; t++) gain_v[i][t] = wide(p[t * runs]);
           for (int64_t t = n; t < even; t++) gain_v[i][t] = 0;
         }
         const uint8_t *codes_k = seg->codes_k + at * bytes_k, *codes_v = seg->codes_v + at * bytes_v;
-#define SCORES(bits) scores(&bk, bits, codes_k, bytes_k, n, q, room, d, row, s, codes_v, bytes_v)
-#define SCORES_FP32(bits) scores_fp32(&bk, bits, codes_k, bytes_k, n, q_fp32, rows, d, row, wide_row, s)
-        if (job->precise)
-          PICK(job->bits_k, SCORES_FP32);
-        else
-          PICK(job->bits_k, SCORES);
+#define SCORES(bits) scores_##bits(&bk, 1 + (job->precise != 0), codes_k, bytes_k, n, q, rows, room * d, d, row, s, codes_v, bytes_v)
+        PICK(job->bits_k, SCORES);
         int needed = 0;
         for (int64_t r = 0; r < rows; r++) {
           float *x = s + r * TOKENS, more = shift[r];
@@ -854,19 +844,16 @@ int tqai_attend(const Job *job) {
           needed |= share > weight[r] * NEGLIGIBLE;
         }
         if (!needed) continue;
-        for (int64_t i = 0, j = 0; i < runs; j += job->run[i++].d) {
-          const int64_t own = job->run[i].d;
-          if (job->precise) {
-            for (int64_t r = 0; r < rows; r++)
-              for (int64_t t = 0; t < even; t++) weighted[r * TOKENS + t] = s[r * TOKENS + t] * gain_v[i][t] * bv[i].unit;
-#define VALUES_FP32(bits) values_fp32(bv + i, bits, codes_v, bytes_v, n, weighted, rows, own, row, wide_row, sum + j, dv)
-            PICK(bv[i].bits, VALUES_FP32);
-          } else {
-            for (int64_t r = 0; r < rows; r++) scale[r] = integers(s + r * TOKENS, gain_v[i], even, bv + i, w + r * TOKENS);
-#define VALUES(bits) values(bv + i, bits, codes_v, bytes_v, n, w, scale, room, own, pairs, sum + j, dv)
+        const int64_t share = job->precise ? FEWER : TOKENS;
+        for (int64_t t = 0; t < n; t += share, codes_v += share * bytes_v) {
+          const int64_t count = n - t < share ? n - t : share;
+          for (int64_t i = 0, j = 0, at_v = 0; i < runs; j += job->run[i++].d) {
+            const int64_t own = job->run[i].d;
+            for (int64_t r = 0; r < rows; r++) scale[r] = integers(s + r * TOKENS + t, gain_v[i] + t, whole(count), bv + i, w + r * TOKENS);
+#define VALUES(bits) values_##bits(bv + i, codes_v + at_v, bytes_v, count, w, scale, room, own, pairs, sum + j, dv)
             PICK(bv[i].bits, VALUES);
+            at_v += own * bv[i].bits / 8;
           }
-          codes_v += own * bv[i].bits / 8;
         }
       }
       column += seg->tokens;
@@ -884,6 +871,45 @@ int tqai_attend(const Job *job) {
   }
   free(memory);
   return 0;
+}
+
+#ifndef _WIN32
+static void *attend_in_thread(void *job) { return (void *)(intptr_t)attend(job); }
+#endif
+
+/* The softmax of other keys joins that of a job */
+static void join_states(const Job *job, const Job *other) {
+  const int64_t dv = job->dv;
+  for (int64_t r = 0; r < job->heads * job->group * job->count; r++) {
+    const float top = fmaxf(job->top[r], other->top[r]), own = expf(job->top[r] - top), more = expf(other->top[r] - top);
+    job->top[r] = top;
+    job->weight[r] = job->weight[r] * own + other->weight[r] * more;
+    for (int64_t j = r * dv; j < (r + 1) * dv; j++) job->sum[j] = job->sum[j] * own + other->sum[j] * more;
+  }
+}
+
+/* Jobs of the same queries and different keys, a thread each, at most THREADS: the first one gets the softmax over all keys. 0, or 1
+ * where memory ran out. Threads are started anew: this takes a few dozen microseconds and leaves nothing behind, as a fork wants it. */
+int tqai_attend(const Job *jobs, int64_t count) {
+  int failed = 0;
+#ifdef _WIN32
+  for (int64_t i = 0; i < count; i++) failed |= attend(jobs + i);
+#else
+  pthread_t threads[THREADS];
+  int runs[THREADS];
+  for (int64_t i = 1; i < count; i++) runs[i] = !pthread_create(threads + i, NULL, attend_in_thread, (void *)(jobs + i));
+  failed = attend(jobs);
+  for (int64_t i = 1; i < count; i++) {
+    void *other = NULL;
+    if (runs[i])
+      pthread_join(threads[i], &other);
+    else
+      other = attend_in_thread((void *)(jobs + i));
+    failed |= other != NULL;
+  }
+#endif
+  for (int64_t i = 1; i < count && !failed; i++) join_states(jobs, jobs + i);
+  return failed;
 }
 
 /* The name of the instruction set, for reports. */
