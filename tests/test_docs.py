@@ -12,7 +12,7 @@ from pathlib import Path
 import figures
 import pytest
 import sources
-from bench import attention, calibrate, codec, default, dit, dit_kv, levels, llm, sampler, stream
+from bench import attention, calibrate, codec, default, dit, dit_kv, levels, llm, llm_speed, sampler, stream
 from bench.harness import child, closing, medians, promises
 
 import tqai_core as tqai
@@ -28,7 +28,7 @@ def test_figures_are_those_of_the_results_and_no_number_is_without_a_source():
 
 
 @pytest.mark.parametrize(
-    "bench", [dit, default, codec, stream, calibrate, attention, levels, llm, sampler, dit_kv], ids=lambda bench: bench.__name__
+    "bench", [dit, default, codec, stream, calibrate, attention, levels, llm, llm_speed, sampler, dit_kv], ids=lambda bench: bench.__name__
 )
 def test_results_name_their_machine_and_their_promises_are_recomputed(bench):
     result = json.loads((RESULTS / f"{bench.__name__.split('.')[-1]}.json").read_text())
