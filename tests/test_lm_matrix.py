@@ -77,6 +77,34 @@ def test_a_family_gives_its_own_tokens_or_is_refused(kind):
     assert all(text == "same" or text.startswith("refused") for text in found.values()), found
 
 
+@pytest.mark.parametrize("kind", SOME)
+def test_sdpa_reads_packed_rows_as_it_would_dense_values(kind, monkeypatch):
+    """A bare cache, 8 bits, one token after the other: in place where it can be, and the logits of dense values."""
+    from tqai_core.attention import lazy
+
+    model, ids = tiny_lms.build(kind), torch.randint(3, tiny_lms.VOCAB - 1, (1, 150), generator=torch.Generator().manual_seed(5))
+    config = tqai.Config(level="kv", codec="turbo:bits=8", recent=8, calibrate=0)
+
+    def logits() -> tuple[torch.Tensor, Any]:
+        cache = tqai.KVCache(model.config, config)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            model(ids[:, :130], past_key_values=cache)
+            return torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(130, 150)]), cache
+
+    try:
+        got, cache = logits()
+    except tqai.TqaiError:
+        return  # said in a sentence; the test above looks at those
+    monkeypatch.setattr(lazy, "_in_place", lambda *args, **kw: None)
+    want, dense = logits()
+    assert float((got - want).square().sum() / want.square().sum()) < 1e-6
+    assert all(a.kv.packed == b.kv.packed for a, b in zip(cache.packed_layers, dense.packed_layers, strict=True))
+    if kind in ("llama", "qwen3", "phi3", "gpt2"):
+        assert cache.packed_layers[0].kv.packed > 0
+        assert (cache.materialised, dense.materialised > 0) == (0, True)
+
+
 @pytest.mark.slow
 def test_every_class_gives_its_own_tokens_or_is_refused(capsys):
     table = {kind: check(kind) for kind in tiny_lms.KINDS if kind in tiny_lms.CONFIGS}

@@ -172,7 +172,7 @@ def verdicts(result: Row) -> list[Row]:
     for dtype, tokens, least in (("float32", 4096, 1.8), ("bfloat16", 8192, 2.0)):
         need(
             f"step of SmolLM2's shape, {dtype}, {tokens} tokens: times the speed of DynamicCache",
-            ratio(result, dtype, tokens, 1),
+            ratio(result, dtype, tokens),
             least=least,
         )
     bare = 1 / ratio(result, "float32", 4096, "tqai k4v4, bare cache")
