@@ -68,7 +68,7 @@ def test_a_student_is_its_teacher_and_a_low_rank_difference():
 
 def test_a_clip_student_draws_digits():
     mini, labels = Mini("wan_4"), [0, 3, 7]
-    mini.schedule("euler", 1.0)
+    mini.schedule("uniform", 1.0)
     run = mini.run(labels, 1, 4)
     assert mini.calls == 4
     assert digits.accuracy(mini.pixels(run.latents), torch.tensor(labels)) >= 0.6
@@ -101,7 +101,18 @@ def test_steps_that_are_skipped():
 
 
 def row(group: str, cpu: float, distance: float, psnr: float, **more: object) -> dict[str, object]:
-    return {"mini": "m", "steps": 8, "group": group, "method": "", "failed": "", "cpu": cpu, "distance": distance, "psnr": psnr, **more}
+    return {
+        "mini": "m",
+        "steps": 8,
+        "seeds": 1,
+        "group": group,
+        "method": "",
+        "failed": "",
+        "cpu": cpu,
+        "distance": distance,
+        "psnr": psnr,
+        **more,
+    }
 
 
 def test_fewer_steps_at_equal_time_are_a_line():
