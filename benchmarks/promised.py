@@ -53,6 +53,10 @@ WORDS = {  # what a promise is about -> what its failure means
         "with 4 steps no part gives that much and stays nearer both to the exact run and to real pictures than fewer steps do."
     ),
     "Fréchet distance beside the teacher's": "a student's pictures are further from real ones than its teacher's, by more than promised.",
+    "error over that of sol_attn": (
+        "beside sol_attn of comfy-kitchen, as many blocks have nearly its error, not half of it: attention of the mini is spread out, and "
+        "both represent what is not read."
+    ),
     "window: order 1 without / order 0 with": (
         "with the nearest blocks, order 0 and a far field have more error than order 1 without one, on the worst seed."
     ),

@@ -241,7 +241,10 @@ def sampler(result: dict[str, Any]) -> str:
 
 
 def attention_of(bench: Any, result: dict[str, Any]) -> dict[str, str]:
-    return {"attention": table(*bench.speeds(result)), "attention-clips": table(*bench.clips(result))}
+    return {
+        "attention": table(*bench.speeds(result)), "attention-clips": table(*bench.clips(result)),
+        "attention-sol": table(*bench.sol.cells(result["sol"])),
+    }  # fmt: skip
 
 
 def peers(result: dict[str, Any]) -> str:

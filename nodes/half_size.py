@@ -42,15 +42,20 @@ def sized(
 ) -> Tensor:
     """The picture ``[b, ...]`` that the model predicts at ``x``, from a forward at the size of this step. ``compute`` is the host's."""
     state, step = flow.half_size, flow.step
-    if not state.on or step is None:
+    if step is None or not state.small(step.sigma):
         return compute(x, t)
     if (why := why_not(x, inputs, patch)) is not None:
         state.off()
         flow.recorder.fallback(flow.model, f"full size: {why}")
         return compute(x, t)
-    flow.recorder.report.calls_half += 1
     latent = parametrisation.latent(x, t)
     small, sigma = reduce(latent, step.sigma)
     clean = compute(*parametrisation.host(small, torch.full_like(t, sigma)))
+    if state.judges(step.sigma):
+        full = compute(x, t)
+        if (why := state.judge(full, clean, step.sigma)) is not None:
+            flow.recorder.fallback(flow.model, f"full size: {why}")
+        return full
+    flow.recorder.report.calls_half += 1
     state.see(clean, sigma)
     return (latent - step.sigma * enlarge(latent, step.sigma, clean)).to(clean.dtype)

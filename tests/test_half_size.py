@@ -11,6 +11,7 @@ from einops import rearrange
 import tqai_core as tqai
 from tqai_core.half_size import HalfSize, enlarge, hidden, reduce, restriction
 from tqai_core.hosts.diffusers import minis
+from tqai_core.hosts.diffusers.half_size import layout_of, time_of
 
 SIZE, SIGNAL = 32, 0.15
 
@@ -148,9 +149,11 @@ class Aligned(diffusers.FlowMatchEulerDiscreteScheduler):
         self.timesteps = self.sigmas[:-1] * 1000
 
 
-def run(kind, config=None, steps=6, pipe=None, **more):
+def run(kind, config=None, steps=6, pipe=None, trusted=True, **more):
     pipe = pipe or minis.pipeline(kind)
     handle = tqai.apply(pipe, config) if config is not None else None
+    if handle is not None and trusted:
+        handle.flows[0].half_size.trusted = True  # the minis were trained at one size, and would be refused
     generators = [torch.Generator().manual_seed(i) for i in (0, 1)]
     options = {**minis.inputs(kind, [3, 7]), "num_inference_steps": steps, "output_type": "latent", "return_dict": False, **more}
     x = pipe(**options, generator=generators)[0]
@@ -172,7 +175,7 @@ def test_a_run_at_half_size_is_a_run_of_half_the_size(kind, monkeypatch):
     assert report.calls_half == report.calls > 0
     handle.remove()
     pipe.scheduler = Aligned(shift=1.0)
-    half = minis.PIXELS // 2
+    half = 64  # a half of what the minis' pipelines are asked for
     y, _, _, _ = run(kind, None, steps=2, pipe=pipe, height=half, width=half, latents=packed(kind, small))
     rows = restriction(SIDE, torch.device("cpu"))
     made = rows @ unpacked(kind, x, SIDE) @ rows.T / 2
@@ -191,3 +194,81 @@ def test_off_is_bit_exact_and_a_second_run_equal(kind):
                  generator=[torch.Generator().manual_seed(i) for i in (0, 1)])[0]  # fmt: skip
     assert torch.equal(first, again)
     assert 0 < handle.report().calls_half == report.calls_half
+
+
+@pytest.mark.filterwarnings("ignore:tqai")
+@pytest.mark.parametrize("kind", ["flux", "wan", "z_image"])
+def test_a_model_that_was_trained_at_one_size_stays_exact(kind):
+    """And says so: one step of the first run is computed at both sizes and compared. SD3's mini is not told apart so: its pictures of
+    both sizes differ no more than those of the photo mini, which knows both."""
+    plain, _, _, _ = run(kind, steps=8)
+    x, report, _, handle = run(kind, tqai.Config(strategy=None, monitor=None, half_size=0.1), steps=8, trusted=False)
+    assert torch.equal(x, plain)
+    assert report.calls_half == 0
+    assert any("not trained for it" in entry["why"] for entry in report.fallbacks)
+    assert handle.flows[0].half_size.trusted is False
+
+
+class Call(torch.nn.Module):
+    """A transformer that takes what it is given."""
+
+    def __init__(self, patch=2):
+        super().__init__()
+        self.config = type("Config", (), {"patch_size": patch})()
+
+
+def test_a_model_that_knows_both_sizes_is_judged_once():
+    g = torch.Generator().manual_seed(7)
+    clean, state = torch.randn(2, 3, 16, 16, generator=g), HalfSize(0.1)
+    state.model = Call()
+    small, _ = reduce(clean, 0.0)
+    state.enter(1.0)
+    assert not state.small(1.0)
+    assert state.small(0.9)
+    assert state.judges(0.9)
+    assert state.judge(clean, small + 0.3 * torch.randn(small.shape, generator=g) * small.std(), 0.9) is None
+    assert not state.small(0.9), "the other branch of the step that judged has full size too"
+    assert state.small(1.0)
+    assert not state.judges(0.9)
+    state = HalfSize(0.1)
+    state.model = Call()
+    state.enter(1.0)
+    assert "another picture" in state.judge(clean, torch.randn(small.shape, generator=g) * small.std(), 0.9)
+    state.begin()
+    state.enter(1.0)
+    assert not state.small(0.9), "what was judged holds for the next run"
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"hidden_states": torch.zeros(1, 4, 16, 16), "controlnet_block_samples": [1]}, "controlnet_block_samples"),
+        ({"hidden_states": torch.zeros(1, 4, 18, 16)}, "18 x 16"),
+        ({"hidden_states": torch.zeros(1, 64, 16), "img_ids": torch.zeros(65, 3)}, "one picture alone"),
+        ({"hidden_states": torch.zeros(1, 64, 16), "img_shapes": [[(1, 8, 4), (1, 8, 4)]]}, "one picture alone"),
+        ({"hidden_states": torch.zeros(4)}, "unknown form"),
+        ({"x": [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 16, 8)]}, "unknown form"),
+    ],
+)
+def test_what_cannot_be_made_smaller_has_full_size(given, why):
+    assert why in layout_of(Call(), {"timestep": torch.ones(1), "encoder_hidden_states": torch.zeros(1), **given})
+
+
+@pytest.mark.parametrize(
+    ("value", "sigma", "found"),
+    [(0.7, 0.7, (1.0, False)), (700.0, 0.7, (1000.0, False)), (0.3, 0.7, (1.0, True)), (300.0, 0.7, (1000.0, True)), (0.45, 0.7, None)],
+)
+def test_what_a_time_argument_means_is_found_by_its_value(value, sigma, found):
+    time = time_of({"timestep": torch.tensor([value, value])}, sigma)
+    assert found == (None if time is None else (time.scale, time.upwards))
+    assert time_of({"timestep": torch.tensor([value, 0.0])}, sigma) is None, "a time of its own for each part"
+
+
+def test_the_option_in_a_config():
+    config = tqai.Config(half_size=0.2)
+    assert tqai.Config.from_json(config.to_json()) == config
+    assert "half_size" not in tqai.Config().to_json(), "versions before do not know it"
+    assert tqai.preset("few", "flux").half_size > 0
+    for wrong in ({"half_size": 1.0}, {"half_size": -0.1}, {"half_size": True}, {"half_size": 0.1, "level": "block"}):
+        with pytest.raises(tqai.TqaiError, match="half_size"):
+            tqai.Config(**wrong)

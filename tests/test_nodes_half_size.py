@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tqai_core.half_size import TRUSTED
 from tqai_core.metrics import psnr
 
 real = pytest.mark.skipif("TQAI_COMFYUI" not in os.environ, reason="needs a real ComfyUI")
@@ -18,6 +19,7 @@ STEPS = 8
 def above_half(monkeypatch):
     """Half size for sigmas above .5, whatever random or padded latents show."""
     monkeypatch.setattr("tqai_core.half_size.hidden", lambda powers, size, seen_at, sigma: float(sigma <= 0.5))
+    monkeypatch.setattr("tqai_core.half_size.APART", 1e9)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -25,6 +27,7 @@ def test_few_steps(host, above_half, name):
     m = host.load(name)
     plain = host.sample(m, name, steps=STEPS)
     on = host.compress(m, preset="few")
+    host.sample(on, name, steps=STEPS)  # the first run compares the two sizes
     x, report = host.sample(on, name, steps=STEPS), host.report()
     assert 0 < report["calls_half"] < report["calls"]
     assert report["calls_skipped"] == 0
@@ -33,6 +36,16 @@ def test_few_steps(host, above_half, name):
     assert not torch.equal(x, plain)
     assert torch.equal(host.sample(host.compress(m, preset="few", enabled=False), name, steps=STEPS), plain)
     assert torch.equal(host.sample(m, name, steps=STEPS), plain), "the model itself is untouched"
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_model_that_does_not_know_half_the_size_stays_exact(host, monkeypatch, name):
+    monkeypatch.setattr("tqai_core.half_size.APART", 0.0)
+    m = host.load(name)
+    plain, on = host.sample(m, name, steps=STEPS), host.compress(m, preset="few")
+    for _ in range(2):
+        assert torch.equal(host.sample(on, name, steps=STEPS), plain)
+    assert host.report()["calls_half"] == 0
 
 
 @pytest.mark.parametrize(
@@ -76,8 +89,10 @@ def test_the_same_as_in_diffusers(host, above_half, kind, record_property):
     start = pipe._pack_latents(start, 2, 1, 16, 16) if kind == "flux" else start
     options = {"num_inference_steps": STEPS, "latents": start, "output_type": "latent", "return_dict": False}
     with tqai.apply(pipe, tqai.preset("few", kind)) as handle:
+        handle.flows[0].half_size.trusted = True
         other = minis.pixels(kind, pipe(**minis.inputs(kind, labels, 2.0), **options)[0])
         there = handle.report()
+    TRUSTED[m.model.diffusion_model] = True
     x = host.sample(
         host.compress(m, preset="few"), f"mini_{kind}", steps=STEPS, cfg=2.0, positive=conds(labels), negative=conds([10, 10]),
         noise=noise, sigmas=pipe.scheduler.sigmas.clone(),

@@ -171,7 +171,7 @@ class Flow:
             self.skipped_steps = []
             if not self.decision.compute:
                 self.revise("the first step of full size")
-        if self.half_size.on:
+        if self.half_size.small(step.sigma):
             self._entry["half_size"] = True
 
     def bypass(self, why: str) -> None:

@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 BANDS = 8  # of frequencies, in which the power is averaged
 MOST = 8.0  # factor by which a predicted power may be too small
+APART = 0.7  # relative difference of the pictures predicted at the two sizes above which a model knows but one of them
+JUDGED = 0.95  # from this sigma on pictures differ enough from the mean of all to judge by
+TRUSTED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # models that were judged, and whether they know both sizes
 START = 0.9  # a run that begins below this sigma begins with a picture, whose detail is there already
 
 
@@ -62,18 +67,29 @@ class HalfSize:
 
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance
+        self.model: Any = None  # whose steps these are
         self.begin()
+
+    @property
+    def trusted(self) -> bool | None:
+        """Whether the model knows both sizes; None until one step of it was computed at both."""
+        return TRUSTED.get(self.model) if self.model is not None else None
+
+    @trusted.setter
+    def trusted(self, value: bool) -> None:
+        TRUSTED[self.model] = value
 
     def begin(self) -> None:
         self.on: bool | None = None  # None before the first step
         self.share = 0.0
+        self._judged_at: float | None = None
         self._powers: list[Tensor] = []
         self._sigma, self._size = 1.0, (0, 0)
 
     def enter(self, sigma: float) -> bool:
         """A step begins: whether it is the first one of full size after some of half size. One host sync, at half size only."""
         if self.on is None:
-            self.on = self.tolerance > 0 and sigma >= START
+            self.on = self.tolerance > 0 and sigma >= START and self.trusted is not False
             return False
         if not self.on or not self._powers:
             return False
@@ -82,6 +98,27 @@ class HalfSize:
         self.share = hidden(powers, self._size, self._sigma, sigma)
         self.on = self.share <= self.tolerance
         return not self.on
+
+    def small(self, sigma: float) -> bool:
+        """Whether calls at ``sigma`` are computed at half size. A model that was not judged yet waits for the step that judges it, which
+        has full size in all branches."""
+        return bool(self.on) and sigma != self._judged_at and (self.trusted is not None or sigma <= JUDGED)
+
+    def judges(self, sigma: float) -> bool:
+        """Whether the step at ``sigma`` is computed at both sizes: once for a model, early, where the prompt and the model's knowledge
+        make the picture and not yet the latent."""
+        return self.trusted is None and sigma <= JUDGED
+
+    def judge(self, clean: Tensor, small: Tensor, sigma: float) -> str | None:
+        """Why this model is not run at half size, from its pictures of both sizes for one latent, or None. A host sync, once."""
+        both = reduce(clean, 0.0)[0].float(), small.float()
+        full, half = (picture - picture.mean((-1, -2), keepdim=True) for picture in both)
+        apart = float(((half - full).square().sum() / full.square().sum().clamp(min=1e-12)).sqrt())
+        self.trusted, self._judged_at = apart <= APART, sigma
+        if self.trusted:
+            return None
+        self.off()
+        return f"at half the size this model predicts another picture (relative difference {apart:.2f}): it was not trained for it"
 
     def off(self) -> None:
         self.on = False

@@ -24,6 +24,7 @@ from tqai_core.peak import PROC, Peak
 from tqai_core.registry import build
 from tqai_core.strategies.window import Window
 
+from . import sol
 from .dit import labels_of
 from .harness import Mini, Row, Table, closing, machine, one_thread, promises
 from .plot import Chart
@@ -74,8 +75,10 @@ def bench(seeds: Sequence[int], tell: Callable[[str], None] = lambda text: None)
     ]
     result = {
         "bench": "attention", "machine": machine(), "seeds": list(seeds), "steps": STEPS, "samples": SAMPLES,
-        "speed": rows, "memory": memory, "wan": generations(seeds, tell), "queries": queries(seeds[:1]),
+        "speed": rows, "memory": memory, "wan": generations(seeds, tell), "queries": queries(seeds[:1]), "sol": sol.rows(),
     }  # fmt: skip
+    if not result["sol"]:
+        result["missing"] = {"sol_attn": sol.MISSING}
     return result | {"verdicts": verdicts(result)}
 
 
@@ -230,6 +233,7 @@ def verdicts(result: Row) -> list[Row]:
         for plain, order in orders:
             what = f"{name}: order {plain} without / order {order} with far field, worst seed"
             need(what, ratio(row.format(plain, "no"), row.format(order, "centroid")), least=limit)
+    sol.verdict(result.get("sol", []), need)
     return out
 
 
@@ -239,6 +243,7 @@ def tables_of(result: Row) -> list[Table]:
     rows = [[f"{r['density']:g}", r["far"], "" if r["extra"] is None else f"{r['extra'] / 2**20:.1f}"] for r in result["memory"]]
     out.append(("peak memory above the output, 8192 tokens, 4 heads of 128, bf16", ["density", "far field", "MiB"], rows))
     out.append((f"WAN mini, {STEPS} Euler steps, {result['samples']} clips, full every 4th step; seeds {result['seeds']}", *clips(result)))
+    out.append(("one step's attention output beside ComfyUI's sol_attn, as many blocks read", *sol.cells(result.get("sol", []))))
     rows = [[r["method"], f"{r['nmse']:.4f}"] for r in result["queries"]]
     out.append(("WAN mini, one step's attention output by fewer queries (not more than this is promised)", ["method", "NMSE"], rows))
     return [*out, *closing(result)]

@@ -71,6 +71,7 @@ def many(family: str) -> list[Method]:
     return out
 
 
+PLAIN = Config(strategy=None, monitor=None, codec="exact")
 ORDERS = {"reuse": "delta", "order 1": "delta2"}
 
 
@@ -90,8 +91,7 @@ def guidance(steps: int) -> list[Method]:
 
 def coarse(steps: int) -> list[Method]:
     """The first steps at half the height and width, alone and with forecasts."""
-    plain = Config(strategy=None, monitor=None, codec="exact")
-    on = lambda share, skipped=(): replace(at("model", "delta2", steps, skipped) if skipped else plain, half_size=share)  # noqa: E731
+    on = lambda share, skipped=(): replace(at("model", "delta2", steps, skipped) if skipped else PLAIN, half_size=share)  # noqa: E731
     out = [Method(COARSE, f"finer detail up to {share:.0%} signal", on(share)) for share in (0.1, 0.2, 0.3)]
     for share, skipped in dict.fromkeys([(0.1, skips(steps)[0]), (0.1, skips(steps)[-1]), (0.2, skips(steps)[-1])]):
         out.append(Method("combination", f"{COARSE}, {share:.0%}; order 1, without {told(skipped)}", on(share, skipped)))
@@ -163,7 +163,8 @@ class Track:
         """What every method makes of ``seeds``, in the order of the methods."""
         mini, every = Mini(self.kind), self.methods
         mini.schedule("uniform" if self.kind in names.STUDENTS else "euler", 1.0)
-        mini.run(self.labels(0), 0, 1)  # warm caches are part of no figure
+        for config in (None, replace(PLAIN, half_size=0.1)):  # warm caches, and that a model is judged once, are part of no figure
+            mini.run(self.labels(0), 0, self.steps, config)
         found = [Found() for _ in every]
         for seed in seeds:
             labels, exact = self.labels(seed), None

@@ -146,8 +146,9 @@ def time_of(given: Mapping[str, Any], sigma: float) -> Time | None:
 class HalfSizeCall:
     """Calls of one transformer at half size. What its arguments mean is found once a generation."""
 
-    def __init__(self, model: Any, state: HalfSize) -> None:
-        self.model, self.state = model, state
+    def __init__(self, model: Any, state: HalfSize, refused: Callable[[str], None]) -> None:
+        self.model, self.state, self.refused = model, state, refused
+        state.model = model
         self.begin()
 
     def begin(self) -> None:
@@ -173,6 +174,15 @@ class HalfSizeCall:
         form, tensors = Form.of(compute(**{**given, **changed}))
         sign, out = -1 if time.upwards else 1, tensors[0]
         clean = small.float() - small_sigma * sign * layout.unpack_output(out, small).float()
+        if self.state.judges(sigma):
+            return self._judged(layout, x, sigma, compute(**given), clean, sign)
         self.state.see(clean, small_sigma)
         velocity = sign * enlarge(x, sigma, clean)
         return form.filled([layout.pack_output(velocity.to(out.dtype), out), *tensors[1:]])
+
+    def _judged(self, layout: Layout, x: Tensor, sigma: float, output: Any, clean: Tensor, sign: int) -> Any:
+        """The output of full size, after the two sizes were compared."""
+        velocity = sign * layout.unpack_output(Form.of(output)[1][0], x)
+        if (why := self.state.judge(x.float() - sigma * velocity.float(), clean, sigma)) is not None:
+            self.refused(why)
+        return output

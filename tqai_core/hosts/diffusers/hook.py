@@ -81,7 +81,7 @@ class RootHook(ModelHook):
         self.context = StateManager(NoState)  # diffusers puts the cache context here
         self.names = tuple(inspect.signature(model.forward).parameters)  # of the positional arguments
         self.compiled = False
-        self.half_size = HalfSizeCall(model, patch.flow.half_size)
+        self.half_size = HalfSizeCall(model, patch.flow.half_size, self._refused)
         self.found: SchedulerClock | None = None  # of the pipeline that calls a bare transformer
         self._restart()
 
@@ -134,7 +134,7 @@ class RootHook(ModelHook):
         context = self.context._context
         if not self._enter(module, context, given):
             return compute(*args, **kwargs)
-        if flow.half_size.on:
+        if flow.half_size.small(cast(Step, flow.step).sigma):
             compute = self._at_half_size(compute, given)
         try:
             return self._at_step(context, given, compute, args, kwargs)
@@ -148,14 +148,17 @@ class RootHook(ModelHook):
         layout = self.half_size.prepare(given, sigma)
         if isinstance(layout, str):
             self.flow.half_size.off()
-            self.recorder.fallback(self.flow.model, f"full size: {layout}")
+            self._refused(layout)
             return compute
 
         def half(*args: Any, **kwargs: Any) -> Any:
-            self.recorder.report.calls_half += 1
+            self.recorder.report.calls_half += not self.flow.half_size.judges(sigma)
             return self.half_size(layout, compute, {**dict(zip(self.names, args, strict=False)), **kwargs}, sigma)
 
         return half
+
+    def _refused(self, why: str) -> None:
+        self.recorder.fallback(self.flow.model, f"full size: {why}")
 
     def _release(self) -> None:
         """Nobody asks again after the last step. Modular pipelines and loops of one's own do not say that they are over."""
