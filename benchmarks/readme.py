@@ -430,8 +430,7 @@ def few_row(result: dict[str, Any]) -> str:
     parts = []
     for kind, steps in dict.fromkeys((r["mini"], r["steps"]) for r in result["rows"]):
         rows = [r for r in result["rows"] if (r["mini"], r["steps"]) == (kind, steps)]
-        good = [r for r in rows if few.beats(r) and r["distance"] <= few.CLOSE * rows[0]["distance"]]
-        best = max(good, key=lambda r: r["cpu"], default=None)
+        best = max(few.close(rows, "Fréchet", "both"), key=lambda r: r["cpu"], default=None)
         parts.append(f"{kind}, {steps} steps: " + (f"{best['cpu']:.2f}x ({best['group']})" if best else "nothing beats fewer steps"))
     return "; ".join(parts)
 
