@@ -107,13 +107,14 @@ def multistep(dit: dict[str, Any]) -> str:
     rows = [
         [kind, r["method"], f"{r['calls']:g}", *tail(r, "nmse"), *tail(r, "ode")]
         for kind, tables in dit["tables"].items()
-        for r in tables["multistep"]
+        for r in tables.get("multistep", ())
     ]
     return f"{table(['mini', 'method', 'calls', 'own', *NMSE[1:], 'true ODE', *NMSE[1:]], rows)}\n\n{batches(dit)}"
 
 
 def solvers(dit: dict[str, Any]) -> str:
-    rows = [[kind, r["method"], f"{r['calls']:g}", *tail(r, "ode")] for kind, tables in dit["tables"].items() for r in tables["solvers"]]
+    found = [(kind, r) for kind, tables in dit["tables"].items() for r in tables.get("solvers", ())]
+    rows = [[kind, r["method"], f"{r['calls']:g}", *tail(r, "ode")] for kind, r in found]
     return f"{table(['mini', 'method', 'calls', 'true ODE, NMSE e-4', *NMSE[1:]], rows)}\n\n{batches(dit)}"
 
 
