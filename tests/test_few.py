@@ -18,7 +18,9 @@ from bench.harness import Mini  # noqa: E402
 from minis.judge import Judge, frechet, moments  # noqa: E402
 
 from tqai_core import TqaiError, minis  # noqa: E402
+from tqai_core.config import preset  # noqa: E402
 from tqai_core.hosts.diffusers import minis as host  # noqa: E402
+from tqai_core.metrics import psnr  # noqa: E402
 from tqai_core.minis import digits, names  # noqa: E402
 
 LABORATORY = ROOT / "benchmarks" / "minis"
@@ -72,6 +74,19 @@ def test_a_clip_student_draws_digits():
     run = mini.run(labels, 1, 4)
     assert mini.calls == 4
     assert digits.accuracy(mini.pixels(run.latents), torch.tensor(labels)) >= 0.6
+
+
+def test_the_preset_is_the_row_that_paid():
+    mini, prompts, few_steps = Mini("photo_8", 16), list(range(10)), preset("few")
+    mini.schedule("euler", 1.0)
+    exact, run = mini.run(prompts, 2, 8), mini.run(prompts, 2, 8, few_steps)
+    row = mini.run(prompts, 2, 8, few.at_level("model", "order 1", 8, (2, 4, 6)).config)
+    assert torch.equal(run.latents, row.latents)
+    assert (exact.calls, run.calls) == (8, 5)
+    assert psnr(run.latents, exact.latents) > 33
+    left = mini.run(prompts, 2, 4, few_steps)
+    assert torch.equal(left.latents, mini.run(prompts, 2, 4).latents)
+    assert left.report.calls_skipped == 0
 
 
 def test_labels_that_the_minis_do_not_have():
