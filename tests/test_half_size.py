@@ -266,7 +266,7 @@ def test_the_option_in_a_config():
     config = tqai.Config(half_size=0.2)
     assert tqai.Config.from_json(config.to_json()) == config
     assert "half_size" not in tqai.Config().to_json(), "versions before do not know it"
-    assert tqai.preset("few", "flux").half_size > 0
+    assert tqai.preset("half", "flux").half_size > 0
     for wrong in ({"half_size": 1.0}, {"half_size": -0.1}, {"half_size": True}, {"half_size": 0.1, "level": "block"}):
         with pytest.raises(tqai.TqaiError, match="half_size"):
             tqai.Config(**wrong)
