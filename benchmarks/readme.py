@@ -113,13 +113,14 @@ def multistep(dit: dict[str, Any]) -> str:
     rows = [
         [kind, r["method"], f"{r['calls']:g}", *tail(r, "nmse"), *tail(r, "ode")]
         for kind, tables in dit["tables"].items()
-        for r in tables["multistep"]
+        for r in tables.get("multistep", ())
     ]
     return f"{table(['mini', 'method', 'calls', 'own', *NMSE[1:], 'true ODE', *NMSE[1:]], rows)}\n\n{batches(dit)}"
 
 
 def solvers(dit: dict[str, Any]) -> str:
-    rows = [[kind, r["method"], f"{r['calls']:g}", *tail(r, "ode")] for kind, tables in dit["tables"].items() for r in tables["solvers"]]
+    found = [(kind, r) for kind, tables in dit["tables"].items() for r in tables.get("solvers", ())]
+    rows = [[kind, r["method"], f"{r['calls']:g}", *tail(r, "ode")] for kind, r in found]
     return f"{table(['mini', 'method', 'calls', 'true ODE, NMSE e-4', *NMSE[1:]], rows)}\n\n{batches(dit)}"
 
 
@@ -475,8 +476,7 @@ def few_row(result: dict[str, Any]) -> str:
     parts = []
     for kind, steps in dict.fromkeys((r["mini"], r["steps"]) for r in result["rows"]):
         rows = [r for r in result["rows"] if (r["mini"], r["steps"]) == (kind, steps)]
-        good = [r for r in rows if few.beats(r) and r["distance"] <= few.CLOSE * rows[0]["distance"]]
-        best = max(good, key=lambda r: r["cpu"], default=None)
+        best = max(few.close(rows, "Fréchet", "both"), key=lambda r: r["cpu"], default=None)
         parts.append(f"{kind}, {steps} steps: " + (f"{best['cpu']:.2f}x ({best['group']})" if best else "nothing beats fewer steps"))
     return "; ".join(parts)
 

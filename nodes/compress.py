@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from tqai_core.config import FEW, LEVELS, PRESETS
+from tqai_core.config import FEW, HALF, LEVELS, PRESETS
 from tqai_core.config import preset as ready
 
 from .files import contained
@@ -36,10 +36,11 @@ class TQAICompress(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model, after LoRAs and shift nodes."),
                 io.Combo.Input(
                     "preset",
-                    options=[*PRESETS, FEW],
+                    options=[*PRESETS, FEW, HALF],
                     default="balanced",
-                    tooltip="How much is skipped: quality least, fast most. few is for 8 steps or fewer: the first ones run at half the "
-                    "height and width. The error allowed is tuned for each family of models. Not used when a pipeline is linked.",
+                    tooltip="How much is skipped: quality least, fast most. few is for 8 steps: every second one from the third on. half: "
+                    "balanced, and the first steps at half the height and width. The error allowed is tuned for each family of models. Not "
+                    "used when a pipeline is linked.",
                 ),
                 io.Combo.Input(
                     "level",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tqai_core.flow import Flow
-from tqai_core.half_size import enlarge, reduce
+from tqai_core.half_size import reduce
 
 # conditions that say nothing of places in the picture
 SAFE = {
@@ -57,5 +57,4 @@ def sized(
             flow.recorder.fallback(flow.model, f"full size: {why}")
         return full
     flow.recorder.report.calls_half += 1
-    state.see(clean, sigma)
-    return (latent - step.sigma * enlarge(latent, step.sigma, clean)).to(clean.dtype)
+    return (latent - step.sigma * state.velocity(latent, step.sigma, clean, sigma)).to(clean.dtype)

@@ -18,7 +18,9 @@ from bench.harness import Mini  # noqa: E402
 from minis.judge import Judge, frechet, moments  # noqa: E402
 
 from tqai_core import TqaiError, minis  # noqa: E402
+from tqai_core.config import preset  # noqa: E402
 from tqai_core.hosts.diffusers import minis as host  # noqa: E402
+from tqai_core.metrics import psnr  # noqa: E402
 from tqai_core.minis import digits, names  # noqa: E402
 
 LABORATORY = ROOT / "benchmarks" / "minis"
@@ -68,10 +70,23 @@ def test_a_student_is_its_teacher_and_a_low_rank_difference():
 
 def test_a_clip_student_draws_digits():
     mini, labels = Mini("wan_4"), [0, 3, 7]
-    mini.schedule("euler", 1.0)
+    mini.schedule("uniform", 1.0)
     run = mini.run(labels, 1, 4)
     assert mini.calls == 4
     assert digits.accuracy(mini.pixels(run.latents), torch.tensor(labels)) >= 0.6
+
+
+def test_the_preset_is_the_row_that_paid():
+    mini, prompts, few_steps = Mini("photo_8", 16), list(range(10)), preset("few")
+    mini.schedule("euler", 1.0)
+    exact, run = mini.run(prompts, 2, 8), mini.run(prompts, 2, 8, few_steps)
+    row = mini.run(prompts, 2, 8, few.at_level("model", "order 1", 8, (2, 4, 6)).config)
+    assert torch.equal(run.latents, row.latents)
+    assert (exact.calls, run.calls) == (8, 5)
+    assert psnr(run.latents, exact.latents) > 33
+    left = mini.run(prompts, 2, 4, few_steps)
+    assert torch.equal(left.latents, mini.run(prompts, 2, 4).latents)
+    assert left.report.calls_skipped == 0
 
 
 def test_labels_that_the_minis_do_not_have():
@@ -101,7 +116,18 @@ def test_steps_that_are_skipped():
 
 
 def row(group: str, cpu: float, distance: float, psnr: float, **more: object) -> dict[str, object]:
-    return {"mini": "m", "steps": 8, "group": group, "method": "", "failed": "", "cpu": cpu, "distance": distance, "psnr": psnr, **more}
+    return {
+        "mini": "m",
+        "steps": 8,
+        "seeds": 1,
+        "group": group,
+        "method": "",
+        "failed": "",
+        "cpu": cpu,
+        "distance": distance,
+        "psnr": psnr,
+        **more,
+    }
 
 
 def test_fewer_steps_at_equal_time_are_a_line():
@@ -109,20 +135,19 @@ def test_fewer_steps_at_equal_time_are_a_line():
     near, far = few.against_fewer([*line, row("model level", 4 / 3, 1.5, 30.0), row("x", 3.0, 9.0, 9.0)])[2:]
     assert near["distance_fewer"] == pytest.approx(2.0)
     assert near["psnr_fewer"] == pytest.approx(20 + 20 * math.log10(2))
-    assert few.beats(near)
+    assert few.better(near) == "both"
     assert far["distance_fewer"] is None
-    assert not few.beats(far)
+    assert few.better(far) == "no"
 
 
 def test_promises_and_order():
-    rows = few.against_fewer([
-        row(few.EXACT, 1.0, 1.0, math.inf), row(few.FEWER, 2.0, 3.0, 20.0), row("good", 1.6, 1.04, 30.0), row("bad", 1.6, 2.9, 15.0),
-        row("far from real", 1.9, 1.2, 30.0), {"mini": "m", "steps": 8, "group": "broken", "method": "", "failed": "why"},
-    ])  # fmt: skip
-    (verdict,) = few.verdicts({"rows": rows, "teachers": []})
-    assert verdict["measured"] == pytest.approx(1.6)
-    assert verdict["ok"]
-    assert [r["group"] for r in few.lost_first(rows)] == ["broken", "bad", "good", "far from real", few.EXACT, few.FEWER]
+    parts = {"good": (1.6, 1.04, 30.0), "bad": (1.6, 2.9, 15.0), "real": (1.7, 1.05, 9.0), "far from real": (1.9, 1.2, 30.0)}
+    line = [row(few.EXACT, 1.0, 1.0, math.inf), row(few.FEWER, 2.0, 3.0, 20.0)]
+    broken = {"mini": "m", "steps": 8, "group": "broken", "method": "", "failed": "why"}
+    rows = few.against_fewer([*line, *(row(name, *figures) for name, figures in parts.items()), broken])
+    look, both = few.verdicts({"rows": rows, "teachers": []})
+    assert (look["measured"], look["ok"], both["measured"], both["ok"]) == (1.7, True, 1.6, True)
+    assert [r["group"] for r in few.lost_first(rows)] == ["broken", "bad", "real", "good", "far from real", few.EXACT, few.FEWER]
 
 
 def test_the_bench_end_to_end(monkeypatch):

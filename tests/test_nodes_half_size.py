@@ -26,7 +26,7 @@ def above_half(monkeypatch):
 def test_few_steps(host, above_half, name):
     m = host.load(name)
     plain = host.sample(m, name, steps=STEPS)
-    on = host.compress(m, preset="few")
+    on = host.compress(m, preset="half")
     host.sample(on, name, steps=STEPS)  # the first run compares the two sizes
     x, report = host.sample(on, name, steps=STEPS), host.report()
     assert 0 < report["calls_half"] < report["calls"]
@@ -34,7 +34,7 @@ def test_few_steps(host, above_half, name):
     assert torch.equal(host.sample(on, name, steps=STEPS), x), "a second run is the same"
     assert x.shape == plain.shape
     assert not torch.equal(x, plain)
-    assert torch.equal(host.sample(host.compress(m, preset="few", enabled=False), name, steps=STEPS), plain)
+    assert torch.equal(host.sample(host.compress(m, preset="half", enabled=False), name, steps=STEPS), plain)
     assert torch.equal(host.sample(m, name, steps=STEPS), plain), "the model itself is untouched"
 
 
@@ -42,7 +42,7 @@ def test_few_steps(host, above_half, name):
 def test_a_model_that_does_not_know_half_the_size_stays_exact(host, monkeypatch, name):
     monkeypatch.setattr("tqai_core.half_size.APART", 0.0)
     m = host.load(name)
-    plain, on = host.sample(m, name, steps=STEPS), host.compress(m, preset="few")
+    plain, on = host.sample(m, name, steps=STEPS), host.compress(m, preset="half")
     for _ in range(2):
         assert torch.equal(host.sample(on, name, steps=STEPS), plain)
     assert host.report()["calls_half"] == 0
@@ -88,13 +88,13 @@ def test_the_same_as_in_diffusers(host, above_half, kind, record_property):
     start = noise[:, :1]
     start = pipe._pack_latents(start, 2, 1, 16, 16) if kind == "flux" else start
     options = {"num_inference_steps": STEPS, "latents": start, "output_type": "latent", "return_dict": False}
-    with tqai.apply(pipe, tqai.preset("few", kind)) as handle:
+    with tqai.apply(pipe, tqai.preset("half", kind)) as handle:
         handle.flows[0].half_size.trusted = True
         other = minis.pixels(kind, pipe(**minis.inputs(kind, labels, 2.0), **options)[0])
         there = handle.report()
     TRUSTED[m.model.diffusion_model] = True
     x = host.sample(
-        host.compress(m, preset="few"), f"mini_{kind}", steps=STEPS, cfg=2.0, positive=conds(labels), negative=conds([10, 10]),
+        host.compress(m, preset="half"), f"mini_{kind}", steps=STEPS, cfg=2.0, positive=conds(labels), negative=conds([10, 10]),
         noise=noise, sigmas=pipe.scheduler.sigmas.clone(),
     )[:, :1]  # fmt: skip
     figure = psnr(x, other)

@@ -180,7 +180,7 @@ def _layers(given: Any) -> tuple[int | str, ...]:
 
 
 PRESETS = ("quality", "balanced", "fast")
-FEW, HIDDEN = "few", 0.1  # a preset for few steps, and its half_size
+FEW, HALF, HIDDEN = "few", "half", 0.2  # a preset for few steps; one whose first steps have half the size, and its half_size
 # tolerance of each preset and family, tuned on seeds 100 to 155 of the minis, one picture at a time; figures are of seeds 0 to 63
 TAUS = {name: {family.name: family.tolerances[name] for family in FAMILIES.values() if family.tolerances} for name in PRESETS}
 KV_PRESETS = ("k8v4", "k6v4", "k5v4", "k5v3", "k4v4", "k4v3", "k4v2", "k3v2", "k2v2")  # bits of keys and values
@@ -190,8 +190,9 @@ def preset(name: str = "balanced", family: str | os.PathLike[str] | None = None)
     """A ready pipeline: ``quality`` (42 to 46 % of the calls of 24 Euler steps skipped), ``balanced`` (50 to 54 %), ``fast``
     (54 to 58 %).
 
-    ``few`` is ``balanced`` whose first steps run at half the height and width; it helps with 8 steps or fewer too, where nothing can be
-    forecast, and wants a model that was trained at both sizes.
+    ``few`` is for runs of 8 steps to 15, which the others leave exact: from the third step on every second one is forecast
+    (docs/few.md). ``half`` is ``balanced`` whose first steps run at half the height and width; it wants a model that was trained at both
+    sizes.
     ``k8v4``, ``k6v4``, ``k5v4`` (the default of caches), ``k5v3``, ``k4v4``, ``k4v3``, ``k4v2``, ``k3v2``, ``k2v2``: KV caches with so
     many bits for keys and values. Keys need more: their errors are in every weight, those of values are averaged.
     ``family`` is a name of ``FAMILIES``, or a file ``NAME.json`` of ``tqai tune --family``; without one, or where it was not tuned,
@@ -201,9 +202,11 @@ def preset(name: str = "balanced", family: str | os.PathLike[str] | None = None)
         recent = 12 if name.endswith("v2") else CACHE["recent"]  # there each exact token costs as much as many packed ones
         return Config(level="kv", codec={"name": "turbo", "bits_k": int(name[1]), "bits_v": int(name[3])}, recent=recent)
     if name == FEW:
+        return Config(monitor="fixed:interval=2,warmup=2,min_steps=8", codec="exact")
+    if name == HALF:
         return replace(preset("balanced", family), half_size=HIDDEN)
     if name not in PRESETS:
-        raise TqaiError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, {FEW}, and for caches {', '.join(KV_PRESETS)}")
+        raise TqaiError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}, {FEW}, {HALF}, and for caches {', '.join(KV_PRESETS)}")
     given = "" if family is None else os.fspath(family)
     if given.endswith(".json"):
         tau = entry.read(given).tolerances[name]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 BANDS = 8  # of frequencies, in which the power is averaged
 MOST = 8.0  # factor by which a predicted power may be too small
-APART = 0.7  # relative difference of the pictures predicted at the two sizes above which a model knows but one of them
+APART = 1.0  # relative difference of the pictures predicted at the two sizes above which a model knows but one of them
 JUDGED = 0.95  # from this sigma on pictures differ enough from the mean of all to judge by
 TRUSTED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # models that were judged, and whether they know both sizes
 START = 0.9  # a run that begins below this sigma begins with a picture, whose detail is there already
@@ -51,10 +51,20 @@ def reduce(x: Tensor, sigma: float) -> tuple[Tensor, float]:
     return (small / (2 - sigma)).to(x.dtype), sigma / (2 - sigma)
 
 
-def enlarge(x: Tensor, sigma: float, clean: Tensor) -> Tensor:
-    """The velocity of ``x [..., h, w]`` towards the ``clean [..., h / 2, w / 2]`` picture in its lower frequencies, fp32."""
-    large = restriction(x.shape[-2], x.device).T @ clean.float() @ restriction(x.shape[-1], x.device)
-    return (x.float() - 2 * large) / sigma
+def enlarge(x: Tensor, sigma: float, clean: Tensor, power: Tensor | None = None) -> Tensor:
+    """The velocity of ``x [..., h, w]``, fp32: towards the ``clean [..., h / 2, w / 2]`` picture in its lower frequencies, and in the finer
+    ones towards the mean of all Gaussian pictures of ``power [..., h, w]`` that fit ``x``; without one towards none.
+
+    The finer half then has the variance that signal and noise have together, where noise alone would make the picture too smooth.
+    """
+    large = 2 * restriction(x.shape[-2], x.device).T @ clean.float() @ restriction(x.shape[-1], x.device)
+    if power is not None:
+        h, w = x.shape[-2:]
+        rows, columns = _dct(h, x.device), _dct(w, x.device)
+        coefficients = rows @ x.float() @ columns.T
+        coefficients[..., : h // 2, : w // 2] = 0
+        large = large + rows.T @ (coefficients * power * (1 - sigma) / (power * (1 - sigma) ** 2 + sigma**2)) @ columns
+    return (x.float() - large) / sigma
 
 
 class HalfSize:
@@ -124,10 +134,12 @@ class HalfSize:
         self.on = False
         self._powers.clear()
 
-    def see(self, clean: Tensor, sigma: float) -> None:
-        """A picture ``[..., h, w]`` of half size that the model predicted at ``sigma``, its own."""
-        self._sigma, self._size = sigma, (clean.shape[-2], clean.shape[-1])
-        self._powers.append(_powers(clean.float()))
+    def velocity(self, x: Tensor, sigma: float, clean: Tensor, seen_at: float) -> Tensor:
+        """The velocity of ``x [b, ..., h, w]`` at ``sigma``, fp32, from the picture of half size that the model predicted at ``seen_at``."""
+        powers = _powers(clean.float())
+        self._sigma, self._size = seen_at, (clean.shape[-2], clean.shape[-1])
+        self._powers.append(powers.mean(0))
+        return enlarge(x, sigma, clean, _continued(powers, x, seen_at))
 
 
 @lru_cache(maxsize=16)
@@ -155,10 +167,23 @@ def _frequencies(h: int, w: int) -> Tensor:
 
 
 def _powers(clean: Tensor) -> Tensor:
-    """``[BANDS]``: mean power of the DCT coefficients of ``clean [..., h, w]``, band by band."""
+    """``[b, BANDS]``: mean power of the DCT coefficients of ``clean [b, ..., h, w]``, band by band."""
     h, w = clean.shape[-2:]
     coefficients = _dct(h, clean.device) @ clean @ _dct(w, clean.device).T
-    return _bands(h, w, clean.device) @ coefficients.reshape(-1, h * w).square().mean(0)
+    return coefficients.reshape(len(clean), -1, h * w).square().mean(1) @ _bands(h, w, clean.device).T
+
+
+def _continued(powers: Tensor, x: Tensor, seen_at: float) -> Tensor:
+    """The power of each coefficient of the pictures in ``x [b, ..., h, w]``, as :func:`hidden` continues it: ``[b, 1 ..., h, w]``."""
+    ratio, f = (seen_at / max(1 - seen_at, 1e-3)) ** 2, (torch.arange(BANDS, device=x.device) + 0.5).div(BANDS).log()
+    floor = powers.clamp(min=1e-12)
+    logs = (floor * ((1 + (1 + 4 * ratio / floor).sqrt()) / 2).clamp(max=MOST)).log()
+    mean, gap = logs.mean(-1, keepdim=True), f - f.mean()
+    slope = ((logs - mean) * gap).sum(-1, keepdim=True).div(gap.square().sum()).clamp(max=0)
+    h, w = x.shape[-2:]
+    at = (_frequencies(h, w) * 2 / _frequencies(h // 2, w // 2).max()).to(x.device).clamp(min=1e-6).log().flatten()
+    power = 4 * (mean + slope * (at - f.mean())).exp()
+    return power.reshape(len(x), *(1,) * (x.ndim - 3), h, w)
 
 
 def hidden(powers: list[float], size: tuple[int, int], seen_at: float, sigma: float) -> float:

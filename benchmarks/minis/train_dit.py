@@ -1,6 +1,6 @@
 """Train the mini diffusion transformers of tqai: diffusers' own classes, scikit-learn's digits, photographs that packages ship.
 
-    python benchmarks/minis/train_dit.py {flux,sd3,wan,z_image,photo} [--steps N] [--seed S] [--out DIR]
+    python benchmarks/minis/train_dit.py {flux,sd3,wan,wan_sizes,z_image,photo} [--steps N] [--seed S] [--out DIR]
 
 Rectified flow: x_sigma = (1 - sigma) x + sigma noise, the net predicts noise - x (Liu et al. 2209.03003; sigma is
 logit-normal as in SD3, Esser et al. 2403.03206). A class label becomes four learned "text" tokens and a pooled vector;
@@ -9,7 +9,7 @@ the header) and a JSON log of loss and sample accuracy. Shapes are those ComfyUI
 one head of 128, SD3 with width = 64 x depth. Z-Image counts time from noise to image (1 - sigma), predicts x - noise, and
 takes and gives a list of one tensor a sample: its pipeline turns time and sign, and so does :class:`Conditioned`. The photo mini
 sees every crop at 32 x 32 or at 16 x 16 pixels, which is the area mean of the former under the same prompt (photographs.py): its small
-picture is the coarse form of its large one. It was trained by four processes (``WORLD_SIZE=4``, ``RANK=0`` to 3, ``MASTER_ADDR``).
+picture is the coarse form of its large one; ``wan_sizes`` is the WAN mini, trained on with clips of half the height and width too. The photo mini was trained by four processes (``WORLD_SIZE=4``, ``RANK=0`` to 3, ``MASTER_ADDR``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from judge import Judge
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -64,6 +64,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
         ),
     ),
+    "wan_sizes": dict(cls="WanTransformer3DModel", steps=900, batch=12, lr=6e-4, ema=0.995, base="wan"),
     "z_image": dict(
         cls="ZImageTransformer2DModel", steps=1300, batch=32, lr=2e-3,
         config=dict(
@@ -81,6 +82,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         ),
     ),
 }  # fmt: skip
+RECIPES["wan_sizes"]["config"] = RECIPES["wan"]["config"]
 ADALN = ("proj_out", "norm1.linear", "norm1_context.linear", "norm.linear", "adaLN_modulation.0", "2-1.linear")
 
 
@@ -143,7 +145,7 @@ class Conditioned(nn.Module):
             images, prompts = list(x[:, :, None].unbind()), list(self.tokens[label].unbind())
             return -torch.stack(self.transformer(images, 1 - sigma, prompts, return_dict=False)[0])[:, :, 0]
         kw: dict[str, Any] = dict(encoder_hidden_states=self.tokens[label], return_dict=False)
-        if self.kind == "wan":
+        if names.family(self.kind) == "wan":
             return self.transformer(x, timestep=sigma * 1000, **kw)[0]
         kw["pooled_projections"] = self.pooled[label]
         if self.kind == "sd3":
@@ -154,7 +156,9 @@ class Conditioned(nn.Module):
 @torch.no_grad()
 def sample(net: Conditioned, labels: Tensor, seed: int, steps: int = 24, guidance: float = 2.0, side: int = 32) -> Tensor:
     """Plain Euler from noise, guidance 2; returns pixels in [-1, 1]. ``side``: of photographs."""
-    shape = {"flux": (64, 4), "photo": (side * side // 4, 12), "wan": (1, 9, 16, 16)}.get(net.kind, (1, 16, 16))
+    shape = {"flux": (64, 4), "photo": (side * side // 4, 12), "wan": (1, 9, 16, 16), "wan_sizes": (1, 9, 16, 16)}.get(
+        net.kind, (1, 16, 16)
+    )
     x = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(seed))
     both = torch.cat([labels, torch.full_like(labels, net.empty)])
     grid = torch.linspace(1, 0, steps + 1)
@@ -178,6 +182,12 @@ def wan_batch(x: Tensor, y: Tensor, progress: float, step: int) -> tuple[Tensor,
     return x[pick], y[pick]
 
 
+def sizes_batch(x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Nine frames at full size, or their area mean at half the height and width, in turn; the latter are of more clips."""
+    pick = torch.randint(0, len(y), (5 if step % 2 else 14,))
+    return x[pick] if step % 2 else F.avg_pool3d(x[pick], (1, 2, 2)), y[pick]
+
+
 def photo_batch(step: int, batch: int) -> tuple[Tensor, Tensor]:
     """Both sizes in turn; the larger has fewer pictures, so that no step takes much longer."""
     side = photographs.SIDES[step % 2]
@@ -189,10 +199,13 @@ def train(kind: str, steps: int, seed: int, out: Path) -> None:
     torch.manual_seed(seed)
     recipe = RECIPES[kind]
     if kind != "photo":
-        x, y = digits.clips(6000, seed=seed) if kind == "wan" else digits.images()
+        x, y = digits.clips(6000, seed=seed) if names.family(kind) == "wan" else digits.images()
     if kind == "flux":
         x = pack(x)
     net = Conditioned(kind)
+    if base := recipe.get("base"):  # goes on from another mini's weights
+        weights = {name: value.float() for name, value in load_file(names.weights(base)).items()}
+        net.load_state_dict(weights, strict=True)
     ema = copy.deepcopy(net).eval()
     crew = Crew.join()
     torch.manual_seed(seed + crew.rank)
@@ -208,7 +221,7 @@ def train(kind: str, steps: int, seed: int, out: Path) -> None:
         if kind == "photo":
             labels = torch.arange(net.empty)
             return Judge.load().accuracy(sample(ema, labels, seed=1), labels)
-        labels = torch.arange(20 if kind == "wan" else 100) % 10
+        labels = torch.arange(20 if names.family(kind) == "wan" else 100) % 10
         return digits.accuracy(sample(ema, labels, seed=1), labels)
 
     def save() -> None:
@@ -226,6 +239,8 @@ def train(kind: str, steps: int, seed: int, out: Path) -> None:
             group["lr"] = rate
         if kind == "wan":
             clean, label = wan_batch(x, y, progress, step)
+        elif kind == "wan_sizes":
+            clean, label = sizes_batch(x, y, step)
         elif kind == "photo":
             clean, label = photo_batch(step, batch)
         else:

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...families import TIMES
-from ...half_size import HalfSize, enlarge, reduce
+from ...half_size import HalfSize, reduce
 from .outputs import Form
 
 CLOSE = 2e-3  # difference of a time argument from what its sigma makes of it, relative: bf16 timesteps
@@ -176,8 +176,7 @@ class HalfSizeCall:
         clean = small.float() - small_sigma * sign * layout.unpack_output(out, small).float()
         if self.state.judges(sigma):
             return self._judged(layout, x, sigma, compute(**given), clean, sign)
-        self.state.see(clean, small_sigma)
-        velocity = sign * enlarge(x, sigma, clean)
+        velocity = sign * self.state.velocity(x, sigma, clean, small_sigma)
         return form.filled([layout.pack_output(velocity.to(out.dtype), out), *tensors[1:]])
 
     def _judged(self, layout: Layout, x: Tensor, sigma: float, output: Any, clean: Tensor, sign: int) -> Any:

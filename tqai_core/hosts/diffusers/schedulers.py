@@ -13,7 +13,15 @@ from torch import Tensor
 from ...calibrate.multistep import grid
 from ...errors import TqaiError
 
-SCHEDULERS = ("euler", "unipc", "dpm++", "ab2")
+SCHEDULERS = ("euler", "uniform", "unipc", "dpm++", "ab2")
+
+
+class UniformEuler(FlowMatchEulerDiscreteScheduler):
+    """Euler at 1, 1 - 1/n, ..., 1/n, on which few-step students were trained, where a pipeline does not say its sigmas (WAN's does not)."""
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, **kw: Any) -> None:  # type: ignore[override]
+        n = num_inference_steps or len(sigmas)
+        super().set_timesteps(sigmas=[1 - i / n for i in range(n)], device=device)
 
 
 class AdamsBashforth2(FlowMatchEulerDiscreteScheduler):
@@ -52,6 +60,8 @@ def scheduler(name: str, shift: float = 1.0, pipeline: str = "", nodes: Sequence
     way FluxPipeline hands it over (a ``mu`` computed from the image size)."""
     if name == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=shift)
+    if name == "uniform":
+        return UniformEuler(shift=shift)
     if name == "ab2":
         ab2 = AdamsBashforth2(shift=shift)
         ab2.nodes = nodes
