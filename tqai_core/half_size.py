@@ -135,7 +135,8 @@ class HalfSize:
         self._powers.clear()
 
     def velocity(self, x: Tensor, sigma: float, clean: Tensor, seen_at: float) -> Tensor:
-        """The velocity of ``x [b, ..., h, w]`` at ``sigma``, fp32, from the picture of half size that the model predicted at ``seen_at``."""
+        """The velocity of ``x [b, ..., h, w]`` at ``sigma``, fp32, from the picture of half size that the model
+        predicted at ``seen_at``."""
         powers = _powers(clean.float())
         self._sigma, self._size = seen_at, (clean.shape[-2], clean.shape[-1])
         self._powers.append(powers.mean(0))
