@@ -130,6 +130,8 @@ def bench(kinds: Sequence[str] = KINDS, tell: Callable[[str], None] = lambda tex
 def result_of(rows: list[Row], teachers: list[Row], count: int) -> dict[str, Any]:
     result = {"bench": "few", "machine": machine(), "seeds": list(range(count)), "samples": SAMPLES, "rows": rows, "teachers": teachers}
     missing = {"text keys and values kept": "no level keeps them: text and picture are one attention in Flux, and in WAN they are little"}
+    run = {(row["mini"], row["steps"]) for row in rows}
+    missing |= {f"{kind}, {n} steps": "not run" for kind, counts in TRACKS.items() for n in counts if (kind, n) not in run}
     return result | {"missing": missing, "verdicts": verdicts(result)}
 
 
