@@ -7,8 +7,9 @@ logit-normal as in SD3, Esser et al. 2403.03206). A class label becomes four lea
 the last class is the empty prompt, so that classifier-free guidance works. Writes fp16 safetensors (EMA weights, config in
 the header) and a JSON log of loss and sample accuracy. Shapes are those ComfyUI's loaders detect: Flux and Wan with
 one head of 128, SD3 with width = 64 x depth. Z-Image counts time from noise to image (1 - sigma), predicts x - noise, and
-takes and gives a list of one tensor a sample: its pipeline turns time and sign, and so does :class:`Conditioned`. The photo mini sees every crop at 32 x 32 or
-at 16 x 16 pixels, which is the area mean of the former under the same prompt (photographs.py): its small picture is the coarse form of
+takes and gives a list of one tensor a sample: its pipeline turns time and sign, and so does :class:`Conditioned`.
+The photo mini sees every crop at 32 x 32 or at 16 x 16 pixels, which is the area mean of the former under the same prompt
+(photographs.py): its small picture is the coarse form of
 its large one. It was trained by four processes (``WORLD_SIZE=4``, ``RANK=0`` to 3, ``MASTER_ADDR``). ``wan_sizes`` is the WAN mini,
 trained on with clips of half the height and width too.
 """
