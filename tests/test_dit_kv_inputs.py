@@ -153,6 +153,8 @@ def test_inputs_are_packed_only_where_they_give_the_keys_and_values():
     assert found.nbytes <= nbytes([k, v]) / 4 * 4.3 / 8 + 512
     assert torch.equal(found.part(128, 64)[0], found.dense()[0][:, 128:192])
     assert Inputs.pack(k, v * 1.1, x, 8, project, []) is None
+    assert Inputs.pack(k, v, x[:, :200], 8, project, []) is None
+    assert Inputs.pack(k[:, :, :1], v, x, 8, project, []) is None
     assert Inputs.pack(k, v, x.index_fill(1, torch.tensor(7), torch.nan), 8, project, []) is None
 
 
@@ -257,7 +259,8 @@ def test_the_edit_mini_draws_what_is_asked_for_and_needs_its_references():
 
 def test_four_bits_are_like_int8_on_the_edit_mini_with_outliers_too():
     """`tqai bench dit_kv` in small."""
-    found = {(r["variant"], r["method"]): r for variant in dit_kv.VARIANTS for r in dit_kv.quality(range(6), variant, 8, (dit_kv.BEST,))}
+    names = dit_kv.BEST, dit_kv.INT8, dit_kv.ROTATED
+    found = {(r["variant"], r["method"]): r for variant in dit_kv.VARIANTS for r in dit_kv.quality(range(6), variant, 8, names)}
     at = lambda variant, method: found[variant, method]["psnr"]
     assert at("plain", dit_kv.BEST) > at("plain", dit_kv.INT8) - 1
     for variant in dit_kv.VARIANTS:

@@ -82,8 +82,8 @@ PEERS = {
 }  # fmt: skip
 
 
-def quality(seeds: Sequence[int], variant: str, steps: int, methods: Iterable[str] = tuple(OURS)) -> list[Row]:
-    """A row for each cache; ``methods`` are those of ours."""
+def quality(seeds: Sequence[int], variant: str, steps: int, methods: Iterable[str] = (*OURS, *PEERS, NONE)) -> list[Row]:
+    """A row for the exact cache and for each of ``methods``."""
     net = edit.load()
     if variant == "outliers":
         net.fold()
@@ -91,43 +91,39 @@ def quality(seeds: Sequence[int], variant: str, steps: int, methods: Iterable[st
     at = [seed % len(edit.TASKS) for seed in seeds]
     references, task, wanted = (torch.stack([batch[i][own] for batch, own in zip(drawn, at, strict=True)]) for i in range(3))
     run = lambda change=lambda cache: None: edit.sample(net, references, task, steps, seeds[0], change)  # noqa: E731
-    exact, rows = run(), []
-
-    def row(method: str, x: Tensor, held: float, exact_bytes: float) -> None:
-        found, right = (sorted(psnr(a, b) for a, b in zip(x, other, strict=True)) for other in (exact, wanted))
-        few = found[int(FEW * len(found))]
-        rows.append({
-            "variant": variant, "steps": steps, "method": method, "bits": 16 * held / exact_bytes, "psnr": median(found), "few": few,
-            "least": found[0], "right": median(right),
-        })  # fmt: skip
-
+    each = lambda x, other: sorted(psnr(*pair) for pair in zip(x, other, strict=True))  # noqa: E731
+    exact = run()
+    rows = [{"variant": variant, "steps": steps, "method": EXACT, "bits": 16.0, "right": median(each(exact, wanted))}]
     for method in methods:
+        x, bits = _through(method, net, run)
+        found = each(x, exact)
+        rows.append({
+            "variant": variant, "steps": steps, "method": method, "bits": bits, "psnr": median(found), "few": found[int(FEW * len(found))],
+            "least": found[0], "right": median(each(x, wanted)),
+        })  # fmt: skip
+    return rows
+
+
+def _through(method: str, net: edit.Edit, run: Callable[..., Tensor]) -> tuple[Tensor, float]:
+    """Pictures whose cache is held by ``method``, and the bits held a number."""
+    if method in OURS:
         with tqai.apply(net.transformer, tqai.Config(level="kv", codec=OURS[method], sink=0)) as handle:
             x, report = run(), handle.report()
-            row(method, x, report.bytes_held_peak, report.bytes_exact)
-    for method, peer in PEERS.items():
-        sizes: list[tuple[int, int]] = []
+            return x, 16 * report.bytes_held_peak / report.bytes_exact
+    if method == NONE:
+        return run(forget), 0.0
+    held = exact = 0
 
-        def change(cache: Any, peer: Scaled = peer, sizes: list[tuple[int, int]] = sizes) -> None:
-            for layer in layers(cache):
-                pair = layer.get()
-                found = [peer.hold(x) for x in pair]
-                layer.store(*(x for x, _ in found))
-                sizes.append((sum(size for _, size in found), sum(2 * x.numel() for x in pair)))
+    def change(cache: Any) -> None:
+        nonlocal held, exact
+        for layer in layers(cache):
+            pair = layer.get()
+            found = [PEERS[method].hold(x) for x in pair]
+            layer.store(*(x for x, _ in found))
+            held, exact = held + sum(size for _, size in found), exact + sum(x.numel() for x in pair)
 
-        x = run(change)
-        row(method, x, *map(sum, zip(*sizes, strict=True)))
-    row(NONE, run(forget), 0, 1)
-    rows.append(
-        {
-            "variant": variant,
-            "steps": steps,
-            "method": EXACT,
-            "bits": 16.0,
-            "right": median(psnr(*x) for x in zip(exact, wanted, strict=True)),
-        }
-    )
-    return rows
+    x = run(change)
+    return x, 8 * held / exact
 
 
 def forget(cache: Any) -> None:

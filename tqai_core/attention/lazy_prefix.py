@@ -119,6 +119,7 @@ def _attention(
         return None
     keys, values = key.flat(), value.flat()
     same = len(keys) == len(values) and all(isinstance(k, Tensor) == isinstance(v, Tensor) for k, v in zip(keys, values, strict=True))
-    if not same or (torch.is_grad_enabled() and query.requires_grad):
+    exact = [query, *(part for part in (*keys, *values) if isinstance(part, Tensor))]
+    if not same or (torch.is_grad_enabled() and any(x.requires_grad for x in exact)):
         return None
     return attend(query, keys, values, scale)

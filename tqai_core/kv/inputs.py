@@ -62,6 +62,10 @@ class Inputs:
         """Pack ``x [B, n, width]``, from which ``k, v [B, n, H, D]`` come; None where they do not, or where something is not finite.
         ``host``: the rows lie in host memory."""
         k, v, x = k.detach(), v.detach(), x.detach()
+        if x.shape[:2] != k.shape[:2] or any(
+            found.shape != own[:, :1].shape for found, own in zip(project(x[:, :1], 0), (k, v), strict=True)
+        ):
+            return None
         mean, coder = x.float().mean(1, keepdim=True).bfloat16(), rows(BLOCK, bits, seed, x.device)
         parts, wrong, energy = [], x.new_zeros(4, dtype=torch.float32), x.new_zeros(4, dtype=torch.float32)
         for a in range(0, x.shape[1], CHUNK):

@@ -136,6 +136,8 @@ class CachesHandle(Handle):
             "tokens": tokens, "tokens_packed": sum(run.packed for run in prefixes), "bytes_held": slots.held,
             "bits_held": round(8 * slots.held / max(numbers, 1), 4),
         }  # fmt: skip
+        if inputs := {run.coder.bits for run in prefixes if isinstance(run, Inputs)}:
+            slots.row["bits_inputs"] = max(inputs)
         if slots.error is not None:
             slots.row |= {"nmse_k": slots.error[0], "nmse_v": slots.error[1]}
         for run in prefixes:
@@ -233,7 +235,7 @@ class Watch:
             return None
         x, first = given["hidden_states"], given.get("num_txt_tokens", 0)
         bits = bits_for(x.shape[2], sum(part.shape[2] * part.shape[3] for part in (k, v)), self.bits)
-        if not bits:
+        if not bits or given.get(self.kind.rotary) is None:
             return None
         rotary, count, new = self._rotary(given[self.kind.rotary], x.shape[1], first, k.shape[1])
         found = Inputs.pack(

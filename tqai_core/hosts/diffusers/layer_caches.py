@@ -83,8 +83,8 @@ class Slots:
     def read(self, slot: str) -> Pair | None:
         """The same, for an attention that may read the packed rows where they lie."""
         runs = self.runs.get(slot, [])
-        if not any(run.packed for run in runs) or self.flat or not self.in_place():
-            return self.get(slot)
+        if not any(run.packed for run in runs) or self.flat or runs[0].device.type != "cpu" or not self.in_place():
+            return self.get(slot)  # kernels of other devices take pointers, which a tensor without storage has not
         return lazy(runs, self._decoded)
 
     def _decoded(self) -> None:
