@@ -21,12 +21,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tqai_core.hosts.diffusers import minis
+from tqai_core.minis import digits
 
 BLOCK, SINK, WINDOW = 4, 4, 32  # frames: of a block, of the first ones that stay, and all that a block sees, itself included
 TOKENS = 64  # of a frame
 WEIGHTS = Path(__file__).resolve().parents[1] / "minis" / "causal.safetensors"
 FROZEN = ("condition_embedder", "attn2", "norm2")  # as the WAN mini has them; no part of the file
-EMPTY = minis.EMPTY
+EMPTY = digits.CLASSES  # the empty prompt
 
 
 class History(Protocol):
