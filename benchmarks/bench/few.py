@@ -233,7 +233,8 @@ def _teacher(student: str, count: int, tell: Callable[[str], None]) -> Row:
 
 
 def against_fewer(rows: list[Row]) -> list[Row]:
-    """Each row with what fewer steps have at its time, by a straight line between the two neighbours; None beyond the fastest."""
+    """Each row with what fewer steps have at its time, by a straight line between the two neighbours. Beyond the fastest of them with
+    what that one has in its longer time: fewer steps still would be no better. None for what takes longer than the exact run."""
     line = sorted(((1 / r["cpu"], r) for r in rows if r["group"] in (EXACT, FEWER) and not r["failed"]), key=lambda pair: pair[0])
     return [r if r["failed"] else r | {f"{key}_fewer": _between(line, 1 / r["cpu"], key) for key in ("distance", "psnr")} for r in rows]
 
@@ -241,6 +242,8 @@ def against_fewer(rows: list[Row]) -> list[Row]:
 def _between(line: list[tuple[float, Row]], time: float, key: str) -> float | None:
     """``psnr`` by the root of the mean square error, which is 0 in the exact run."""
     value = (lambda r: 10 ** (-r["psnr"] / 20)) if key == "psnr" else lambda r: r[key]
+    if line and time < line[0][0]:
+        return float(line[0][1][key])
     for (before, fast), (after, slow) in pairwise(line):
         if before <= time <= after:
             found = value(fast) + (value(slow) - value(fast)) * (time - before) / (after - before)
@@ -277,7 +280,8 @@ def verdicts(result: Row) -> list[Row]:
         if steps not in FASTER:
             continue
         rows = [r for r in result["rows"] if (r["mini"], r["steps"]) == (kind, steps)]
-        for than, wanted in (("", ("Fréchet", "both")), (" and to the exact run", ("both",))):
+        readings = (("", ("Fréchet", "both")), (" and to the exact run", ("both",)))
+        for than, wanted in readings[:1] if steps == FINE else readings:
             found = max((r["cpu"] for r in close(rows, *wanted)), default=1.0)
             what = f"{steps} steps: CPU-time ratio at a Fréchet distance within 5 %, nearer to real pictures{than} than fewer steps"
             promises(out, kind)(what, found, least=FASTER[steps])
