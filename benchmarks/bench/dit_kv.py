@@ -39,17 +39,17 @@ VARIANTS = ("plain", "outliers")
 FEW = 0.05  # quantile
 
 
-def bench(seeds: Sequence[int] = SEEDS, steps: Sequence[int] = STEPS, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Everything, as plain data. ``tell`` hears of progress."""
+def bench(pictures: Sequence[int] = SEEDS, steps: Sequence[int] = STEPS, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Everything, as plain data. ``pictures``: their seeds; ``tell`` hears of progress."""
     one_thread()
     rows: list[Row] = []
     for variant in VARIANTS:
         for count in steps:
             tell(f"{variant}, {count} steps")
-            rows += quality(seeds, variant, count)
+            rows += quality(pictures, variant, count)
     tell("bytes, memory and time of a step")
     result = {
-        "bench": "dit_kv", "machine": machine(), "steps": list(steps), "seeds": list(seeds), "rows": rows, "bytes": smaller(),
+        "bench": "dit_kv", "machine": machine(), "steps": list(steps), "seeds": list(pictures), "rows": rows, "bytes": smaller(),
         "memory": memory(), "speed": speed(),
     }  # fmt: skip
     return result | {"verdicts": verdicts(result)}
@@ -162,16 +162,16 @@ def tables_of(result: Row) -> Iterable[Table]:
     """The tables of the result: what loses to a peer of no more bits stands first."""
     at = {(r["variant"], r["steps"], r["method"]): r for r in result["rows"]}
     names = [name for name in dict.fromkeys(r["method"] for r in result["rows"]) if name != EXACT]
-    last = result["steps"][-1]
+    last = max(result["steps"], key=lambda steps: sum(r["steps"] == steps for r in result["rows"]))  # where all were measured
     loses = lambda name: name in OURS and any(  # noqa: E731
         peer not in OURS and 0 < at["plain", last, peer]["bits"] <= at["plain", last, name]["bits"]
         and at["plain", last, peer]["psnr"] > at["plain", last, name]["psnr"] for peer in names
     )  # fmt: skip
     names.sort(key=lambda name: (not loses(name), -at["plain", last, name]["psnr"]))
     bits = lambda name: f"{at['plain', last, name]['bits']:.2f}" if at["plain", last, name]["bits"] else ""  # noqa: E731
-    cell = lambda r: f"{r['psnr']:.1f} / {r['few']:.1f} / {r['least']:.1f}"  # noqa: E731
+    cell = lambda r: f"{r['psnr']:.1f} / {r['few']:.1f} / {r['least']:.1f}" if r else ""  # noqa: E731
     for variant, title in zip(VARIANTS, ("quality", "quality with outlier channels"), strict=True):
-        rows = [[name, bits(name), *(cell(at[variant, steps, name]) for steps in result["steps"])] for name in names]
+        rows = [[name, bits(name), *(cell(at.get((variant, steps, name))) for steps in result["steps"])] for name in names]
         yield title, ["cache", "bits held a number", *(f"{steps} steps" for steps in result["steps"])], rows
     right = [[name, *(f"{at['plain', steps, name]['right']:.1f}" for steps in result["steps"])] for name in (EXACT, BEST, ROTATED, NONE)]
     yield "PSNR dB to the picture that is asked for, median", ["cache", *(f"{steps} steps" for steps in result["steps"])], right
