@@ -132,12 +132,15 @@ def row(group: str, cpu: float, distance: float, psnr: float, **more: object) ->
 
 def test_fewer_steps_at_equal_time_are_a_line():
     line = [row(few.EXACT, 1.0, 1.0, math.inf), row(few.FEWER, 2.0, 3.0, 20.0)]
-    near, far = few.against_fewer([*line, row("model level", 4 / 3, 1.5, 30.0), row("x", 3.0, 9.0, 9.0)])[2:]
+    parts = [row("model level", 4 / 3, 1.5, 30.0), row("x", 3.0, 2.9, 9.0), row("y", 0.9, 0.9, 40.0)]
+    near, far, slow = few.against_fewer([*line, *parts])[2:]
     assert near["distance_fewer"] == pytest.approx(2.0)
     assert near["psnr_fewer"] == pytest.approx(20 + 20 * math.log10(2))
     assert few.better(near) == "both"
-    assert far["distance_fewer"] is None
-    assert few.better(far) == "no"
+    assert far["distance_fewer"] == 3.0, "what the fastest one has in its longer time"
+    assert few.better(far) == "Fréchet"
+    assert slow["distance_fewer"] is None
+    assert few.better(slow) == "no"
 
 
 def test_promises_and_order():
