@@ -44,6 +44,12 @@ WORDS = {  # what a promise is about -> what its failure means
     "whole model at 4k, torch": (
         "a whole model with a packed cache on torch alone (no compiler) takes more time per token at 4,096 tokens than DynamicCache."
     ),
+    "tqai 4, in place: time of a step": (
+        "inputs that are read in place are projected a few hundred tokens at a time, which takes more time on a CPU than to decode a layer."
+    ),
+    "tqai 4: times smaller than bf16": (
+        "in a model of two layers the rotary positions, which all layers share, take the last part of what inputs save."
+    ),
     "flow pipelines taken, more than all peers' functions": (
         "PAB's and FasterCache's hooks fit any attention and save a few layers of a pipeline that tqai leaves exact."
     ),
