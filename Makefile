@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-comfyui test-mlx fuzz mutate browser test-browser bench real-lm lint types clean
+.PHONY: demo test test-all test-comfyui test-mlx test-vllm fuzz mutate browser test-browser bench real-lm lint types clean
 
 demo: .venv/demo
 	$(BIN)/tqai demo
@@ -50,6 +50,16 @@ test-mlx: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mlx]'
 	$(BIN)/python -m pytest tests/test_mlx.py
 
+# real engines of vLLM on the CPU, in an environment of their own, with the model of `make real-lm`
+test-vllm: .venv-vllm/ready out/real-lm/config.json
+	PYTHONPATH=$(CURDIR):$(CURDIR)/benchmarks .venv-vllm/bin/python -m pytest -p no:cacheprovider tests/vllm
+
+.venv-vllm/ready: constraints.txt tests/vllm/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm/requirements.txt
+	touch $@
+
 # the pages in a browser (pictures in out/shots): needs node, npm and a chromium (CHROMIUM=path) besides
 browser test-browser: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
@@ -82,4 +92,4 @@ out/real-lm/config.json: .venv/dev
 	touch $@ .venv/demo
 
 clean:
-	rm -rf .venv out build *.egg-info
+	rm -rf .venv .venv-vllm out build *.egg-info

@@ -448,6 +448,12 @@ def summary(dit: dict[str, Any]) -> str:
             "[dit-kv](docs/dit-kv.md#video-that-grows-block-by-block)",
         ],
         [
+            "vLLM, and prompts that begin alike",
+            "the tier `TqaiTier` below its offloading, or a connector",
+            vllm_row(load("vllm")),
+            "[vllm](docs/vllm.md)",
+        ],
+        [
             "attention over 8k tokens or more",
             '`strategy="window"`, `tqai.attention.block_attention`',
             f"a quarter of the blocks: {wide:.1f}x as fast as the best dense attention in bf16 on a CPU",
@@ -504,6 +510,16 @@ def rolling_row(result: dict[str, Any]) -> str:
         f"keys and values of earlier frames {16 / own['bits']:.1f}x smaller than in bf16, {peer - own['block_plain']:.0f} dB less error of "
         "a block than k-means and int2 at equal bytes (causal mini)"
     )
+
+
+def vllm_row(result: dict[str, Any]) -> str:
+    own = pick(result["quality"], **{"stored as": "k4.3v4"})
+    text = f"stored prefixes {own['ratio']:.2f}x smaller, KL {own['kl']:.4f} to a full recompute (SmolLM2)"
+    if result["speed"]:
+        longest = result["speed"][-1]
+        share = longest["packed"] / longest["recomputed"]
+        text += f"; {longest['prefix']:,} tokens restored in {share:.2f} of the CPU time of computing them"
+    return f"{text}; a damaged block is computed again"
 
 
 def works() -> str:
@@ -583,7 +599,7 @@ def get() -> dict[str, str]:
 
 
 def parts() -> dict[str, str]:
-    from bench import attention, calibrate, dit_kv, few, levels, llm_methods, methods, pipelines, rolling, stream_report
+    from bench import attention, calibrate, dit_kv, few, levels, llm_methods, methods, pipelines, rolling, stream_report, vllm
 
     dit, vectors, lower, kernels = (load(name) for name in ("dit", "codec", "levels", "attention"))
     lm, caches, made = (load(name) for name in ("llm", "llm_methods", "calibrate"))
@@ -605,6 +621,7 @@ def parts() -> dict[str, str]:
         "few": sections(few, {**load("few"), "verdicts": []}),
         "dit-kv": sections(dit_kv, {**load("dit_kv"), "verdicts": []}), "pipelines": sections(stream_report, load("stream_report")),
         "rolling": sections(rolling, {**load("rolling"), "verdicts": []}),
+        "vllm": sections(vllm, {**load("vllm"), "verdicts": []}),
     }  # fmt: skip
 
 

@@ -44,7 +44,10 @@ MEASURED = (
 ALLOWED = [
     (r"\b\d{4}\.\d{5}\b", "a paper"),
     (r"^\d(?=\. )", "a list"),
-    (rf"\b(?:WAN|ComfyUI|tqai|Python|python3|Adams-Bashforth|Nodes) (?:>= )?{RANGE}(?: and [\d.]+)*(?: 5B)?", "a name, a version"),
+    (
+        rf"\b(?:WAN|ComfyUI|tqai|Python|python3|Adams-Bashforth|Nodes|vLLM|LMCache|CRC) (?:>= )?{RANGE}(?: and [\d.]+)*(?: 5B)?",
+        "a name, a version",
+    ),
     (rf"(?<![\w.]){WHOLE}[\s-](?:(?:{QUALITIES}) )?(?:\+ \d+ )?(?:{COUNTED})\b", "a size, a setting"),
     (rf"\b(?:{SETTINGS})\s+\(?{RANGE}\b(?! times| %)", "a setting"),
     (r"NMSE (?:x 1)?e-4|\.4 \+ \.9 sigma|1\.3 - \.9 importance|\.06 moves by \.01, 2\.0 by \.1", "a unit, a formula, an example"),

@@ -50,6 +50,7 @@ PARTS = [
         [".[browser]"],
         "" if NODE and CHROMIUM and shutil.which("npm") else "needs node, npm and a chromium (CHROMIUM=path)",
     ),
+    Part("engines of vLLM", ["tests/vllm"], missing="they have an environment of their own: make test-vllm"),
     Part(
         "a real ComfyUI",
         ["tests/test_comfyui.py"],

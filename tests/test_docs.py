@@ -13,7 +13,7 @@ from pathlib import Path
 import figures
 import pytest
 import sources
-from bench import attention, calibrate, codec, default, dit, dit_kv, few, levels, llm, llm_real, llm_speed, rolling, sampler, stream
+from bench import attention, calibrate, codec, default, dit, dit_kv, few, levels, llm, llm_real, llm_speed, rolling, sampler, stream, vllm
 from bench.harness import child, closing, medians, promises
 
 import tqai_core as tqai
@@ -30,7 +30,7 @@ def test_figures_are_those_of_the_results_and_no_number_is_without_a_source():
 
 @pytest.mark.parametrize(
     "bench",
-    [dit, default, codec, stream, calibrate, attention, levels, llm, llm_real, sampler, dit_kv, few, rolling, llm_speed],
+    [dit, default, codec, stream, calibrate, attention, levels, llm, llm_real, sampler, dit_kv, few, rolling, llm_speed, vllm],
     ids=lambda bench: bench.__name__,
 )
 def test_results_name_their_machine_and_their_promises_are_recomputed(bench):

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMFY = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
-FRAMEWORKS = {"diffusers", "transformers", "mlx", "mlx_lm"}
+FRAMEWORKS = {"diffusers", "transformers", "mlx", "mlx_lm", "vllm", "lmcache"}
 CORE = sorted((ROOT / "tqai_core").rglob("*.py"))
 
 

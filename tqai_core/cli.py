@@ -31,6 +31,7 @@ BENCHES = {
     "calibrate": "calibration and tuning (also --kinds lm)",
     "default": "the preset of a class that nobody tuned (also --kinds z_image)",
     "pipelines": "which pipelines of diffusers are taken", "few": "eight steps and fewer, on photographs and clips",
+    "vllm": "prefixes that vLLM finds packed (needs .venv-vllm: make test-vllm)",
 }  # fmt: skip
 OTHERS = ("lm", "z_image", "photo", "photo_8", "photo_4", "wan_4", "wan_sizes")  # minis of single benches
 

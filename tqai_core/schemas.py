@@ -134,3 +134,10 @@ Cache = record(
     format=Positive, model=named(Scalar, 100), weights=Name, config=ConfigDictionary,
     layers=some(Annotated[PackedLayer | ExactLayer, Field(discriminator="kind")], 10_000, 1),
 )  # fmt: skip
+
+# the header of a block in a store of prefixes
+Widths = some(Annotated[int, Field(ge=2, le=16)], 100_000)
+Block = record(
+    kind=Literal["rows", "raw"], version=Positive, keyed=bool, model=Text, dtype=Name, shape=Sizes, bits_k=(Widths, []),
+    bits_v=(Widths, []), sinks=(Count, 0), centre=(bool, False), seed=(int, 0), calibration=(Name, ""),
+)  # fmt: skip

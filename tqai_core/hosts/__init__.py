@@ -1,4 +1,5 @@
-"""The libraries whose models tqai works in; the only files that import diffusers, transformers or mlx are here."""
+"""The libraries whose models tqai works in; the only files that import diffusers, transformers, mlx, vLLM or LMCache are
+here."""
 
 from __future__ import annotations
 
