@@ -614,7 +614,8 @@ def parts() -> dict[str, str]:
     return {
         **promised.parts(), **get(), "minis": minis(), "families": families(), "samplers": samplers(load("samplers")),
         "works": works(), "bed": sections(pipelines, load("pipelines")),
-        "lead": lead(dit), "headline": headline(dit), "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit),
+        "lead": lead(dit), "headline": headline(dit),
+        "euler": euler(dit), "alone": alone(dit), "multistep": multistep(dit), "solvers": solvers(dit),
         "place": place(dit), "pictures": pictures(load("demo")), "summary": summary(dit), "codec": codec(vectors), "bases": bases(vectors),
         "default": default(load("default")),
         "streams": streams(load("stream")), "comfyui": comfyui(load("comfyui")), "comfyui-families": breadth(load("comfyui_breadth")),
