@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import comfy.model_management
 import comfy.model_patcher
@@ -131,7 +132,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run.flow.inherit(LEGACIES.get(given["latent_image"], float(sigmas[0])))
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     guider.model_options["transformer_options"][RUN] = run
-    run.flow.half_size.model = guider.model_patcher.model.diffusion_model
+    run.flow.half_size.model = ref(guider.model_patcher.model.diffusion_model)
     failed = True
     try:
         result = executor(*args, **kwargs)

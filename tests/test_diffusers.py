@@ -420,7 +420,7 @@ def test_the_report_tells_what_happened(pipe_of, generate):
         report = handle.report()
     assert set(report.to_dict()) == {
         "calls", "calls_skipped", "evaluations", "decisions", "bytes_held_peak", "bytes_exact", "seconds_cpu", "per_site",
-        "warnings", "fallbacks",
+        "warnings", "fallbacks", "calls_half",
     }  # fmt: skip
     assert len(report.decisions) == 24
     computed = [d for d in report.decisions if d["action"] == "compute"]

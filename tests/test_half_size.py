@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from weakref import ref
 
 import diffusers
 import pytest
@@ -217,8 +218,8 @@ class Call(torch.nn.Module):
 
 def test_a_model_that_knows_both_sizes_is_judged_once():
     g = torch.Generator().manual_seed(7)
-    clean, state = torch.randn(2, 3, 16, 16, generator=g), HalfSize(0.1)
-    state.model = Call()
+    clean, state, models = torch.randn(2, 3, 16, 16, generator=g), HalfSize(0.1), (Call(), Call())
+    state.model = ref(models[0])
     small, _ = reduce(clean, 0.0)
     state.enter(1.0)
     assert not state.small(1.0)
@@ -229,7 +230,7 @@ def test_a_model_that_knows_both_sizes_is_judged_once():
     assert state.small(1.0)
     assert not state.judges(0.9)
     state = HalfSize(0.1)
-    state.model = Call()
+    state.model = ref(models[1])
     state.enter(1.0)
     assert "another picture" in state.judge(clean, torch.randn(small.shape, generator=g) * small.std(), 0.9)
     state.begin()

@@ -105,7 +105,23 @@ def test_a_language_model(capsys, tmp_path, lm_folder):
     assert result["best"] == "k4v2"
     assert result["helps"]
     assert f"{result['rows'][2]['compare']['kl_mean']:.5f} nats" in result["verdict"]
-    argv = ["run", prompt, "-m", str(lm_folder), "--bits-k", "4", "--bits-v", "2", "--max-tokens", "16", "--temperature", "0", "--compare"]
+    argv = [
+        "run",
+        prompt,
+        "-m",
+        str(lm_folder),
+        "--bits-k",
+        "4",
+        "--bits-v",
+        "2",
+        "--recent",
+        "12",
+        "--max-tokens",
+        "16",
+        "--temperature",
+        "0",
+        "--compare",
+    ]
     assert main([*argv, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["compare"]["kl_mean"] == pytest.approx(result["rows"][2]["compare"]["kl_mean"], rel=1e-4)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -77,17 +77,19 @@ class HalfSize:
 
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance
-        self.model: Any = None  # whose steps these are
+        self.model: ref[Any] | None = None  # whose steps these are
         self.begin()
 
     @property
     def trusted(self) -> bool | None:
         """Whether the model knows both sizes; None until one step of it was computed at both."""
-        return TRUSTED.get(self.model) if self.model is not None else None
+        model = self.model and self.model()
+        return None if model is None else TRUSTED.get(model)
 
     @trusted.setter
     def trusted(self, value: bool) -> None:
-        TRUSTED[self.model] = value
+        if self.model is not None and (model := self.model()) is not None:
+            TRUSTED[model] = value
 
     def begin(self) -> None:
         self.on: bool | None = None  # None before the first step

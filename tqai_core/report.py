@@ -27,7 +27,6 @@ class Report:
 
     calls: int = 0
     calls_skipped: int = 0
-    calls_half: int = 0
     evaluations: int = 0
     decisions: list[dict[str, Any]] = field(default_factory=list)
     bytes_held_peak: int = 0
@@ -36,6 +35,7 @@ class Report:
     per_site: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     fallbacks: list[dict[str, str]] = field(default_factory=list)
+    calls_half: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

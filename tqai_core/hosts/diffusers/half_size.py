@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from einops import rearrange
@@ -147,8 +148,8 @@ class HalfSizeCall:
     """Calls of one transformer at half size. What its arguments mean is found once a generation."""
 
     def __init__(self, model: Any, state: HalfSize, refused: Callable[[str], None]) -> None:
-        self.model, self.state, self.refused = model, state, refused
-        state.model = model
+        self.state, self.refused = state, refused
+        state.model = self.model = ref(model)
         self.begin()
 
     def begin(self) -> None:
@@ -160,7 +161,7 @@ class HalfSizeCall:
         """The layout of a call at ``sigma``, or why it has full size."""
         last = (given.get("img_ids"), tuple(sorted(name for name, value in given.items() if value is not None)))
         if not self._last or self._last[0] is not last[0] or self._last[1] != last[1]:
-            self._last, self._layout = last, layout_of(self.model, given)
+            self._last, self._layout = last, layout_of(self.model(), given)
         layout = self._layout
         self.time = self.time or time_of(given, sigma)
         return layout if self.time is not None else "its time argument does not tell the scheduler's sigma"

@@ -39,9 +39,9 @@ CLASSES = {
     "flux": Class("FluxPipeline", "FluxTransformer2DModel"),
     "sd3": Class("StableDiffusion3Pipeline", "SD3Transformer2DModel"),
     "wan": Class("WanPipeline", "WanTransformer3DModel"),
-    names.SIZES: Class("WanPipeline", "WanTransformer3DModel"),
     "z_image": Class("ZImagePipeline", "ZImageTransformer2DModel"),
     names.PHOTO: Class("FluxPipeline", "FluxTransformer2DModel", channels=3, side=32, guidance=1.5),
+    names.SIZES: Class("WanPipeline", "WanTransformer3DModel"),
 }
 
 
