@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import Config
+from ...config import STAGES_KV, Config
 from ...errors import TqaiError
 from ...handle import Handle
 from ...kv.inputs import Inputs, bits_for
@@ -331,6 +331,7 @@ def _watch(model: Any, config: Config, handle: CachesHandle) -> Watch | None:
     handle.exact += [{"where": f"attn.{i}", "why": plan} for i, plan in enumerate(plans) if isinstance(plan, str)]
     codec: Any = build("codec", config.codec)
     bits = 0 if codec.name == "exact" or codec.bits_k or codec.bits_v or codec.bits > MOST_AS_INPUTS else codec.bits
+    bits = MOST_AS_INPUTS if config.codec == STAGES_KV["codec"] else bits  # what nobody chose
     return Watch(model, kind, layer_class, plans, attentions, handle, bits)
 
 
