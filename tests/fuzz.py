@@ -96,8 +96,8 @@ def reader_table(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
         return coder.decode([first, tqai.Packed.read(path)])
 
     def resume(path: Path) -> Any:
-        moments, sums, done = run._resume(path, settings, SimpleNamespace())  # type: ignore[arg-type]
-        return [*moments.sums.values(), *vars(sums).values(), done]
+        moments, sums, caches, done = run._resume(path, settings, SimpleNamespace())  # type: ignore[arg-type]
+        return [*moments.sums.values(), *vars(sums).values(), *caches.sums.values(), done]
 
     calibrated = OLD / "calibration.safetensors"
     pairs = [

@@ -62,6 +62,14 @@ def test_inputs_are_walked_and_reported(name):
 
 
 @BOTH
+def test_the_default_holds_inputs(name):
+    """Its 5 and 4 bits are those of rows, which it holds where keys and values are no projections."""
+    run = bed(name).packed(tqai.Config(level="kv", recent=0))
+    assert {row["bits_inputs"] for row in run.report.per_site.values()} == {8}
+    assert same(run.outputs, bed(name).packed(config()).outputs)
+
+
+@BOTH
 def test_inputs_a_second_run_and_removed(name):
     b = bed(name)
     with tqai.apply(b.pipe, config()) as handle:
