@@ -109,7 +109,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(scenes.MODEL), "--served-model-name", "lm",
             "--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "2048",
