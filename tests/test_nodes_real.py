@@ -480,6 +480,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1]); root = sys.argv[2]; sys.argv = ["main.py", "--cpu"]
 import comfy.options; comfy.options.enable_args_parsing()
 import utils.install_util, comfy.sd, comfy.samplers, comfy_api.latest, folder_paths, PIL.ImageDraw, importlib.util
+import gc; gc.collect(); gc.disable()  # a collection of the host's whole heap would count for whoever allocates next
 print("BEGIN"); began = time.process_time()
 spec = importlib.util.spec_from_file_location("tqai_pack", root + "/__init__.py", submodule_search_locations=[root])
 pack = sys.modules["tqai_pack"] = importlib.util.module_from_spec(spec); spec.loader.exec_module(pack)
