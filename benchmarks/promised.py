@@ -97,7 +97,7 @@ def in_words(name: str, verdict: Verdict) -> list[str]:
 def beaten(peers: dict[str, Any]) -> list[str]:
     """What has less error than everything of ours that is as fast, a line a mini."""
     lines = []
-    for kind in KINDS:
+    for kind in dict.fromkeys(d["mini"] for d in peers["duels"]):
         missed = [d for d in peers["duels"] if d["mini"] == kind and not d["ok"]]
         groups: dict[str, list[str]] = {}
         for d in missed:
