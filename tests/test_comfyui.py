@@ -29,6 +29,7 @@ TESTS = (
     "tests/test_nodes_sampler.py",
     "tests/test_nodes_parametrisation.py",
     "tests/test_nodes_cache.py",
+    "tests/test_nodes_half_size.py",
     "tests/test_nodes_breadth.py",
 )
 
