@@ -59,7 +59,7 @@ class TQAIReport(io.ComfyNode):
     def execute(cls, samples: dict[str, Any], exact: Any = None, image: Any = None, exact_image: Any = None) -> io.NodeOutput:
         before = upstream(cls.hidden.prompt, cls.hidden.unique_id, "samples")  # what made the exact run is not reported
         # another workflow of this session may have used the same ids for other nodes
-        entries = [e for e in HISTORY.of(before) if e.patch in upstream(cls.hidden.prompt, e.sampler)] if before else HISTORY.last()
+        entries = [e for e in HISTORY.of(before) if _belongs(e, cls.hidden.prompt)] if before else HISTORY.last()
         against = Comparison.of(_pairs(samples, exact, image, exact_image))
         if (image is None) != (exact_image is None):
             against.notes.append("image and exact_image are compared with each other: link both")
@@ -90,3 +90,9 @@ def _text(entries: list[Entry]) -> str:
             "the start."
         )
     return "\n".join(f"### {e.head}{'' if e.done else ' (stopped before its end)'}\n\n{Report(**e.report).to_markdown()}" for e in entries)
+
+
+def _belongs(entry: Entry, prompt: dict[str, Any]) -> bool:
+    """Whether a sampling is one of this graph: its node of ours stands before its sampler, and is of the kind that made the report."""
+    kind = "TQAICache" if entry.cache else "TQAICompress"
+    return entry.patch in upstream(prompt, entry.sampler) and prompt[str(entry.patch)].get("class_type", kind) == kind
