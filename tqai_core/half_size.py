@@ -2,8 +2,8 @@
 
 The sampler keeps its latent ``x`` of full size. Where a step is taken at half size, the model sees the lower half of the latent's
 frequencies in each direction (orthonormal DCT-II), as a latent of its own with the noise level that it has there; its clean picture is
-enlarged, and the finer half stays what it is, noise. With an Euler sampler this is the progressive growth of "Spectral Progressive
-Diffusion" (arXiv 2605.18736); since the sampler sees nothing of it, any sampler, mask or forecast goes with it.
+enlarged, and the finer half follows a Gaussian of the power that continues it. With an Euler sampler this is the progressive growth
+of "Spectral Progressive Diffusion" (arXiv 2605.18736); since the sampler sees nothing of it, any sampler, mask or forecast goes with it.
 
 When to stop is measured: the predicted clean picture's power, frequency by frequency, is continued as a power law into the finer half.
 Where a part of it larger than the tolerance would be seen above the noise, the rest of the run has full size.
