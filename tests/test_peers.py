@@ -324,7 +324,7 @@ def test_the_bench_is_json_and_its_tables_print(monkeypatch):
 def test_the_shipped_result_names_its_machine_and_its_promises_are_recomputed(root):
     result = json.loads((root / "benchmarks/results/dit_peers.json").read_text())
     assert result["machine"]["threads"] == 1
-    assert set(result["tables"]) == {"flux", "sd3", "wan"}
+    assert set(result["tables"]) == {"flux", "sd3", "wan", "photo"}
     assert result["verdicts"] == verdicts(result)
     assert result["duels"] == lost_first(duel for kind, rows in result["tables"].items() for duel in duels(kind, rows))
     for rows in result["tables"].values():

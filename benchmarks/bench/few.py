@@ -247,7 +247,7 @@ def _between(line: list[tuple[float, Row]], time: float, key: str) -> float | No
     for (before, fast), (after, slow) in pairwise(line):
         if before <= time <= after:
             found = value(fast) + (value(slow) - value(fast)) * (time - before) / (after - before)
-            return found if key != "psnr" else math.inf if found == 0 else -20 * math.log10(found)
+            return found if key != "psnr" else math.inf if found <= 0 else -20 * math.log10(found)
     return None
 
 
