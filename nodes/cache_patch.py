@@ -10,9 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import comfy.model_patcher
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from tqai_core.errors import TqaiError
 
@@ -21,37 +19,29 @@ from .cache_stores import PackedPairs, PackedSlots, Queries, is_slots, packed_sl
 from .page import executing, sender
 from .patch import kind_of
 from .run_history import HISTORY, Entry
+from .wrappers import of_evaluation, of_forward, own_options, settings_of, wrap
 
 KEY, RUN = "tqai_cache", "tqai_cache_run"
 
 
 def patch_caches(model: Any, settings: CacheSettings) -> Any:
     """A clone of a ModelPatcher whose caches are packed while it samples."""
-    if KEY in model.model_options.get("transformer_options", {}):
+    if settings_of(model.model_options, KEY) is not None:
         raise TqaiError("this model already went through TQAI Cache: remove one of the two nodes")
-    clone = model.clone()
-    clone.model_options.setdefault("transformer_options", {})[KEY] = settings
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
-    return clone
+    return wrap(model.clone(), KEY, settings, {"OUTER_SAMPLE": _outer_sample, "PREDICT_NOISE": _predict_noise, "APPLY_MODEL": _apply_model})
 
 
 def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """One sampling: packed caches in a copy of the guider's options, gone when it ends, fails or is stopped."""
     guider = executor.class_obj
-    original = guider.model_options
-    settings = original.get("transformer_options", {}).get(KEY)
+    settings = settings_of(guider.model_options, KEY)
     if settings is None:
         return executor(*args, **kwargs)
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
     run, family = CacheRun(settings, len(sigmas) - 1, sender(settings.node)), kind_of(guider.model_patcher).name
-    guider.model_options = comfy.model_patcher.create_model_options_clone(original)
-    options = guider.model_options["transformer_options"]
-    options[RUN] = run
     failed = True
     try:
-        with ExitStack() as undo:
+        with own_options(guider, RUN, run) as options, ExitStack() as undo:
             _pack_slots(options, run)
             _pack_pairs(options, run, undo.callback)
             _pack_prefix(guider.model_patcher.model.diffusion_model, run, undo.callback)
@@ -59,7 +49,6 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         failed = False
         return result
     finally:
-        guider.model_options = original
         report = run.close(failed)
         HISTORY.put(Entry(settings.node, executing(), family, report, not failed, cache=True))
         logging.info("[tqai] %s, cache: %s", family, _told(report))
@@ -126,8 +115,7 @@ def _poses_differ(poses: Any, run: CacheRun) -> bool:
 
 def _predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
     """One evaluation of the sampler."""
-    options = kwargs.get("model_options") or (args[0] if args else None) or {}
-    run = options.get("transformer_options", {}).get(RUN)
+    _, run = of_evaluation(args, kwargs, RUN)
     if run is None:
         return executor(x, timestep, *args, **kwargs)
     with run.evaluation():
@@ -136,8 +124,7 @@ def _predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: A
 
 def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
     """One forward: which conditions are in its batch, so that none reads what was kept of another."""
-    options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else None) or {}
-    run = options.get(RUN)
+    options, run = of_forward(args, kwargs, RUN)
     if run is None:
         return executor(x, t, *args, **kwargs)
     if "animate2_cache" in options and (run.full or _poses_differ(kwargs.get("pose_latents"), run)):

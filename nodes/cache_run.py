@@ -97,9 +97,7 @@ class CacheRun:
         self.fallback(f"{what}: nothing is kept from here on, each step computes it again")
 
     def fallback(self, why: str) -> None:
-        entry = {"where": "cache", "why": why}
-        if entry not in self.report.fallbacks:
-            self.report.fallbacks.append(entry)
+        self.report.fall_back("cache", why)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -128,11 +126,8 @@ class CacheRun:
             row = rows.setdefault(name, {"tokens": 0, "bytes_held": 0, "bytes_exact": 0, "bits_k": None, "nmse_k": None, "nmse_v": None})
             pair = isinstance(part, Prefix)
             row |= {"bits_v": self.settings.bits_v} | ({"bits_k": self.settings.bits_k} if pair else {})
-            found = (
-                {}
-                if part.error is None
-                else dict(zip(("nmse_k", "nmse_v") if pair else ("nmse_v",), part.error.view(-1).tolist(), strict=True))
-            )
+            names = ("nmse_k", "nmse_v") if pair else ("nmse_v",)
+            found = {} if part.error is None else dict(zip(names, part.error.view(-1).tolist(), strict=True))
             row |= {key: max(row[key] or 0.0, error) for key, error in found.items()}
             row["tokens"] += part.tier.length if isinstance(part, Prefix) else part.tokens
             row["bytes_held"] += part.nbytes
@@ -162,7 +157,7 @@ class CacheRun:
     def state(self) -> dict[str, Any]:
         """What the live panel shows."""
         rows, report = self.report.per_site.values(), self.report
-        worst = {name: max((row[name] for row in rows if row[name] is not None), default=None) for name in ("nmse_k", "nmse_v")}
+        worst = {name: report.worst(name) for name in ("nmse_k", "nmse_v")}
         return {
             "cache": True, "state": "packed" if rows and not self.full else "idle", "step": report.evaluations, "total": self.total,
             "why": report.fallbacks[-1]["why"] if report.fallbacks else "", "layers": len(rows), "bytes": self._held,

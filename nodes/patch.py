@@ -12,9 +12,7 @@ from typing import Any
 from weakref import ref
 
 import comfy.model_management
-import comfy.model_patcher
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from tqai_core.config import Config
 from tqai_core.errors import TqaiError
@@ -31,6 +29,7 @@ from .parametrisation import Parametrisation, of
 from .run import Chunk, Kind, Run
 from .run_history import HISTORY, Entry
 from .schedule import Schedule
+from .wrappers import of_evaluation, of_forward, own_options, settings_of, wrap
 
 KEY, RUN = "tqai", "tqai_run"
 LEGACIES = Legacies()
@@ -97,7 +96,7 @@ def _mark(clone: Any, kind: Kind) -> None:
 
 def patch(model: Any, settings: Settings) -> Any:
     """A clone of a ModelPatcher that samples with tqai. Raises ValueError, with ``model`` as it was."""
-    if KEY in model.model_options.get("transformer_options", {}):
+    if settings_of(model.model_options, KEY) is not None:
         raise TqaiError("this model already went through TQAI Compress: remove one of the two nodes, or set both pipelines in one")
     config, kind = settings.config, kind_of(model)
     _exact(config, kind)
@@ -111,37 +110,30 @@ def patch(model: Any, settings: Settings) -> Any:
     strategy, monitor = config.build()[1:3]
     if kind.blocks and strategy is not None and monitor is not None and (config.level != "model" or isinstance(monitor, EntropyMonitor)):
         _mark(clone, kind)
-    clone.model_options.setdefault("transformer_options", {})[KEY] = settings
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _outer_sample)
-    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare_sampling)
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _predict_noise)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _apply_model)
-    return clone
+    wrappers = {"OUTER_SAMPLE": _outer_sample, "PREPARE_SAMPLING": _prepare_sampling, "PREDICT_NOISE": _predict_noise}
+    return wrap(clone, KEY, settings, wrappers | {"APPLY_MODEL": _apply_model})
 
 
 def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """One sampling of one model: a fresh run in a copy of the guider's options, gone when it ends, fails or is stopped."""
     guider = executor.class_obj
     original = guider.model_options
-    settings = original.get("transformer_options", {}).get(KEY)
+    settings = settings_of(original, KEY)
     if settings is None:
         return executor(*args, **kwargs)
     given = dict(zip(("noise", "latent_image", "sampler", "sigmas", "denoise_mask"), args, strict=False)) | kwargs
     sigmas = given["sigmas"]
     run = _start(guider.model_patcher, settings, original, sigmas, given.get("denoise_mask") is not None)
     run.flow.inherit(LEGACIES.get(given["latent_image"], float(sigmas[0])))
-    guider.model_options = comfy.model_patcher.create_model_options_clone(original)
-    guider.model_options["transformer_options"][RUN] = run
     run.flow.half_size.model = ref(guider.model_patcher.model.diffusion_model)
     failed = True
     try:
-        result = executor(*args, **kwargs)
+        with own_options(guider, RUN, run):
+            result = executor(*args, **kwargs)
         result = result if sigmas[-1] == 0 else _handed_on(run, result, float(sigmas[-1]))
         failed = False
         return result
     finally:
-        guider.model_options["transformer_options"].pop(RUN, None)
-        guider.model_options = original
         report = run.close(failed)
         _remember(settings, run.kind.name, report, failed)
 
@@ -173,8 +165,7 @@ def _start(patcher: Any, settings: Settings, options: dict[str, Any], sigmas: An
 def _prepare_sampling(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
     """Make ComfyUI leave room for what will be held: it asks a wider latent's memory when it loads the model."""
     options = kwargs.get("model_options") or (args[0] if args and isinstance(args[0], dict) else {}) or {}
-    settings = options.get("transformer_options", {}).get(KEY)
-    if settings is not None:
+    if (settings := settings_of(options, KEY)) is not None:
         noise_shape = _roomier(model, noise_shape, conds, settings)
     return executor(model, noise_shape, conds, *args, **kwargs)
 
@@ -195,8 +186,7 @@ def _roomier(model: Any, noise_shape: Any, conds: Any, settings: Settings) -> li
 
 def _predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
     """One evaluation of the sampler, with any number of forwards in it. The step's one host sync is here."""
-    options = kwargs.get("model_options") or (args[0] if args else None) or {}
-    run = options.get("transformer_options", {}).get(RUN)
+    options, run = of_evaluation(args, kwargs, RUN)
     if run is None:
         return executor(x, timestep, *args, **kwargs)
     plus = any(f.__module__ == "comfy.k_diffusion.sampling" for f in options.get("sampler_post_cfg_function", ()))
@@ -207,8 +197,7 @@ def _predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: A
 
 def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
     """One forward. APPLY_MODEL and not DIFFUSION_MODEL, which SD3 never calls."""
-    options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else None) or {}
-    run = options.get(RUN)
+    options, run = of_forward(args, kwargs, RUN)
     if run is None:
         return executor(x, t, *args, **kwargs)
     window = options.get("context_window")
@@ -222,7 +211,7 @@ def _apply_model(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> An
         def host(x: Any, t: Any) -> Any:
             return executor(x, t, *args, **kwargs) if forward is None else _with_forward(executor, x, t, args, kwargs, forward)
 
-        return sized(run.flow, run.parametrisation, x, t, inputs, run.kind.patch, host)
+        return sized(run, x, t, inputs, host)
 
     return run.forward(
         x,

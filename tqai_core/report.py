@@ -43,6 +43,16 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
 
+    def fall_back(self, where: str, why: str) -> None:
+        """Something is computed or held exactly, and why: told once."""
+        entry = {"where": where, "why": why}
+        if entry not in self.fallbacks:
+            self.fallbacks.append(entry)
+
+    def worst(self, name: str) -> float | None:
+        """The largest figure of this name over all sites, None where no site has one."""
+        return max((row[name] for row in self.per_site.values() if row.get(name) is not None), default=None)
+
     def rows(self) -> list[list[str]]:
         """The decisions as cells of a table under ``DECISIONS``."""
         figures = lambda d: [_figure(d["error_estimate"]), _figure(d["error"])]  # noqa: E731
@@ -75,8 +85,7 @@ class Report:
             return []
         held = sum(row["bytes_held"] for row in rows)
         exact = sum(16 * row["bytes_held"] / row["bits_held"] for row in rows)
-        worst = [max((row[name] for row in rows if row.get(name) is not None), default=None) for name in ("nmse_k", "nmse_v")]
-        errors = ["" if error is None else f"{100 * error**0.5:.2g} %" for error in worst]
+        errors = ["" if error is None else f"{100 * error**0.5:.2g} %" for error in (self.worst("nmse_k"), self.worst("nmse_v"))]
         return [
             "",
             "| packed layers | bytes | in bf16 | bits a number | error of keys | error of values |",
@@ -144,9 +153,7 @@ class Recorder:
         self._site(model, where)["far"] = ratio
 
     def fallback(self, where: str, why: str) -> None:
-        entry = {"where": where, "why": why}
-        if entry not in self.report.fallbacks:
-            self.report.fallbacks.append(entry)
+        self.report.fall_back(where, why)
 
     def note(self, text: str) -> bool:
         """A line of the report's warnings; False if it is there already."""

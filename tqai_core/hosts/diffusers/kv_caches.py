@@ -145,8 +145,7 @@ class CachesHandle(Handle):
                 self.fall_back("cache", run.why)
 
     def fall_back(self, where: str, why: str) -> None:
-        if {"where": where, "why": why} not in self._report.fallbacks:
-            self._report.fallbacks.append({"where": where, "why": why})
+        self._report.fall_back(where, why)
 
     def report(self) -> Report:
         """The generation under way, or the last one. ``nmse_k``, ``nmse_v``: the error of what was packed, at the worst store."""
