@@ -117,3 +117,9 @@ def plan(x: Tensor, bits: int, tokens: int) -> tuple[tuple[int, int], Tensor] | 
     if found is None:
         return None
     return found[1], axes(moments + odd.mT @ odd, found[0])
+
+
+def coder(x: Tensor, plain: Rows, tokens: int, seed: int) -> Rows | Split:
+    """For ``tokens`` values like ``x fp32 [B, H, n, d]`` that are all known: rows on axes of their own where that pays, else ``plain``."""
+    found = plan(x, plain.bits, tokens) if tokens >= TOKENS else None
+    return plain if found is None else Split(x.shape[-1], *found, seed)

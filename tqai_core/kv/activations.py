@@ -56,8 +56,7 @@ class Activations:
         heads = x.unflatten(2, (-1, row)).transpose(1, 2)  # a view
         seen = sample(heads).float()
         statistics = KeyStatistics(seen.mean(2, keepdim=True).bfloat16(), seen.std(2, keepdim=True).clamp_min(1e-20).bfloat16())
-        found = split.plan(statistics.stored(seen), bits, n) if n >= split.TOKENS else None
-        coder = rows(row, bits, seed, x.device) if found is None else Split(row, found[0], found[1], seed)
+        coder = split.coder(statistics.stored(seen), rows(row, bits, seed, x.device), n, seed)
         parts, wrong, energy = [], torch.zeros((), device=x.device), torch.zeros((), device=x.device)
         for at in range(0, n, SEGMENT):
             own = heads[:, :, at : at + SEGMENT].float()

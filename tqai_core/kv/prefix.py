@@ -63,7 +63,7 @@ class Prefix:
             statistics, coder_v = KeyStatistics(known.tier.mean, known.tier.scale), known.tier.coder_v
         else:
             statistics = _statistics(keys[:, :, inner], plan, queries, interleaved)
-            coder_v = _coder(values[:, :, inner], plan, coders[1])
+            coder_v = split.coder(sample(values[:, :, inner]).float(), coders[1], size, plan.seed + 1)
         segments, error = _segments(keys[:, :, inner], values[:, :, inner], statistics, coders[0], coder_v)
         if error is None:
             whole = BitTier(keys, values, (), *coders, None, None, keys.shape[2], 0)
@@ -152,13 +152,6 @@ def _statistics(keys: Tensor, plan: Plan, queries: Tensor | None, interleaved: b
         found.take(sample(keys).float(), interleaved)
         found.mean, found.scale = found.mean.bfloat16(), found.scale.bfloat16()
     return found
-
-
-def _coder(values: Tensor, plan: Plan, plain: Rows) -> Rows | Split:
-    """Rows on the values' own axes where there are tokens enough to pay for the axes."""
-    n, d = values.shape[2], values.shape[3]
-    found = split.plan(sample(values).float(), plan.bits_v, n) if n >= split.TOKENS else None
-    return plain if found is None else Split(d, found[0], found[1], plan.seed + 1)
 
 
 def _segments(
