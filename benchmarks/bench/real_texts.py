@@ -18,9 +18,24 @@ from torch import Tensor
 CHARACTERS = 60_000  # of a text, more than 8,192 tokens of any of them
 
 
+def documentation(package: str, path: str) -> str:
+    """``path`` within a package: of a ``.py`` its documentation strings in their order, else the file as it is. OSError or
+    PackageNotFoundError where the package has no such file or is not here."""
+    found = Path(str(distribution(package).locate_file(path.format(version=version(package)))))
+    text = found.read_text(encoding="utf-8")
+    if found.suffix == ".py":
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+        text = "\n\n".join(doc for node in ast.walk(ast.parse(text)) if isinstance(node, kinds) and (doc := ast.get_docstring(node)))
+    return text[:CHARACTERS]
+
+
+def hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Text:
-    """``path`` within the package ``package``: of a ``.py`` its documentation strings in their order, else the file as it is."""
+    """The :func:`documentation` of a package, and the hash of the one that the published figures are of."""
 
     name: str
     package: str
@@ -28,13 +43,7 @@ class Text:
     sha256: str
 
     def read(self) -> str:
-        """The text. OSError or PackageNotFoundError where the package has no such file or is not here."""
-        path = Path(str(distribution(self.package).locate_file(self.path.format(version=version(self.package)))))
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".py":
-            kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-            text = "\n\n".join(doc for node in ast.walk(ast.parse(text)) if isinstance(node, kinds) and (doc := ast.get_docstring(node)))
-        return text[:CHARACTERS]
+        return documentation(self.package, self.path)
 
     def tokens(self, tokenizer: Any, count: int) -> Tensor:
         """The first ``count`` tokens ``int64 [count]``. ValueError where there are fewer."""
@@ -46,7 +55,7 @@ class Text:
     @property
     def same(self) -> bool:
         """Whether the text here is the one whose hash is known."""
-        return hashlib.sha256(self.read().encode()).hexdigest()[:16] == self.sha256
+        return hash_of(self.read()) == self.sha256
 
 
 # what settings were chosen on, and what calibration may see
