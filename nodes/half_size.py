@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tqai_core.flow import Flow
-from tqai_core.half_size import reduce
+from tqai_core.half_size import reduce, why_full
+
+from .run import Run
 
 # conditions that say nothing of places in the picture
 SAFE = {
@@ -21,30 +22,17 @@ SAFE = {
 
 def why_not(x: Tensor, inputs: Mapping[str, Any], patch: int) -> str | None:
     """Why a forward on ``x`` has full size, or None."""
-    if others := sorted(name for name, value in inputs.items() if value is not None and name not in SAFE):
-        return f"the model is given {', '.join(others)}, which would have to be made smaller too"
-    if x.ndim not in (4, 5):
-        return "its latents have an unknown form"
-    side = 2 * max(patch, 2)
-    if x.shape[-2] % side or x.shape[-1] % side:
-        return f"latents of {x.shape[-2]} x {x.shape[-1]} have no half that the model's patches fit into"
-    return None
+    others = [name for name, value in inputs.items() if value is not None and name not in SAFE]
+    return "its latents have an unknown form" if x.ndim not in (4, 5) else why_full(x.shape[-2:], patch, others)
 
 
-def sized(
-    flow: Flow,
-    parametrisation: Any,
-    x: Tensor,
-    t: Tensor,
-    inputs: Mapping[str, Any],
-    patch: int,
-    compute: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
+def sized(run: Run, x: Tensor, t: Tensor, inputs: Mapping[str, Any], compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """The picture ``[b, ...]`` that the model predicts at ``x``, from a forward at the size of this step. ``compute`` is the host's."""
+    flow, parametrisation = run.flow, run.parametrisation
     state, step = flow.half_size, flow.step
     if step is None or not state.small(step.sigma):
         return compute(x, t)
-    if (why := why_not(x, inputs, patch)) is not None:
+    if (why := why_not(x, inputs, run.kind.patch)) is not None:
         state.off()
         flow.recorder.fallback(flow.model, f"full size: {why}")
         return compute(x, t)

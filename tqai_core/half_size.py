@@ -12,6 +12,7 @@ Where a part of it larger than the tolerance would be seen above the noise, the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -154,14 +155,26 @@ def _bands(h: int, w: int, device: torch.device) -> Tensor:
     return (rows / rows.sum(-1, keepdim=True).clamp(min=1)).to(device)
 
 
+@lru_cache(maxsize=8)
+def _middles(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``[BANDS]``: log of the middle frequency of each band, in units of the highest."""
+    return ((torch.arange(BANDS, device=device, dtype=dtype) + 0.5) / BANDS).log()
+
+
 @lru_cache(maxsize=16)
-def _finer(h: int, w: int) -> list[tuple[float, float]]:
-    """The frequencies that a picture of ``2 h`` x ``2 w`` has and its half has not, in units of the half's highest: (middle of a band,
-    share of the coefficients in it)."""
+def _finer(h: int, w: int) -> tuple[Tensor, Tensor]:
+    """The frequencies that a picture of ``2 h`` x ``2 w`` has and its half has not, in units of the half's highest: log of the middle of
+    each band, and the share of the coefficients in it."""
     f = _frequencies(2 * h, 2 * w) * 2 / _frequencies(h, w).max()
     f[:h, :w] = 0
-    number = (f[f > 0] * BANDS).long().bincount()
-    return [((i + 0.5) / BANDS, int(n) / int(number.sum())) for i, n in enumerate(number) if n]
+    counts = (f[f > 0] * BANDS).long().bincount().double()
+    return ((torch.arange(len(counts)).double() + 0.5) / BANDS).log()[counts > 0], (counts / counts.sum())[counts > 0]
+
+
+@lru_cache(maxsize=16)
+def _places(h: int, w: int, device: torch.device) -> Tensor:
+    """``[h w]``: log of the frequency of each coefficient, in units of the highest that half the picture has; of the mean almost 0."""
+    return (_frequencies(h, w) * 2 / _frequencies(h // 2, w // 2).max()).clamp(min=1e-6).log().flatten().to(device)
 
 
 def _frequencies(h: int, w: int) -> Tensor:
@@ -176,39 +189,43 @@ def _powers(clean: Tensor) -> Tensor:
     return coefficients.reshape(len(clean), -1, h * w).square().mean(1) @ _bands(h, w, clean.device).T
 
 
+def _power_at(places: Tensor, powers: Tensor, seen_at: float) -> Tensor:
+    """Power ``[..., n]`` of a picture of full size at log frequencies ``places [n]``, from the ``powers [..., BANDS]`` of a clean picture
+    of half size that was predicted at ``seen_at``.
+
+    A prediction is a mean over all pictures that fit, which lacks what noise still hides. Of a Gaussian picture of power P a share
+    P / (P + r) is seen, with r the noise's power over the signal's: solved for P, that undoes it, up to ``MOST`` times, since what is
+    seen of almost nothing tells little. Then log P is a line over log f, through the bands that hold something; two of them at least.
+    """
+    ratio, f, held = (seen_at / max(1 - seen_at, 1e-3)) ** 2, _middles(powers.device, powers.dtype), powers > 0
+    seen, weight = powers.where(held, 1.0), held.to(powers.dtype)
+    log = (seen * ((1 + (1 + 4 * ratio / seen).sqrt()) / 2).clamp(max=MOST)).log()
+    mean = lambda x: (weight * x).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1)  # noqa: E731
+    gap = f - mean(f)
+    slope = (mean(gap * (log - mean(log))) / mean(gap.square()).clamp(min=1e-12)).clamp(max=0)
+    power = 4 * (mean(log) + slope * (places - mean(f))).exp()  # four times: of a picture of twice the amplitude
+    return power.where(weight.sum(-1, keepdim=True) >= 2, 0.0)
+
+
 def _continued(powers: Tensor, x: Tensor, seen_at: float) -> Tensor:
-    """The power of each coefficient of the pictures in ``x [b, ..., h, w]``, as :func:`hidden` continues it: ``[b, 1 ..., h, w]``."""
-    ratio, f = (seen_at / max(1 - seen_at, 1e-3)) ** 2, (torch.arange(BANDS, device=x.device) + 0.5).div(BANDS).log()
-    floor = powers.clamp(min=1e-12)
-    logs = (floor * ((1 + (1 + 4 * ratio / floor).sqrt()) / 2).clamp(max=MOST)).log()
-    mean, gap = logs.mean(-1, keepdim=True), f - f.mean()
-    slope = ((logs - mean) * gap).sum(-1, keepdim=True).div(gap.square().sum()).clamp(max=0)
+    """The power of each coefficient of the pictures in ``x [b, ..., h, w]``: ``[b, 1 ..., h, w]``."""
     h, w = x.shape[-2:]
-    at = (_frequencies(h, w) * 2 / _frequencies(h // 2, w // 2).max()).to(x.device).clamp(min=1e-6).log().flatten()
-    power = 4 * (mean + slope * (at - f.mean())).exp()
-    return power.reshape(len(x), *(1,) * (x.ndim - 3), h, w)
+    return _power_at(_places(h, w, x.device), powers, seen_at).reshape(len(x), *(1,) * (x.ndim - 3), h, w)
 
 
 def hidden(powers: list[float], size: tuple[int, int], seen_at: float, sigma: float) -> float:
     """Share of signal in the finer half of the frequencies at ``sigma``, from the ``powers`` of a clean picture of half ``size`` that
-    was predicted at ``seen_at``.
+    was predicted at ``seen_at``."""
+    places, part = _finer(*size)
+    power = _power_at(places, torch.tensor(powers, dtype=torch.float64), seen_at)
+    return float((part * power / (power + (sigma / max(1 - sigma, 1e-3)) ** 2)).sum())
 
-    A prediction is a mean over all pictures that fit, which lacks what noise still hides. Of a Gaussian picture of power P a share
-    P / (P + r) is seen, with r the noise's power over the signal's: solved for P, that undoes it, up to ``MOST`` times, since what is
-    seen of almost nothing tells little. Then log P is a line over log f.
-    """
-    ratio = (seen_at / max(1 - seen_at, 1e-3)) ** 2
-    points = []
-    for i, power in enumerate(powers):
-        if power > 0:
-            solved = min((1 + math.sqrt(1 + 4 * ratio / power)) / 2, MOST)
-            points.append((math.log((i + 0.5) / BANDS), math.log(power * solved)))
-    if len(points) < 2:
-        return 0.0
-    mean_f, mean_p = (sum(p[k] for p in points) / len(points) for k in (0, 1))
-    slope = sum((f - mean_f) * (p - mean_p) for f, p in points) / sum((f - mean_f) ** 2 for f, _ in points)
-    noise, share = (sigma / max(1 - sigma, 1e-3)) ** 2, 0.0
-    for f, part in _finer(*size):
-        power = 4 * math.exp(mean_p + min(slope, 0.0) * (math.log(f) - mean_f))  # of the picture of full size
-        share += part * power / (power + noise)
-    return share
+
+def why_full(size: Sequence[int], patch: int, others: Iterable[str]) -> str | None:
+    """Why a model's call on latents of ``size`` (height, width) has full size, or None. ``patch``: side of the model's patches.
+    ``others``: arguments that tell of places in the picture."""
+    if found := sorted(others):
+        return f"the model is given {', '.join(found)}, which would have to be made smaller too"
+    if any(length % (2 * max(patch, 2)) for length in size):
+        return f"latents of {size[0]} x {size[1]} have no half that the model's patches fit into"
+    return None

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...families import TIMES
-from ...half_size import HalfSize, reduce
+from ...half_size import HalfSize, reduce, why_full
 from .outputs import Form
 
 CLOSE = 2e-3  # difference of a time argument from what its sigma makes of it, relative: bf16 timesteps
@@ -69,30 +69,26 @@ def _packed(x: Tensor) -> Tensor:
 def layout_of(model: Any, given: Mapping[str, Any]) -> Layout | str:
     """The layout of a call, or why it cannot be made at half size."""
     name = "hidden_states" if "hidden_states" in given else "x"
-    x, known = given.get(name), {name, *TIMES, "img_ids", "img_shapes", *SAFE}
-    if others := sorted(key for key, value in given.items() if key not in known and value is not None):
-        return f"the model is called with {', '.join(others)}, which would have to be made smaller too"
+    x, made = given.get(name), None
     if isinstance(x, list) and x and all(isinstance(part, Tensor) and part.shape == x[0].shape for part in x):
-        made: Layout | str = Layout(name, None, True, {})
-        sizes = x[0].shape[-2:]
+        made = Layout(name, None, True, {})
     elif isinstance(x, Tensor) and x.ndim in (4, 5):
-        made, sizes = Layout(name, None, False, {}), x.shape[-2:]
+        made = Layout(name, None, False, {})
     elif isinstance(x, Tensor) and x.ndim == 3:
         made = _of_tokens(name, x, given)
-        if isinstance(made, str):
-            return made
-        sizes = x.shape[:0] + tuple(PATCH * n for n in made.tokens or ())
-    else:
+        if made is None:
+            return "its tokens are not those of one picture alone"
+    if made is None:
         return "its latents have an unknown form"
     patch = getattr(getattr(model, "config", None), "patch_size", PATCH)
-    side = 2 * max(PATCH, patch[-1] if isinstance(patch, (tuple, list)) else patch if isinstance(patch, int) else PATCH)
-    if any(size % side for size in sizes):
-        return f"latents of {sizes[0]} x {sizes[1]} have no half that the model's patches fit into"
-    return made
+    patch = patch[-1] if isinstance(patch, (tuple, list)) else patch
+    known = {name, *TIMES, "img_ids", "img_shapes", *SAFE}
+    others = [key for key, value in given.items() if key not in known and value is not None]
+    return why_full(made.unpack(x).shape[-2:], patch if isinstance(patch, int) else PATCH, others) or made
 
 
-def _of_tokens(name: str, x: Tensor, given: Mapping[str, Any]) -> Layout | str:
-    """The tokens of Flux, with their places as ``img_ids``, or of Qwen-Image, with ``img_shapes``."""
+def _of_tokens(name: str, x: Tensor, given: Mapping[str, Any]) -> Layout | None:
+    """The tokens of Flux, with their places as ``img_ids``, or of Qwen-Image, with ``img_shapes``; None for others."""
     ids, shapes = given.get("img_ids"), given.get("img_shapes")
     places: dict[str, Any] | None = None
     h = w = 0
@@ -109,7 +105,7 @@ def _of_tokens(name: str, x: Tensor, given: Mapping[str, Any]) -> Layout | str:
             half = (1, h // 2, w // 2)
             places = {"img_shapes": [[half] if listed else half] * len(shapes)}
     if places is None or x.shape[1] != h * w or x.shape[2] % PATCH**2:
-        return "its tokens are not those of one picture alone"
+        return None
     return Layout(name, (h, w), False, places)
 
 
