@@ -196,16 +196,25 @@ def test_off_is_bit_exact_and_a_second_run_equal(kind):
 
 
 @pytest.mark.filterwarnings("ignore:tqai")
-@pytest.mark.parametrize("kind", ["flux", "wan", "z_image"])
+@pytest.mark.parametrize("kind", ["flux", "sd3", "wan", "z_image"])
 def test_a_model_that_was_trained_at_one_size_stays_exact(kind):
-    """And says so: one step of the first run is computed at both sizes and compared. SD3's mini is not told apart so: its pictures of
-    both sizes differ no more than those of the photo mini, which knows both."""
+    """And says so: one step of the first run is computed at both sizes and compared."""
     plain, _, _, _ = run(kind, steps=8)
     x, report, _, handle = run(kind, tqai.Config(strategy=None, monitor=None, half_size=0.1), steps=8, trusted=False)
     assert torch.equal(x, plain)
     assert report.calls_half == 0
     assert any("not trained for it" in entry["why"] for entry in report.fallbacks)
     assert handle.flows[0].half_size.trusted is False
+
+
+@pytest.mark.parametrize("labels", [[0, 7], [3, 10], [5, 12], [1, 8]])
+def test_a_model_that_was_trained_at_both_sizes_is_taken_whatever_is_asked_first(labels):
+    """Photographs of little contrast too: there the two sizes agree on the colour and little else."""
+    pipe = minis.pipeline("photo")
+    with tqai.apply(pipe, ALONE) as handle:
+        pipe(**minis.inputs("photo", labels), num_inference_steps=8, output_type="latent")
+        assert handle.flows[0].half_size.trusted
+        assert handle.report().calls_half > 0
 
 
 class Call(torch.nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 BANDS = 8  # of frequencies, in which the power is averaged
 MOST = 8.0  # factor by which a predicted power may be too small
-APART = 1.0  # relative difference of the pictures predicted at the two sizes above which a model knows but one of them
+APART = 0.45  # relative difference of the pictures predicted at the two sizes above which a model knows but one of them
 JUDGED = 0.95  # from this sigma on pictures differ enough from the mean of all to judge by
 TRUSTED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # models that were judged, and whether they know both sizes
 START = 0.9  # a run that begins below this sigma begins with a picture, whose detail is there already
@@ -124,8 +124,7 @@ class HalfSize:
 
     def judge(self, clean: Tensor, small: Tensor, sigma: float) -> str | None:
         """Why this model is not run at half size, from its pictures of both sizes for one latent, or None. A host sync, once."""
-        both = reduce(clean, 0.0)[0].float(), small.float()
-        full, half = (picture - picture.mean((-1, -2), keepdim=True) for picture in both)
+        full, half = reduce(clean, 0.0)[0].float(), small.float()
         apart = float(((half - full).square().sum() / full.square().sum().clamp(min=1e-12)).sqrt())
         self.trusted, self._judged_at = apart <= APART, sigma
         if self.trusted:
