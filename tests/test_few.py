@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -26,6 +27,7 @@ from tqai_core.metrics import psnr  # noqa: E402
 from tqai_core.minis import digits, names  # noqa: E402
 
 LABORATORY = ROOT / "benchmarks" / "minis"
+RESULT = ROOT / "benchmarks" / "results" / "few.json"
 PHOTOS = (names.PHOTO, "photo_8", "photo_4")
 
 
@@ -62,6 +64,25 @@ def test_a_student_needs_few_steps_and_no_guidance(kind, steps):
     assert error["student"] < error["hasty"] / 2, "half the error of its teacher with the same calls"
 
 
+def test_a_tenth_of_the_trajectories_of_every_prompt_is_held_back(monkeypatch):
+    monkeypatch.syspath_prepend(str(LABORATORY))
+    distil = importlib.import_module("distil")
+    prompts = torch.arange(240) % 20
+    (learnt, seen), (held, unseen) = (part[0] for part in distil.parted([(torch.arange(240.0), prompts)]))
+    assert torch.cat([learnt, held]).sort().values.tolist() == list(range(240))
+    assert len(held) == 24
+    assert set(unseen.tolist()) == set(range(20))
+    assert torch.equal(prompts[held.long()], unseen)
+    assert torch.equal(prompts[learnt.long()], seen)
+
+
+def test_the_students_know_trajectories_that_they_never_saw():
+    for kind in ("photo_8", "photo_4"):
+        log = json.loads((LABORATORY / f"{kind}.json").read_text())
+        seen, unseen = (sum(log[name][-1][1:]) for name in ("seen", "unseen"))
+        assert unseen < 1.3 * seen
+
+
 def test_a_student_is_its_teacher_and_a_low_rank_difference():
     base, student = (host.transformer(kind).state_dict() for kind in ("photo", "photo_8"))
     name = "single_transformer_blocks.1.proj_mlp.weight"
@@ -94,6 +115,14 @@ def test_the_preset_is_the_row_that_paid(kind, steps, computed, least):
     left = mini.run(prompts, 2, 3, few_steps)
     assert torch.equal(left.latents, mini.run(prompts, 2, 3).latents)
     assert left.report.calls_skipped == 0
+
+
+@pytest.mark.parametrize("kind, steps", [("photo_8", 8), ("photo_8", 6), ("photo_4", 4), ("wan", 8), ("wan_sizes", 8)])
+def test_the_preset_pays_by_the_table(kind, steps):
+    rows = [r for r in json.loads(RESULT.read_text())["rows"] if (r["mini"], r["steps"]) == (kind, steps)]
+    name = few.at_level("model", "order 1", steps, few.to_the_end(steps)).name
+    (row,) = (r for r in few.close(rows, "both") if (r["group"], r["method"]) == ("model level", name))
+    assert row["cpu"] >= few.FASTER.get(steps, 1.25)
 
 
 def test_labels_that_the_minis_do_not_have():

@@ -32,7 +32,7 @@ FINE = 24  # steps of the teacher that students are compared with
 TRACKS = {"photo_8": (8, 6), "photo_4": (4,), "wan_4": (4,), "photo": (FINE,), "wan": (8,), names.SIZES: (8,)}  # steps of each mini
 KINDS = tuple(TRACKS)
 SEEDS = 32
-FEWER_SEEDS = {"photo": 16, "wan": 16}  # where a seed takes long
+FEWER_SEEDS = {"photo": 16, "wan": 16, names.SIZES: 16}  # where a seed takes long
 SAMPLES = {"photo": 4, "wan": 1, names.SIZES: 1}  # pictures or clips a seed, by the teacher
 EXACT, FEWER, COARSE = "exact", "fewer steps", "coarse to fine"
 LESS = {24: (12, 9), 8: (6, 5, 4, 3), 6: (5, 4, 3, 2), 4: (3, 2, 1)}  # "fewer steps" of so many
@@ -139,16 +139,19 @@ def bench(
     ]
     if not any(start.startswith(only) for start in starts):
         raise TqaiError(f"bench few --only: no row begins with {only!r}: give a mini, its steps and a part, as in 'photo_8 8 block level'")
-    before = earlier(into) if only else {"rows": [], "teachers": []}
-    rows, teachers = before["rows"], {row["mini"]: row for row in before["teachers"]}
+    if only:
+        earlier(into)  # before anything is measured
+    new: list[list[Row]] = []
     for track in (Track(kind, steps, only) for kind in kinds for steps in TRACKS[kind]):
         if track.asked:
             many = min(count, FEWER_SEEDS.get(track.kind, count))
             tell(f"{track.kind}: {many} seeds of {track.steps} steps, {len(track.asked)} rows")
-            rows = merged(rows, track.measure(many))
-    for kind in kinds:
-        if kind in names.STUDENTS and f"{kind} teacher".startswith(only):
-            teachers[kind] = _teacher(kind, count, tell)
+            new.append(track.measure(many))
+    students = [kind for kind in kinds if kind in names.STUDENTS and f"{kind} teacher".startswith(only)]
+    fresh = {kind: _teacher(kind, count, tell) for kind in students}
+    before = earlier(into) if only else {"rows": [], "teachers": []}  # as it is by now: another piece may have come in
+    teachers = {row["mini"]: row for row in before["teachers"]} | fresh
+    rows = merged(before["rows"], [row for part in new for row in part])
     return result_of(rows, [teachers[kind] for kind in KINDS if kind in teachers], count)
 
 
@@ -166,8 +169,8 @@ def earlier(file: str | None) -> dict[str, Any]:
 
 
 def merged(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """``rows`` with ``new`` ones of one mini and number of steps in the place of those of the same name, in the order of the table;
-    rows that the bench has no more are dropped."""
+    """``rows`` with ``new`` ones in the place of those of the same name, in the order of the table; rows that the bench has no more are
+    dropped."""
     found = {(r["mini"], r["steps"], r["group"], r["method"]): r for r in [*rows, *new]}
     out: list[Row] = []
     for track in (Track(kind, steps) for kind in KINDS for steps in TRACKS[kind]):
