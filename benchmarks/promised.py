@@ -61,7 +61,10 @@ WORDS = {  # what a promise is about -> what its failure means
         "a run that lies between two pictures is decided by its first steps: forecasts there leave the worst picture further from its "
         "exact run than the median picture of fewer steps."
     ),
-    "4 steps: CPU-time ratio": "with 4 steps no part gives that much with pictures as near to real ones and to the exact run.",
+    "4 steps: CPU-time ratio": (
+        "with 4 steps, on that mini, no part gives that much with pictures that are as near to real ones and nearer to the exact run than "
+        "those of fewer steps."
+    ),
     "8 steps: CPU-time ratio": "with 8 steps no part gives that much with pictures as near to real ones and to the exact run.",
     "24 steps: CPU-time ratio": "half the size first gives another picture of the same layout, and that counts against it.",
     "Fréchet distance beside the teacher's": "a student's pictures are further from real ones than its teacher's, by more than promised.",

@@ -38,9 +38,9 @@ class TQAICompress(io.ComfyNode):
                     "preset",
                     options=[*PRESETS, FEW, HALF],
                     default="balanced",
-                    tooltip="How much is skipped: quality least, fast most. few is for 8 steps: every second one from the third on. half: "
-                    "balanced, and the first steps at half the height and width. The error allowed is tuned for each family of models. Not "
-                    "used when a pipeline is linked.",
+                    tooltip="How much is skipped: quality least, fast most. few is for 4 to 8 steps: every second one from the fourth on. "
+                    "half: balanced, and the first steps at half the height and width. The error allowed is tuned for each family of "
+                    "models. Not used when a pipeline is linked.",
                 ),
                 io.Combo.Input(
                     "level",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,15 @@ from bench import few, judges  # noqa: E402
 from bench.harness import Mini  # noqa: E402
 from minis.judge import Judge, frechet, moments  # noqa: E402
 
-from tqai_core import TqaiError, minis  # noqa: E402
+import tqai_core as tqai  # noqa: E402
+from tqai_core import TqaiError, minis, report  # noqa: E402
 from tqai_core.config import preset  # noqa: E402
 from tqai_core.hosts.diffusers import minis as host  # noqa: E402
 from tqai_core.metrics import psnr  # noqa: E402
 from tqai_core.minis import digits, names  # noqa: E402
 
 LABORATORY = ROOT / "benchmarks" / "minis"
+RESULT = ROOT / "benchmarks" / "results" / "few.json"
 PHOTOS = (names.PHOTO, "photo_8", "photo_4")
 
 
@@ -60,6 +64,25 @@ def test_a_student_needs_few_steps_and_no_guidance(kind, steps):
     assert error["student"] < error["hasty"] / 2, "half the error of its teacher with the same calls"
 
 
+def test_a_tenth_of_the_trajectories_of_every_prompt_is_held_back(monkeypatch):
+    monkeypatch.syspath_prepend(str(LABORATORY))
+    distil = importlib.import_module("distil")
+    prompts = torch.arange(240) % 20
+    (learnt, seen), (held, unseen) = (part[0] for part in distil.parted([(torch.arange(240.0), prompts)]))
+    assert torch.cat([learnt, held]).sort().values.tolist() == list(range(240))
+    assert len(held) == 24
+    assert set(unseen.tolist()) == set(range(20))
+    assert torch.equal(prompts[held.long()], unseen)
+    assert torch.equal(prompts[learnt.long()], seen)
+
+
+def test_the_students_know_trajectories_that_they_never_saw():
+    for kind in ("photo_8", "photo_4"):
+        log = json.loads((LABORATORY / f"{kind}.json").read_text())
+        seen, unseen = (sum(log[name][-1][1:]) for name in ("seen", "unseen"))
+        assert unseen < 1.3 * seen
+
+
 def test_a_student_is_its_teacher_and_a_low_rank_difference():
     base, student = (host.transformer(kind).state_dict() for kind in ("photo", "photo_8"))
     name = "single_transformer_blocks.1.proj_mlp.weight"
@@ -76,17 +99,30 @@ def test_a_clip_student_draws_digits():
     assert digits.accuracy(mini.pixels(run.latents), torch.tensor(labels)) >= 0.6
 
 
-def test_the_preset_is_the_row_that_paid():
-    mini, prompts, few_steps = Mini("photo_8", 16), list(range(10)), preset("few")
+@pytest.mark.parametrize("kind, steps, computed, least", [("photo_8", 8, 5, 33), ("photo_4", 4, 3, 25)])
+def test_the_preset_is_the_row_that_paid(kind, steps, computed, least):
+    mini, prompts, few_steps = Mini(kind, 16), list(range(10)), preset("few")
     mini.schedule("euler", 1.0)
-    exact, run = mini.run(prompts, 2, 8), mini.run(prompts, 2, 8, few_steps)
-    row = mini.run(prompts, 2, 8, few.at_level("model", "order 1", 8, (2, 4, 6)).config)
+    exact, run = mini.run(prompts, 2, steps), mini.run(prompts, 2, steps, few_steps)
+    row = mini.run(prompts, 2, steps, few.at_level("model", "order 1", steps, few.to_the_end(steps)).config)
     assert torch.equal(run.latents, row.latents)
-    assert (exact.calls, run.calls) == (8, 5)
-    assert psnr(run.latents, exact.latents) > 33
-    left = mini.run(prompts, 2, 4, few_steps)
-    assert torch.equal(left.latents, mini.run(prompts, 2, 4).latents)
+    assert (exact.calls, run.calls) == (steps, computed)
+    assert psnr(run.latents, exact.latents) > least
+    with tqai.apply(mini.pipe, few_steps) as handle:
+        mini.pipe(**host.inputs(kind, [1]), num_inference_steps=steps, output_type="latent")
+        assert handle.nbytes == 0, "nothing is held after a run whose last step is forecast"
+        assert handle.report().decisions[-1]["why"] == "one in 2"
+    left = mini.run(prompts, 2, 3, few_steps)
+    assert torch.equal(left.latents, mini.run(prompts, 2, 3).latents)
     assert left.report.calls_skipped == 0
+
+
+@pytest.mark.parametrize("kind, steps", [("photo_8", 8), ("photo_8", 6), ("photo_4", 4), ("wan", 8), ("wan_sizes", 8)])
+def test_the_preset_pays_by_the_table(kind, steps):
+    rows = [r for r in json.loads(RESULT.read_text())["rows"] if (r["mini"], r["steps"]) == (kind, steps)]
+    name = few.at_level("model", "order 1", steps, few.to_the_end(steps)).name
+    (row,) = (r for r in few.close(rows, "both") if (r["group"], r["method"]) == ("model level", name))
+    assert row["cpu"] >= few.FASTER.get(steps, 1.25)
 
 
 def test_labels_that_the_minis_do_not_have():
@@ -113,6 +149,8 @@ def test_steps_that_are_skipped():
     assert few.skips(4) == [(2,)]
     assert few.skips(8) == [(6,), (4, 6), (2, 4, 6)]
     assert few.schedule(4, (2,)) == "schedule:steps=0+1+3,total=4"
+    assert [few.to_the_end(steps) for steps in (4, 6, 8)] == [(3,), (3, 5), (3, 5, 7)]
+    assert few.schedule(4, (3,)) == "schedule:steps=0+1+2,total=4,final=false"
 
 
 def row(group: str, cpu: float, distance: float, psnr: float, **more: object) -> dict[str, object]:
@@ -153,6 +191,37 @@ def test_promises_and_order():
     assert [r["group"] for r in few.lost_first(rows)] == ["broken", "bad", "real", "good", "far from real", few.EXACT, few.FEWER]
 
 
+def test_rows_measured_again_take_the_place_of_those_of_a_file(monkeypatch, tmp_path):
+    file = tmp_path / "few.json"
+    short = [
+        few.Method("fewer steps", "2 steps", steps=2),
+        few.at_level("model", "order 1", 4, (2,)),
+        few.at_level("model", "reuse", 4, (2,)),
+    ]
+    monkeypatch.setattr(few, "methods", lambda kind, steps: short)
+    monkeypatch.setattr(few, "FINE", 4)
+    file.write_text(report.dumps(few.bench(["photo_4"], count=1)))
+    first = json.loads(file.read_text())
+    renamed = [replace(short[0], steps=3), *short[1:]]
+    monkeypatch.setattr(few, "methods", lambda kind, steps: renamed if (kind, steps) == ("photo_4", 4) else [])
+    again = json.loads(report.dumps(few.bench(only="photo_4 4 fewer", into=str(file), count=1)))
+    assert [r["method"] for r in again["rows"]] == [r["method"] for r in first["rows"]]
+    same = [r["psnr"] == before["psnr"] for r, before in zip(again["rows"], first["rows"], strict=True)]
+    assert same == [True, False, True, True], "the exact run is measured again, and equal"
+    assert again["rows"][2]["psnr_fewer"] > first["rows"][2]["psnr_fewer"], "three steps are nearer than two"
+    assert again["teachers"] == first["teachers"]
+
+
+def test_rows_to_replace_are_of_a_result(tmp_path):
+    with pytest.raises(TqaiError, match="give --json=FILE of one"):
+        few.bench(only="photo_8", into=None)
+    (tmp_path / "x.json").write_text('{"bench": "dit"}')
+    with pytest.raises(TqaiError, match="no result of bench few"):
+        few.bench(only="photo_8", into=str(tmp_path / "x.json"))
+    with pytest.raises(TqaiError, match="no row"):
+        few.bench(only="photo_9")
+
+
 def test_the_bench_end_to_end(monkeypatch):
     every = few.methods("photo_4", 4)
     assert {"fewer steps", "model level", "block level", "attention level", "sparse attention"} <= {m.group for m in every}
@@ -160,9 +229,10 @@ def test_the_bench_end_to_end(monkeypatch):
     monkeypatch.setattr(few, "FINE", 4)
     result = few.bench(["photo_4"], count=3)
     assert not any(r["failed"] for r in result["rows"])
-    exact, fewer, reuse, line = result["rows"]
+    exact, fewer, reuse, line, reuse_to_the_end, to_the_end = result["rows"]
     assert exact["psnr_worst"] == math.inf
-    assert line["calls"] == reuse["calls"] == fewer["calls"] == 0.75
+    assert {r["calls"] for r in (fewer, reuse, line, reuse_to_the_end, to_the_end)} == {0.75}
+    assert to_the_end["psnr"] > reuse_to_the_end["psnr"]
     assert reuse["psnr"] > 15
     assert exact["read"] >= 0.9
     titles = [title for title, *_ in few.tables_of(result)]

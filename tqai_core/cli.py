@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--plot", type=out_file, metavar="FILE", help=plots)
     p.add_argument("--kinds", type=comma_list(str, (*MINIS, *OTHERS)), help="minis to run, as in flux,wan; left out: all of the bench")
     p.add_argument("--seeds", type=comma_list(seed), help="seeds, as in 0,1,2, which is the default")
+    p.add_argument("--only", metavar="ROWS", help="few: the rows that begin so, as in 'photo_8 6'; they replace those of --json=FILE")
     tryout.arguments(command("try", "does it help on my model? the exact run, a few settings, one page, one verdict", _try))
     run.arguments(command("run", "one prompt through a language model or a diffusers pipeline, and what tqai saved and changed", _run))
     return parser
@@ -233,7 +234,7 @@ def _bench(args: argparse.Namespace) -> int:
     takes = inspect.signature(bench.bench).parameters
     given = {
         name: value
-        for name in ("kinds", "seeds", "peers", "report", "methods", "real", "plot")
+        for name in ("kinds", "seeds", "peers", "report", "methods", "real", "plot", "only")
         if (value := getattr(args, name)) is not None
     }
     used = {*takes, switch, *(["plot"] if hasattr(bench, "plot") else [])}
@@ -245,7 +246,7 @@ def _bench(args: argparse.Namespace) -> int:
     if foreign := [kind for kind in given.get("kinds", ()) if kind in OTHERS[1:] and kind not in minis]:
         raise TqaiError(f"bench {args.what} --kinds {foreign[0]}: this bench has only {', '.join(minis)}")
     tell = lambda text: print(f"... {text}", file=sys.stderr, flush=True)  # noqa: E731
-    given = {"kinds": minis, "seeds": (0, 1, 2), "peers": True, "tell": tell} | given
+    given = {"kinds": minis, "seeds": (0, 1, 2), "peers": True, "tell": tell, "into": args.json} | given
     result = bench.bench(**{name: value for name, value in given.items() if name in takes})
     if args.plot:
         write_out(args.plot, bench.plot(result))

@@ -8,16 +8,19 @@ picture: median, 5 % quantile, minimum), and what a user sees: the Fréchet dist
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tqai_core import TqaiError
 from tqai_core.config import Config, preset
 from tqai_core.metrics import psnr, ssim
 from tqai_core.minis import names
@@ -29,7 +32,7 @@ FINE = 24  # steps of the teacher that students are compared with
 TRACKS = {"photo_8": (8, 6), "photo_4": (4,), "wan_4": (4,), "photo": (FINE,), "wan": (8,), names.SIZES: (8,)}  # steps of each mini
 KINDS = tuple(TRACKS)
 SEEDS = 32
-FEWER_SEEDS = {"photo": 16, "wan": 16}  # where a seed takes long
+FEWER_SEEDS = {"photo": 16, "wan": 16, names.SIZES: 16}  # where a seed takes long
 SAMPLES = {"photo": 4, "wan": 1, names.SIZES: 1}  # pictures or clips a seed, by the teacher
 EXACT, FEWER, COARSE = "exact", "fewer steps", "coarse to fine"
 LESS = {24: (12, 9), 8: (6, 5, 4, 3), 6: (5, 4, 3, 2), 4: (3, 2, 1)}  # "fewer steps" of so many
@@ -51,13 +54,13 @@ def methods(kind: str, steps: int) -> list[Method]:
     out = [Method(FEWER, f"{n} steps", steps=n) for n in LESS[steps]]
     if steps == FINE:
         return out + many(names.family(kind))
-    longest = skips(steps)[-1]
+    longest, ends = skips(steps)[-1], [at_level("model", what, steps, to_the_end(steps)) for what in ORDERS]
     if kind not in names.STUDENTS:  # students have the other rows: here guidance counts
         sized = coarse(steps)[: None if kind in (names.PHOTO, names.SIZES) else 1]  # the WAN mini knows one size: one row says so
-        return [*out, *(at_level("model", what, steps, longest) for what in ORDERS), *guidance(steps), *sized]
+        return [*out, *(at_level("model", what, steps, longest) for what in ORDERS), *ends, *guidance(steps), *sized]
     levels = [("model", what, skipped) for what in ORDERS for skipped in dict.fromkeys([skips(steps)[0], longest])]
     levels += [("block", what, longest) for what in ORDERS] + [("attention", "order 1", longest)]
-    out += [at_level(level, what, steps, skipped) for level, what, skipped in levels]
+    out += [at_level(level, what, steps, skipped) for level, what, skipped in levels] + ends
     out.append(Method("block level", "order 1, the first block exact", at("block", "delta2", steps, longest, skip_layers=(0,))))
     sparse = Config(level="attention", scorer="bsa", strategy="window:density=0.5", monitor=schedule(steps, range(2, steps - 1)))
     out.append(Method("sparse attention", "half of the blocks, from the third step on", sparse))
@@ -103,28 +106,77 @@ def skips(steps: int) -> list[tuple[int, ...]]:
     return [tuple(sorted(range(steps - 2, 1, -2)[:count])) for count in range(1, (steps - 2) // 2 + 1)]
 
 
+def to_the_end(steps: int) -> tuple[int, ...]:
+    """Every second step after the first three, be it the last: what preset ``few`` does not compute."""
+    return tuple(range(3, steps, 2))
+
+
 def told(skipped: Sequence[int]) -> str:
     return f"step{'s' if len(skipped) > 1 else ''} {', '.join(str(i + 1) for i in skipped)}"
 
 
 def schedule(steps: int, skipped: Sequence[int]) -> str:
-    return f"schedule:steps={'+'.join(str(i) for i in range(steps) if i not in skipped)},total={steps}"
+    final = ",final=false" if steps - 1 in skipped else ""
+    return f"schedule:steps={'+'.join(str(i) for i in range(steps) if i not in skipped)},total={steps}{final}"
 
 
 def at(level: str, strategy: str, steps: int, skipped: Sequence[int], **more: Any) -> Config:
     return Config(level=level, strategy=strategy, monitor=schedule(steps, skipped), codec="exact", **more)
 
 
-def bench(kinds: Sequence[str] = KINDS, tell: Callable[[str], None] = lambda text: None, count: int = SEEDS) -> dict[str, Any]:
-    """Everything, as plain data. ``tell`` hears of progress; ``count`` seeds from 0 on."""
+def bench(
+    kinds: Sequence[str] = KINDS,
+    tell: Callable[[str], None] = lambda text: None,
+    count: int = SEEDS,
+    only: str = "",
+    into: str | None = None,
+) -> dict[str, Any]:
+    """Everything, as plain data. ``tell`` hears of progress; ``count`` seeds from 0 on. ``only``: the rows that begin with it, measured
+    beside their exact run, and the teachers of ``photo_8 teacher`` and the like; they take the place of those of the file ``into``."""
     one_thread()
-    rows: list[Row] = []
-    for kind in kinds:
-        for steps in TRACKS[kind]:
-            many = min(count, FEWER_SEEDS.get(kind, count))
-            tell(f"{kind}: {many} seeds of {steps} steps")
-            rows += Track(kind, steps).measure(many)
-    return result_of(rows, [_teacher(kind, count, tell) for kind in kinds if kind in names.STUDENTS], count)
+    starts = [f"{k} {n} {m.group} {m.name}" for k in kinds for n in TRACKS[k] for m in methods(k, n)] + [
+        f"{k} teacher" for k in names.STUDENTS
+    ]
+    if not any(start.startswith(only) for start in starts):
+        raise TqaiError(f"bench few --only: no row begins with {only!r}: give a mini, its steps and a part, as in 'photo_8 8 block level'")
+    if only:
+        earlier(into)  # before anything is measured
+    new: list[list[Row]] = []
+    for track in (Track(kind, steps, only) for kind in kinds for steps in TRACKS[kind]):
+        if track.asked:
+            many = min(count, FEWER_SEEDS.get(track.kind, count))
+            tell(f"{track.kind}: {many} seeds of {track.steps} steps, {len(track.asked)} rows")
+            new.append(track.measure(many))
+    students = [kind for kind in kinds if kind in names.STUDENTS and f"{kind} teacher".startswith(only)]
+    fresh = {kind: _teacher(kind, count, tell) for kind in students}
+    before = earlier(into) if only else {"rows": [], "teachers": []}  # as it is by now: another piece may have come in
+    teachers = {row["mini"]: row for row in before["teachers"]} | fresh
+    rows = merged(before["rows"], [row for part in new for row in part])
+    return result_of(rows, [teachers[kind] for kind in KINDS if kind in teachers], count)
+
+
+def earlier(file: str | None) -> dict[str, Any]:
+    """The result whose rows are to be replaced."""
+    if file in (None, "-") or not Path(file).exists():
+        raise TqaiError(f"bench few --only replaces rows of an earlier result, and --json names {file or 'none'}: give --json=FILE of one")
+    found = json.loads(Path(file).read_text())
+    if found.get("bench") != "few":
+        raise TqaiError(f"bench few --only: {file} is no result of bench few: give --json=FILE of one")
+    for row in found["rows"]:
+        if row.get("psnr", 0) is None:  # JSON has no inf
+            row["psnr"] = math.inf
+    return found
+
+
+def merged(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """``rows`` with ``new`` ones in the place of those of the same name, in the order of the table; rows that the bench has no more are
+    dropped."""
+    found = {(r["mini"], r["steps"], r["group"], r["method"]): r for r in [*rows, *new]}
+    out: list[Row] = []
+    for track in (Track(kind, steps) for kind in KINDS for steps in TRACKS[kind]):
+        keys = [(track.kind, track.steps, m.group, m.name) for m in track.methods]
+        out += against_fewer([found[key] for key in keys if key in found])
+    return out
 
 
 def result_of(rows: list[Row], teachers: list[Row], count: int) -> dict[str, Any]:
@@ -141,6 +193,7 @@ class Track:
 
     kind: str
     steps: int
+    only: str = ""  # how the rows begin that are measured
 
     @property
     def teacher(self) -> str:
@@ -158,8 +211,13 @@ class Track:
         return self.rows(self.collect(range(count)), count)
 
     @property
+    def asked(self) -> list[Method]:
+        every = methods(self.kind, self.steps)
+        return [m for m in every if f"{self.kind} {self.steps} {m.group} {m.name}".startswith(self.only)]
+
+    @property
     def methods(self) -> list[Method]:
-        return [Method(EXACT, f"{self.steps} steps"), *methods(self.kind, self.steps)]
+        return [Method(EXACT, f"{self.steps} steps"), *self.asked]
 
     def collect(self, seeds: Iterable[int]) -> list[Found]:
         """What every method makes of ``seeds``, in the order of the methods."""
@@ -195,7 +253,7 @@ class Track:
                 "failed": seen.failed,
             }
             rows.append(about if seen.failed else about | seen.row(self.eye, prompts))
-        return against_fewer(rows)
+        return rows
 
 
 class Found:

@@ -14,8 +14,8 @@ def distinct_sigmas(step: Step, state: dict[str, Any]) -> int:
     return len(sigmas)
 
 
-def forced(step: Step, seen: int, warmup: int) -> str | None:
-    """Why a step is computed whatever the errors say, or None: every monitor keeps these."""
-    if step.last:
+def forced(step: Step, seen: int, warmup: int, final: bool = True) -> str | None:
+    """Why a step is computed whatever the errors say, or None: every monitor keeps these. ``final``: so is the last one."""
+    if step.last and final:
         return "last step"
     return "warm-up" if seen <= warmup else None

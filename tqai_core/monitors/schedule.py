@@ -20,6 +20,7 @@ class Schedule(StepMonitor, name="schedule"):
 
     steps: tuple[int, ...] = param((0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 19, 23), "evaluations to compute, from 0, as in 0+1+2+5")
     total: int = param(24, "evaluations of the run the list is for", low=2, high=1000)
+    final: bool = param(True, "compute the last evaluation though it is not listed")
 
     elsewhere = "it lists a sampler's evaluations; a cache has none"
 
@@ -35,7 +36,7 @@ class Schedule(StepMonitor, name="schedule"):
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         seen = state["seen"] = state.get("seen", 0) + 1
-        if step.last or seen == 1:
+        if (step.last and self.final) or seen == 1:
             return Decision(True, "last step" if step.last else "first step")
         due = seen - 1 in self.steps
         return Decision(due, "on the schedule" if due else "not on the schedule")
