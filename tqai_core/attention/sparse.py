@@ -36,7 +36,8 @@ def block_attention(
             once. A bool ``[.., ceil(n / block_q), ceil(m / block_k)]`` marks them instead.
         far: what represents the other keys. None drops them. ``"centroid"``: the mean of each block, and the first order
             around it (1 + z), the same for all blocks of a head. ``"linear"``: one mean of all of them and the first order
-            around it, for each block of queries. The weight of both has the second order.
+            around it, for each block of queries. ``"clusters"``: as ``"centroid"``, but a fifth of all blocks, those next in weight,
+            enter by the means of clusters of their keys, one for each four keys. The weight of all has the second order.
         keys: bool ``[b or 1, m]``; False hides a key (padding).
         backend: ``"triton"``, ``"flex"`` or ``"torch"``; None takes the first of these that runs here.
 
@@ -84,9 +85,9 @@ def gather(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> 
         index, live, keys = blocks.heads(batch, heads)
         rows = len(index) * nq
         own = _Chunks(qs, ks, vs, index, live, keys, blocks, space)
-        rest = far_field(qs, ks, vs, keys, blocks.unselected(batch, heads), blocks.block_k, far, space) if far else None
+        rest = far_field(qs, ks, vs, keys, blocks.unselected(batch, heads), blocks, far, space) if far else None
         done = q.new_empty(len(index), nq * block_q, dv) if n % block_q else flat
-        width = num_blocks * blocks.block_k + (0 if rest is None else rest.key.shape[1])
+        width = num_blocks * blocks.block_k + (0 if rest is None else rest.bias.shape[2])
         limit = CHUNK if q.device.type == "cpu" else 64 * CHUNK
         step = max(limit // (q.element_size() * (width * (d + dv) + 2 * block_q * width)), 1)
         for first in range(0, rows, step):
@@ -135,14 +136,14 @@ class _Chunks:
 
     def products(self, i: int, j: int, out: Tensor, far: FarField | None) -> None:
         """Products and a softmax into ``out [j - i, block_q, dv]``, with the far field's e pseudo-keys after the n keys."""
-        c, n, e = j - i, self.n, 0 if far is None else far.key.shape[1]
+        c, n, e = j - i, self.n, 0 if far is None else far.bias.shape[2]
         k, v = (self.space.take(name, (c, n + e, width)) for name, width in (("k", self.d), ("v", self.dv)))
         for row, at in enumerate(self.index[i:j]):
             torch.index_select(self.k, 0, at, out=k[row, :n].view(self.num_blocks, -1))
             torch.index_select(self.v, 0, at, out=v[row, :n].view(self.num_blocks, -1))
         q = self.q[i:j] * self.d**-0.5
         if far is not None:
-            k[:, n:], v[:, n:] = far.heads(far.key, i, j), far.heads(far.value, i, j)
+            far.fill(k[:, n:], v[:, n:], i, j)
         s, p = (self.space.take(name, (c, self.block_q, n + e)) for name in ("s", "p"))
         torch.bmm(q, k.mT, out=s)
         if far is not None:
@@ -155,7 +156,7 @@ class _Chunks:
         torch.softmax(s, -1, out=p)
         torch.bmm(p, v, out=out)
         if far is not None:
-            out.addcmul_(p[..., n:].sum(-1, keepdim=True), change[..., : self.dv])
+            out.addcmul_(p[..., n + far.finer :].sum(-1, keepdim=True), change[..., : self.dv])
         if self.blind is not None:
             blind = self.blind[i:j]
             if far is not None:
