@@ -114,7 +114,9 @@ def _centroids(
     spread, near = spread / total, None
     wider = (spread @ usual).log1p_()
     if finer is not None:
-        near, inside, own = finer.finish(q, key, bias, spread, block_q)
+        sums = _sum(padded(q, block_q).reshape(-1, block_q, d)).view(g, -1, d)
+        sizes = (q.shape[1] - torch.arange(sums.shape[1], device=q.device) * block_q).clamp_max(block_q)
+        near, inside, own = finer.finish(sums / sizes[:, None], key, bias, spread)
         bias = torch.cat([own + (inside @ usual).log1p_(), bias + wider], 2)
     else:
         bias += wider
