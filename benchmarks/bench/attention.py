@@ -43,7 +43,7 @@ E2E = {
     f"{what}, order {order}, {'no' if far == 'none' else far} far field": (f"window:far={far},residual={order}", scorer, "interval=4")
     for what, scorer in (("top 25 %, frozen", "bsa"), ("window 25 %", None))
     for order in (1, 0)
-    for far in ("none", "linear", "centroid")
+    for far in ("none", "linear", "centroid", "clusters")
 } | {
     "control: no attention at every 2nd step, order 1": ("delta2", None, "interval=2"),
     "control: the same after two more full steps": ("delta2", None, "interval=2,warmup=5"),
@@ -74,12 +74,17 @@ def bench(seeds: Sequence[int], tell: Callable[[str], None] = lambda text: None)
         for far in (None, *FAR)
     ]
     result = {
-        "bench": "attention", "machine": machine(), "seeds": list(seeds), "steps": STEPS, "samples": SAMPLES,
-        "speed": rows, "memory": memory, "wan": generations(seeds, tell), "queries": queries(seeds[:1]), "sol": sol.rows(),
+        "bench": "attention", "machine": machine() | {"amx": amx()}, "seeds": list(seeds), "steps": STEPS, "samples": SAMPLES,
+        "speed": rows, "memory": memory, "wan": generations(seeds, tell), "queries": queries(seeds[:1]), "sol": sol.rows(tell),
     }  # fmt: skip
     if not result["sol"]:
         result["missing"] = {"sol_attn": sol.MISSING}
     return result | {"verdicts": verdicts(result)}
+
+
+def amx() -> bool:
+    """Whether this CPU has matrix units for bf16, with which both dense and sparse attention are other ones."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def inputs(kind: str, n: int, heads: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,6 +230,8 @@ def verdicts(result: Row) -> list[Row]:
         need(f"bf16, {long}, d={d:g}, over the best dense", least("bf16", "over_best", d), least=limit)
     for far in FAR:
         need(f"bf16, {long}, d=0.25 with the {far} far field", least("bf16", "over_best", 0.25, far), least=2)
+    eight = [r["over_best"] for r in result["speed"] if (r["dtype"], r["n"], r["density"], r["far"]) == ("bf16", 8192, 0.25, "clusters")]
+    need("bf16, 8k tokens, d=0.25 with the clusters far field, over the best dense", min(eight, default=None), least=BF16[0.25])
     for d, limit in FP32.items():
         need(f"fp32, {long}, d={d:g}, over SDPA", least("fp32", "over_sdpa", d), least=limit)
     need("dense autotune in bf16 over SDPA, 1k to 16k", least("bf16", "over_sdpa", 1.0, method="autotuned", low=0), least=2.5)
@@ -239,7 +246,8 @@ def verdicts(result: Row) -> list[Row]:
 
 def tables_of(result: Row) -> list[Table]:
     """Every table, the verdicts last."""
-    out: list[Table] = [("one attention, x as fast as the best dense (as SDPA)", *speeds(result))]
+    where = f"{result['machine']['cpu']}, {'with' if result['machine'].get('amx') else 'no'} AMX"
+    out: list[Table] = [(f"one attention, x as fast as the best dense (as SDPA); {where}", *speeds(result))]
     rows = [[f"{r['density']:g}", r["far"], "" if r["extra"] is None else f"{r['extra'] / 2**20:.1f}"] for r in result["memory"]]
     out.append(("peak memory above the output, 8192 tokens, 4 heads of 128, bf16", ["density", "far field", "MiB"], rows))
     out.append((f"WAN mini, {STEPS} Euler steps, {result['samples']} clips, full every 4th step; seeds {result['seeds']}", *clips(result)))
@@ -256,8 +264,7 @@ def speeds(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "dtype",
         "tokens",
         *(f"d={d:g}" for d in DENSITIES),
-        "d=0.25, centroid far",
-        "d=0.25, linear far",
+        *(f"d=0.25, {far} far" for far in FAR),
         f"means of {MEANS} queries",
         "dense, autotuned",
     ]

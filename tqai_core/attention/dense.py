@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import timeit
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch import Tensor
 QUERIES = 256  # at a time
 SCORES = 1 << 22  # bytes of them
 SAMPLE = 512  # queries that are timed
-GAIN = 1.15  # by this factor the products must be faster: a timing is noisy
+GAIN = 1.15  # by this factor another way must be faster: a timing is noisy
 _CHOSEN: dict[tuple, str] = {}
 
 
@@ -72,5 +74,10 @@ def _measure(n: int, m: int, d: int, dv: int, dtype: torch.dtype) -> str:
     threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)  # the user's random numbers stay the same
     q, k, v = (torch.randn(1, threads, *size, generator=generator).to(dtype) for size in ((n, d), (m, d), (m, dv)))
-    ours, theirs = (min(timeit.repeat(partial(run, q, k, v), number=1, repeat=3)) for run in (products, F.scaled_dot_product_attention))
-    return "products" if ours * GAIN < theirs else "sdpa"
+    return "products" if faster(*(partial(run, q, k, v) for run in (F.scaled_dot_product_attention, products))) else "sdpa"
+
+
+def faster(usual: Callable[[], Any], other: Callable[[], Any]) -> bool:
+    """Whether ``other`` takes clearly less time than ``usual``."""
+    was, now = (min(timeit.repeat(run, number=1, repeat=3)) for run in (usual, other))
+    return now * GAIN < was

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..workspace import Workspace
+from .blocks import Blocks
+from .clusters import Building, Clusters
 
-FAR = ("centroid", "linear")
+FAR = ("centroid", "linear", "clusters")
 GROUP = 1 << 21  # bytes of the keys of the heads that are processed together
 SAMPLE = 512  # queries of a head that give the usual size of its queries
 
@@ -27,6 +29,8 @@ class FarField:
     their logits; ``moments`` give the change of the value with each query.
     Centroid form, one pseudo-key for each of e blocks: ``moments [rows / share, d, dv]`` of keys and values around the means of their
     blocks, averaged over all blocks of a head. ``bias`` includes the second order: the variance of the keys along a query of usual size.
+    Clusters: the centroid form, where some key blocks enter by the means of their clusters: ``bias`` has the columns of these, ``near``,
+    before the e others.
     Linear form, e = 1: ``moments [rows, d, dv + d]`` of far keys with far values and with far keys around a common centre, from which
     ``mean [rows, 1, dv + d]`` leads to their own means. The variance of the far keys along each query increases their weight.
     """
@@ -37,6 +41,18 @@ class FarField:
     moments: Tensor
     share: int = 1
     mean: Tensor | None = None
+    near: Clusters | None = None
+
+    @property
+    def finer(self) -> int:
+        """How many of the pseudo-keys are means of clusters."""
+        return self.bias.shape[2] - self.key.shape[1]
+
+    def fill(self, k: Tensor, v: Tensor, i: int, j: int) -> None:
+        """Writes the pseudo-keys of the query blocks i to j to ``k [j - i, columns of bias, d]`` and ``v``."""
+        if self.near is not None:
+            self.near.fill(k[:, : self.finer], v[:, : self.finer], i, j)
+        k[:, self.finer :], v[:, self.finer :] = self.heads(self.key, i, j), self.heads(self.value, i, j)
 
     def heads(self, x: Tensor, i: int, j: int) -> Tensor:
         """``x`` (key, value or moments) of the query blocks i to j."""
@@ -54,30 +70,39 @@ class FarField:
 
 
 def far_field(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, far: Tensor, block: int, form: str, space: Workspace
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, far: Tensor, blocks: Blocks, form: str, space: Workspace
 ) -> FarField:  # fmt: skip
     """The far field of the heads ``q [g, n, d]``, ``k [g, m, d]``, ``v [g, m, dv]`` for query blocks that do not see the key blocks which
     ``far fp32 [g, nq, nk]`` marks with 1. O(m d (d + dv)) operations; the linear form holds d (d + dv) numbers for each query block."""
+    block = blocks.block_k
     pad, nk = -k.shape[1] % block, far.shape[2]
     live = torch.ones(1, k.shape[1], device=k.device, dtype=torch.bool) if keys is None else keys
     live = F.pad(live, (0, pad)).unflatten(1, (nk, block)).unsqueeze(3)  # [g or 1, nk, block, 1]
     hidden = ~live if pad or keys is not None else None
     kb, vb = (padded(x, block).unflatten(1, (nk, block)) for x in (k, v))
-    return _centroids(q, kb, vb, live, hidden, far, space) if form == "centroid" else _linear(kb, vb, live, hidden, far, space)
+    if form == "linear":
+        return _linear(kb, vb, live, hidden, far, space)
+    return _centroids(q, kb, vb, live, hidden, far, space, blocks.block_q if form == "clusters" else 0)
 
 
-def _centroids(q: Tensor, kb: Tensor, vb: Tensor, live: Tensor, hidden: Tensor | None, far: Tensor, space: Workspace) -> FarField:
+def _centroids(
+    q: Tensor, kb: Tensor, vb: Tensor, live: Tensor, hidden: Tensor | None, far: Tensor, space: Workspace, block_q: int
+) -> FarField:  # fmt: skip
+    """``block_q``: of the form of clusters, else 0."""
     (g, nk, block, d), dv, dtype, room = kb.shape, vb.shape[3], kb.dtype, kb.shape[1] * kb.shape[2]
     count = live.sum(2).float()  # [g or 1, nk, 1]
     bias = torch.where((far > 0) & (count > 0).mT, count.log().mT, -math.inf)  # [g, nq, nk]
     key, value = ((_sum(_visible(x, hidden).flatten(0, 1)).view(g, nk, -1) / count.clamp_min(1)).to(dtype) for x in (kb, vb))
     moments, spread = space.take("moments", (g, d, dv)).zero_(), far.new_zeros(g, 1, d)
+    finer = Building(kb, vb) if block_q else None
     step = max(GROUP // (g * block * d * kb.element_size()), 1)
     for i in range(0, nk, step):
         j = min(i + step, nk)
         own = torch.sub(kb[:, i:j], key[:, i:j, None], out=space.take("both", (g, j - i, block, d)))
         if hidden is not None:
             own.masked_fill_(hidden[:, i:j], 0)
+        if finer is not None:
+            finer.add(i, j, own, vb[:, i:j], live[:, i:j])
         own = own.flatten(1, 2)
         moments.baddbmm_(own.mT, vb[:, i:j].flatten(1, 2), alpha=1 / room)  # a mean, which half precision can hold
         spread += _sum(own.square_())
@@ -85,8 +110,17 @@ def _centroids(q: Tensor, kb: Tensor, vb: Tensor, live: Tensor, hidden: Tensor |
     if hidden is not None:
         moments.mul_(room / total)
     few = q[:, :: -(-q.shape[1] // SAMPLE)]
-    bias += ((_sum(few.square()) * spread).sum(-1, keepdim=True) / (total * few.shape[1] * 2 * d)).log1p_()
-    return FarField(key, value, bias.flatten(0, 1)[:, None], moments, share=far.shape[1])
+    usual = _sum(few.square()).mT / (few.shape[1] * 2 * d)  # [g, d, 1]; by the spread: half the variance of logits
+    spread, near = spread / total, None
+    wider = (spread @ usual).log1p_()
+    if finer is not None:
+        sums = _sum(padded(q, block_q).reshape(-1, block_q, d)).view(g, -1, d)
+        sizes = (q.shape[1] - torch.arange(sums.shape[1], device=q.device) * block_q).clamp_max(block_q)
+        near, inside, own = finer.finish(sums / sizes[:, None], key, bias, spread)
+        bias = torch.cat([own + (inside @ usual).log1p_(), bias + wider], 2)
+    else:
+        bias += wider
+    return FarField(key, value, bias.flatten(0, 1)[:, None], moments, share=far.shape[1], near=near)
 
 
 def _linear(kb: Tensor, vb: Tensor, live: Tensor, hidden: Tensor | None, far: Tensor, space: Workspace) -> FarField:

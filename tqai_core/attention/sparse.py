@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,11 @@ from ..errors import TqaiError
 from ..workspace import Workspace
 from .backends import Backend, flex, triton_sparse
 from .blocks import Blocks, check
+from .dense import faster
 from .far_field import FAR, GROUP, FarField, far_field, padded
 
 CHUNK = 5 << 19  # bytes of gathered keys, values and scores at a time: what a core's cache holds, and the bound of the extra memory
+_FUSED: dict[tuple, bool] = {}
 
 
 @torch.no_grad()
@@ -36,7 +40,8 @@ def block_attention(
             once. A bool ``[.., ceil(n / block_q), ceil(m / block_k)]`` marks them instead.
         far: what represents the other keys. None drops them. ``"centroid"``: the mean of each block, and the first order
             around it (1 + z), the same for all blocks of a head. ``"linear"``: one mean of all of them and the first order
-            around it, for each block of queries. The weight of both has the second order.
+            around it, for each block of queries. ``"clusters"``: as ``"centroid"``, but a sixth of all blocks, those next in weight,
+            enter by the means of clusters of their keys, one for each four keys. The weight of all has the second order.
         keys: bool ``[b or 1, m]``; False hides a key (padding).
         backend: ``"triton"``, ``"flex"`` or ``"torch"``; None takes the first of these that runs here.
 
@@ -70,13 +75,12 @@ def block_attention(
 
 
 def gather(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> Tensor:
-    """Gathered keys and values, a few query blocks at a time. Half precision on CPUs goes through products and a softmax, which is three
-    times as fast there as the fused attention; the rest through the fused one."""
+    """Gathered keys and values, a few query blocks at a time, through torch's fused attention. A far field goes through products and a
+    softmax; so does bf16 on CPUs, unless the fused attention is faster there."""
     b, h, n, d = q.shape
     m, dv, block_q = k.shape[2], v.shape[3], blocks.block_q
     nq, num_blocks = blocks.index.shape[2:]
     out, space = q.new_empty(b, h, n, dv), Workspace(q.device, q.dtype)
-    fused = far is None and not (q.device.type == "cpu" and q.dtype == torch.bfloat16)
     group = max(GROUP // (m * d * q.element_size()), 1)  # heads at a time: some of one batch entry, or whole entries
     for i, j in itertools.product(range(0, b, max(group // h, 1)), range(0, h, min(group, h))):
         batch, heads = slice(i, i + max(group // h, 1)), slice(j, j + min(group, h))
@@ -84,15 +88,16 @@ def gather(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> 
         index, live, keys = blocks.heads(batch, heads)
         rows = len(index) * nq
         own = _Chunks(qs, ks, vs, index, live, keys, blocks, space)
-        rest = far_field(qs, ks, vs, keys, blocks.unselected(batch, heads), blocks.block_k, far, space) if far else None
+        rest = far_field(qs, ks, vs, keys, blocks.unselected(batch, heads), blocks, far, space) if far else None
         done = q.new_empty(len(index), nq * block_q, dv) if n % block_q else flat
-        width = num_blocks * blocks.block_k + (0 if rest is None else rest.key.shape[1])
+        width = num_blocks * blocks.block_k + (0 if rest is None else rest.bias.shape[2])
         limit = CHUNK if q.device.type == "cpu" else 64 * CHUNK
         step = max(limit // (q.element_size() * (width * (d + dv) + 2 * block_q * width)), 1)
+        target = done.view(rows, block_q, dv)
+        fused = rest is None and own.fuses(target[:step])
         for first in range(0, rows, step):
             last = min(first + step, rows)
-            target = done.view(rows, block_q, dv)[first:last]
-            own.fused(first, last, target) if fused else own.products(first, last, target, rest)
+            own.fused(first, last, target[first:last]) if fused else own.products(first, last, target[first:last], rest)
         if n % block_q:
             flat.copy_(done[:, :n])
     return out
@@ -123,6 +128,19 @@ class _Chunks:
         elif pad:  # the padding of the last block, which is the last one of the rows that chose it
             self.hidden = (index[..., -1] == nk - 1).flatten()[:, None].expand(-1, pad)
 
+    def fuses(self, out: Tensor) -> bool:
+        """Whether the fused attention is to compute this. In bf16 on CPUs both are timed, once for each size, on the query blocks of
+        ``out``: it is the slower one there, except on CPUs that have matrix units (AMX) for it."""
+        if out.device.type != "cpu" or out.dtype != torch.bfloat16:
+            return True
+        asked = os.environ.get("TQAI_SPARSE", "").strip().lower()
+        if asked in ("fused", "products") or torch.compiler.is_compiling():
+            return asked == "fused"
+        key = (len(out), self.block_q, self.n.bit_length(), self.d, self.dv, torch.get_num_threads())
+        if key not in _FUSED:
+            _FUSED[key] = faster(partial(self.products, 0, len(out), out, None), partial(self.fused, 0, len(out), out))
+        return _FUSED[key]
+
     def fused(self, i: int, j: int, out: Tensor) -> None:
         """Torch's fused attention into ``out [j - i, block_q, dv]``."""
         at, mask = self.index[i:j].flatten(), None
@@ -135,18 +153,18 @@ class _Chunks:
 
     def products(self, i: int, j: int, out: Tensor, far: FarField | None) -> None:
         """Products and a softmax into ``out [j - i, block_q, dv]``, with the far field's e pseudo-keys after the n keys."""
-        c, n, e = j - i, self.n, 0 if far is None else far.key.shape[1]
+        c, n, e = j - i, self.n, 0 if far is None else far.bias.shape[2]
         k, v = (self.space.take(name, (c, n + e, width)) for name, width in (("k", self.d), ("v", self.dv)))
         for row, at in enumerate(self.index[i:j]):
             torch.index_select(self.k, 0, at, out=k[row, :n].view(self.num_blocks, -1))
             torch.index_select(self.v, 0, at, out=v[row, :n].view(self.num_blocks, -1))
         q = self.q[i:j] * self.d**-0.5
         if far is not None:
-            k[:, n:], v[:, n:] = far.heads(far.key, i, j), far.heads(far.value, i, j)
+            far.fill(k[:, n:], v[:, n:], i, j)
         s, p = (self.space.take(name, (c, self.block_q, n + e)) for name in ("s", "p"))
         torch.bmm(q, k.mT, out=s)
         if far is not None:
-            s[..., n:] += far.bias[i:j]
+            s[..., n:] += far.bias[i:j].to(s.dtype)  # of two types it would be made in a wide copy
             change = far.change(q, i, j)
             if far.mean is not None:
                 s[..., n:] += (change[..., self.dv :] * q).sum(-1, keepdim=True, dtype=torch.float32).mul_(0.5).clamp_min_(0).log1p_()
@@ -155,7 +173,7 @@ class _Chunks:
         torch.softmax(s, -1, out=p)
         torch.bmm(p, v, out=out)
         if far is not None:
-            out.addcmul_(p[..., n:].sum(-1, keepdim=True), change[..., : self.dv])
+            out.addcmul_(p[..., n + far.finer :].sum(-1, keepdim=True), change[..., : self.dv])
         if self.blind is not None:
             blind = self.blind[i:j]
             if far is not None:

@@ -52,8 +52,9 @@ class Window(
     )
     far: str = param(
         "centroid",
-        "far field of the keys that are not seen: the mean of each block and a common first order, one mean and first order, or nothing",
-        choices=("centroid", "linear", "none"),
+        "far field of the keys that are not seen: the mean of each block and a common first order, the same with means of clusters for "
+        "the blocks next in weight, one mean and first order, or nothing",
+        choices=("centroid", "clusters", "linear", "none"),
     )
     lay: str = param(
         "layer",

@@ -29,6 +29,8 @@ def wanted(q: Tensor) -> bool:
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None, asked: bool = False) -> str:
+    if far == "clusters":
+        return "its kernel has no clusters (far='clusters')"
     if not asked:  # before a search for Triton, which takes longer than a small attention
         return "" if wanted(q) else "TQAI_TRITON=1 is not set, Triton is not installed or has no such device"
     return "" if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
@@ -53,7 +55,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> 
     if far is not None:
         heads = None if blocks.keys is None else blocks.keys.repeat_interleave(h, 0)
         flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
-        found = far_field(flat_q, flat_k, flat_v, heads, blocks.unselected(), bk, far, Workspace(q.device, q.dtype))
+        found = far_field(flat_q, flat_k, flat_v, heads, blocks.unselected(), blocks, far, Workspace(q.device, q.dtype))
         extra = found.key.shape[1]
         fk, fv, fb = (x.contiguous() for x in (found.key, found.value, found.bias.float()))
         slope = found.moments.contiguous()  # [bh, d, dv]
