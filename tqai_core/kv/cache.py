@@ -68,8 +68,12 @@ class PackedKV:
         self.decoded = 0  # times dense values were made
         self.pads: Tensor | None = None  # int64 [B]: leading positions of each sequence that are padding; None: of none
         self.most_pads = 0  # at least the largest of them
+        self.prepared: Any = None  # the packed rows as a kernel reads them; forgotten when they change
         self.moved = False  # whether the rows of the pads lie behind the sinks
         self.policy.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "prepared": None}  # pointers mean nothing to a copy
 
     # -- sizes
 
@@ -222,6 +226,7 @@ class PackedKV:
         due = self.policy.due(self.keys.shape[2] - plan.sink - plan.recent, self.packed)
         if due < plan.flush:
             return
+        self.prepared = None
         if self.most_pads and not self.moved:
             self._move_pads()
         if self.wants_statistics:
@@ -308,6 +313,7 @@ class PackedKV:
     def _crop_packed(self, left: int) -> None:
         """Keep ``left`` packed tokens. Where the policy can cut only before that, the tokens between become exact rows again,
         decoded."""
+        self.prepared = None
         whole, front = self.policy.boundary(left), self.plan.sink
         between = [self._dense_rows(which)[:, :, front + whole : front + left] for which in "kv"] if whole < left else []
         fine = self.policy.crop(whole)
@@ -324,6 +330,7 @@ class PackedKV:
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Reorder, repeat or select sequences: ``change`` is applied to every tensor whose first dimension is the batch."""
         self.settle()
+        self.prepared = None
         for segment in (*self.segments, *self.fine):
             segment.map(change)
         self.policy.map_batch(change)

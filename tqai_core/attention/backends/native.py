@@ -20,7 +20,9 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,9 @@ from torch import Tensor
 from ...codecs.rows import BITS, rows
 from ...kv.segments import UNCHANGED, Adjustment, BitTier, encode, rows_in
 from ..call import Call, OnlineSoftmax
+
+if TYPE_CHECKING:
+    from ...kv.cache import PackedKV
 
 SOURCE = Path(__file__).with_name("packed.c")
 OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC") + (
@@ -38,34 +43,39 @@ ROWS = 32  # queries of one kv head, group included, up to which it beats the to
 PARALLEL = 3 << 17  # coordinates of keys a thread must have to be worth its start: 4,096 tokens of 3 heads of 64 for two of them
 THREADS = 64
 UNITS = 32
+KINDS = {torch.bfloat16: 1, torch.float32: 2}
 
 
-class _Job(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "group", "count", "d", "dv", "bits_k", "runs")),
-        *((name, ctypes.c_void_p) for name in ("level_k", "run", "segments")),
-        *((name, ctypes.c_int64) for name in ("segment_count", "first")),
-        *((name, ctypes.c_void_p) for name in ("q", "forward", "mean", "scale", "basis")),
-        *((name, ctypes.c_int64) for name in ("axes", "forward_head")),
-        *((name, ctypes.c_void_p) for name in ("exact_k", "exact_v")),
-        *((name, ctypes.c_int64) for name in ("exact", "front", "exact_kind")),
-        *((name, ctypes.c_void_p) for name in ("mask",)),
-        *((name, ctypes.c_int64) for name in ("mask_kind", "mask_batch", "mask_head", "mask_row", "seen", "after", "precise")),
-        ("softcap", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("top", "weight", "sum", "read")),
-        *((name, ctypes.c_int64) for name in ("read_head", "read_block")),
-    ]  # fmt: skip
+def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+_INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class _Run(ctypes.Structure):
-    _fields_ = [
-        ("d", ctypes.c_int64), ("bits", ctypes.c_int64), ("level", ctypes.c_void_p), ("back", ctypes.c_void_p),
-        ("back_head", ctypes.c_int64),
-    ]  # fmt: skip
+    _fields_ = _fields((_INT, "d bits"), (_POINTER, "level back"), (_INT, "back_head"), (_FLOAT, "step"))
 
 
 class _Segment(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("codes_k", "gain_k", "codes_v", "gain_v")), ("tokens", ctypes.c_int64)]
+    _fields_ = _fields((_POINTER, "codes_k gain_k codes_v gain_v"), (_INT, "tokens"))
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = _fields(
+        (_INT, "heads kv_heads d dv bits_k runs"), (_POINTER, "level_k run segments"), (_INT, "segment_count first front after"),
+        (_POINTER, "forward mean scale basis"), (_INT, "axes forward_head"), (_FLOAT, "step_k"),
+    )  # fmt: skip
+
+
+class _Ask(ctypes.Structure):
+    _fields_ = _fields(
+        (_INT, "group count"), (_POINTER, "q"), (_INT, "q_batch q_head q_row"),
+        (_POINTER, "exact_k"), (_INT, "k_batch k_head k_row"), (_POINTER, "exact_v"), (_INT, "v_batch v_head v_row"),
+        (_INT, "q_kind exact_kind exact precise"), (_FLOAT, "scaling softcap"), (_POINTER, "out"), (_INT, "out_kind"),
+        (_POINTER, "top weight sum aux"), (_INT, "seen"), (_POINTER, "mask"), (_INT, "mask_batch mask_head mask_row mask_kind"),
+        (_POINTER, "read"), (_INT, "read_head read_block"),
+    )  # fmt: skip
 
 
 _lock = threading.Lock()
@@ -221,7 +231,7 @@ def load(path: Path) -> ctypes.CDLL:
     _check_private(path.parent)
     _check_library(path)
     library = ctypes.CDLL(str(path))
-    library.tqai_attend.argtypes, library.tqai_attend.restype = [ctypes.POINTER(_Job), ctypes.c_int64], ctypes.c_int
+    library.tqai_attend.argtypes, library.tqai_attend.restype = [_POINTER, _INT, _POINTER], ctypes.c_int
     library.tqai_kind.argtypes, library.tqai_kind.restype = [], ctypes.c_char_p
     return library
 
@@ -239,7 +249,7 @@ def check(library: ctypes.CDLL) -> None:
         s = torch.cat([q @ k[:, :, :3].mT, q @ keys.decode(segment.codes_k, segment.gain_k).mT], 3)
         want = s.softmax(-1) @ torch.cat([v[:, :, :3], values.decode(segment.codes_v, segment.gain_v)], 2)
         for precise, limit in ((False, 1e-3), (True, 1e-4)):
-            got = _run(library, Call(q, 1, precise=precise), tier, None, UNCHANGED, 1)
+            got = _softmax(library, Call(q, 1, precise=precise), tier, None, UNCHANGED, 1)
             error = float("inf") if got is None else float((got.result() - want).norm() / want.norm())
             if not error < limit:
                 raise RuntimeError(f"its results at {bits} bits differ from torch's by {error:.1e}")
@@ -264,13 +274,44 @@ def takes(call: Call, tier: BitTier, change: Adjustment) -> str:
     return "" if ready() else status()
 
 
+def whole(query: Tensor, kv: PackedKV, scaling: float, mask: Tensor | None, softcap: float | None, aux: Tensor | None) -> Tensor | None:
+    """The attention of all of a cache whose tokens lie in one tier that nothing adjusts: ``[B, heads, Q, Dv]`` in the query's dtype, or
+    None where the kernel cannot. ``mask`` is over the rows. What the packed rows are is prepared once, until more are packed."""
+    b, heads, count, d = query.shape
+    if not (query.is_cpu and kv.segments and ready()) or kv.fine or kv.policy.by_block or (mask is not None and mask.shape[3] < kv.length):
+        return None
+    threads, held = torch.get_num_threads(), kv.prepared
+    if held is None or held.threads != threads:
+        (tier,) = kv.tiers()
+        held = kv.prepared = Prepared(tier, _parts(tier, threads), threads)
+    group, other = divmod(heads, held.h)
+    if other or b != held.b or group * count > ROWS or d != held.d or d % UNITS or held.dv % UNITS:
+        return None
+    out = query.new_empty(b, count, heads, held.dv, dtype=query.dtype if query.dtype in KINDS else torch.float32)
+    seen = kv.length - count + 1 if mask is None and count > 1 else 0
+    given = _mask(mask)
+    q = _readable(query)
+    aux = None if aux is None else aux.float().contiguous()
+    k, v = _readable(kv.keys), _readable(kv.values)
+    ask = _Ask(
+        group, count, q.data_ptr(), *q.stride()[:3], k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3],
+        KINDS[q.dtype], KINDS[k.dtype], k.shape[2], query.dtype == torch.float32, scaling, softcap or 0.0, out.data_ptr(), KINDS[out.dtype],
+        None, None, None, None if aux is None else aux.data_ptr(), seen, *given[1:],
+    )  # fmt: skip
+    return out.to(query.dtype).transpose(1, 2) if _run(held, ask) else None
+
+
 def run(call: Call, tier: BitTier, change: Adjustment) -> OnlineSoftmax | None:
     """The softmax over all rows of ``tier``, exact ones included, or None where the kernel fails."""
     assert _library is not None
-    b, h, _, d = call.q.shape
-    parts = min(torch.get_num_threads(), THREADS, len(tier.segments), max(b * h * tier.length * d // PARALLEL, 1))
     mask = call.mask.given if change.offsets is None else _with(change.offsets, call, tier)
-    return _run(_library, call, tier, mask, change, parts)
+    return _softmax(_library, call, tier, mask, change, _parts(tier, torch.get_num_threads()))
+
+
+def _parts(tier: BitTier, threads: int) -> int:
+    """Threads that are worth their start."""
+    b, h, _, d = tier.keys.shape
+    return min(threads, THREADS, len(tier.segments), max(b * h * tier.length * d // PARALLEL, 1))
 
 
 def _with(offsets: Tensor, call: Call, tier: BitTier) -> Tensor:
@@ -289,38 +330,73 @@ def _stride(matrix: Tensor) -> int:
     return matrix.stride(0) if matrix.ndim == 3 else 0
 
 
-def _run(library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, change: Adjustment, parts: int) -> OnlineSoftmax | None:
-    """Neighbouring segments to a thread each (split K), in ``parts`` threads; the first takes the exact rows too."""
-    b, h, _, d = call.q.shape
-    keys, values = tier.coder_k, tier.coder_v
-    exact_k, exact_v = (x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float() for x in (tier.keys, tier.values))
-    strides: Sequence[int] = (0, 0, 0)
-    if mask is not None:
-        mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
-        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-        strides = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
+class Prepared:
+    """The packed rows of a tier as the kernel reads them: neighbouring segments to a thread each (split K), in ``parts`` threads."""
+
+    def __init__(self, tier: BitTier, parts: int, threads: int) -> None:
+        (self.b, self.h, _, self.d), self.dv, self.threads = tier.keys.shape, tier.values.shape[3], threads
+        keys, values = tier.coder_k, tier.coder_v
+        self._kept: list[Any] = [keys, values]  # alive as long as pointers to it
+
+        def at(x: Tensor | None) -> int | None:
+            if x is None:
+                return None
+            self._kept.append(x := x.contiguous())
+            return x.data_ptr()
+
+        runs = (_Run * len(values.runs))(*((r.d, r.bits, at(r.level), at(r.back), _stride(r.back), r.step) for r in values.runs))
+        sizes = [len(tier.segments) * i // parts for i in range(parts + 1)]
+        self.jobs, first = (_Rows * parts)(), tier.sinks
+        for i, (start, end) in enumerate(pairwise(sizes)):
+            own = tier.segments[start:end]
+            table = (_Segment * len(own))(*((*map(at, vars(segment).values()), len(segment)) for segment in own))
+            self.jobs[i] = _Rows(
+                self.b * self.h, self.h, self.d, self.dv, keys.bits, len(runs), at(keys.level), ctypes.addressof(runs),
+                ctypes.addressof(table), len(own), first, tier.sinks, tier.sinks + tier.packed, at(keys.asking), at(tier.mean),
+                at(tier.scale), at(values.basis), 0 if values.basis is None else values.basis.shape[1], _stride(keys.asking), keys.step,
+            )  # fmt: skip
+            self._kept.append(table)
+            first += rows_in(own)
+        self._kept.append(runs)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """``x [..., n, d]`` in a dtype and with rows that the kernel reads."""
+    x = x if x.dtype in KINDS else x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _mask(mask: Tensor | None) -> tuple[Any, ...]:
+    """The mask, kept alive, and its fields."""
+    if mask is None:
+        return (None,)
+    mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
+    mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    strides = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
+    return mask, mask.data_ptr(), *strides, 1 if mask.dtype == torch.bool else 2
+
+
+def _softmax(
+    library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, change: Adjustment, parts: int
+) -> OnlineSoftmax | None:  # fmt: skip
     q, read = call.q.contiguous(), None if change.read is None else change.read.contiguous()
-    mean, scale = (None if x is None else x.contiguous() for x in (tier.mean, tier.scale))
-    basis = values.basis
-    parts_of = [(run.d, run.bits, run.level.data_ptr(), run.back.data_ptr(), _stride(run.back)) for run in values.runs]
-    runs = (_Run * len(parts_of))(*parts_of)
-    states, tables, jobs, at = [], [], [], 0
-    for i in range(parts):
-        own = tier.segments[len(tier.segments) * i // parts : len(tier.segments) * (i + 1) // parts]
-        table = (_Segment * len(own))(*((*(t.data_ptr() for t in vars(segment).values()), len(segment)) for segment in own))
-        state = call.begin(values.d) if i == 0 else OnlineSoftmax.begin(q, values.d)
-        states.append(state)
-        tables.append(table)  # kept alive
-        jobs.append(_Job(
-            b * h, h, call.group, call.count, d, values.d, keys.bits, len(runs),
-            keys.level.data_ptr(), ctypes.addressof(runs), ctypes.addressof(table), len(own), tier.sinks + at,
-            q.data_ptr(), keys.asking.data_ptr(), *(None if x is None else x.data_ptr() for x in (mean, scale, basis)),
-            0 if basis is None else basis.shape[1], _stride(keys.asking), exact_k.data_ptr(), exact_v.data_ptr(),
-            *((exact_k.shape[2], tier.sinks) if i == 0 else (0, 0)), 1 if exact_k.dtype == torch.bfloat16 else 2,
-            None if mask is None else mask.data_ptr(), 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
-            *strides, call.mask.first, tier.sinks + tier.packed, call.precise, call.softcap or 0.0,
-            *(x.data_ptr() for x in (state.top, state.weight, state.sum)),
-            None if read is None else read.data_ptr() + at // change.block, 0 if read is None else read.shape[2], change.block,
-        ))  # fmt: skip
-        at += rows_in(own)
-    return None if library.tqai_attend((_Job * parts)(*jobs), parts) else states[0]
+    d, rows, held = q.shape[3], q.shape[2], Prepared(tier, parts, parts)
+    k, v = _readable(tier.keys), _readable(tier.values)
+    state = OnlineSoftmax(*(q.new_empty(*q.shape[:3], n) for n in (1, 1, held.dv)))
+    aux, given = None if call.aux is None else call.aux.float().contiguous(), _mask(mask)
+    ask = _Ask(
+        call.group, call.count, q.data_ptr(), held.h * rows * d, call.count * d, d, k.data_ptr(), *k.stride()[:3],
+        v.data_ptr(), *v.stride()[:3], 2, KINDS[k.dtype], k.shape[2], call.precise, 1.0, call.softcap or 0.0, None, 0,
+        state.top.data_ptr(), state.weight.data_ptr(), state.sum.data_ptr(), None if aux is None else aux.data_ptr(), call.mask.first,
+        *given[1:],
+    )  # fmt: skip
+    if read is not None:
+        ask.read, ask.read_head, ask.read_block = read.data_ptr(), read.shape[2], change.block
+    return state if _run(held, ask, library) else None
+
+
+def _run(held: Prepared, ask: _Ask, library: ctypes.CDLL | None = None) -> bool:
+    """Whether the kernel did it."""
+    library = library or _library
+    assert library is not None
+    return not library.tqai_attend(held.jobs, len(held.jobs), ctypes.byref(ask))
