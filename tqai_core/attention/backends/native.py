@@ -70,10 +70,8 @@ class _Rows(ctypes.Structure):
 
 class _Ask(ctypes.Structure):
     _fields_ = _fields(
-        (_INT, "group count"), (_POINTER, "q"), (_INT, "q_batch q_head q_row"),
-        (_POINTER, "exact_k"), (_INT, "k_batch k_head k_row"), (_POINTER, "exact_v"), (_INT, "v_batch v_head v_row"),
-        (_INT, "q_kind exact_kind exact precise"), (_FLOAT, "scaling softcap"), (_POINTER, "out"), (_INT, "out_kind"),
-        (_POINTER, "top weight sum aux"), (_INT, "seen"), (_POINTER, "mask"), (_INT, "mask_batch mask_head mask_row mask_kind"),
+        (_INT, "group count q_batch q_head q_row q_kind exact_kind precise"), (_FLOAT, "scaling softcap"), (_INT, "out_kind"),
+        (_POINTER, "top weight sum aux mask"), (_INT, "mask_batch mask_head mask_row mask_kind"),
         (_POINTER, "read"), (_INT, "read_head read_block"),
     )  # fmt: skip
 
@@ -231,7 +229,7 @@ def load(path: Path) -> ctypes.CDLL:
     _check_private(path.parent)
     _check_library(path)
     library = ctypes.CDLL(str(path))
-    library.tqai_attend.argtypes, library.tqai_attend.restype = [_POINTER, _INT, _POINTER], ctypes.c_int
+    library.tqai_attend.argtypes, library.tqai_attend.restype = [_POINTER, _INT, ctypes.POINTER(_Ask), *[_POINTER] * 3, _INT, _INT, _POINTER], ctypes.c_int
     library.tqai_kind.argtypes, library.tqai_kind.restype = [], ctypes.c_char_p
     return library
 
@@ -276,42 +274,42 @@ def takes(call: Call, tier: BitTier, change: Adjustment) -> str:
 
 def whole(query: Tensor, kv: PackedKV, scaling: float, mask: Tensor | None, softcap: float | None, aux: Tensor | None) -> Tensor | None:
     """The attention of all of a cache whose tokens lie in one tier that nothing adjusts: ``[B, heads, Q, Dv]`` in the query's dtype, or
-    None where the kernel cannot. ``mask`` is over the rows. What the packed rows are is prepared once, until more are packed."""
-    b, heads, count, d = query.shape
-    if not (query.is_cpu and kv.segments and ready()) or kv.fine or kv.policy.by_block or (mask is not None and mask.shape[3] < kv.length):
-        return None
-    threads, held = torch.get_num_threads(), kv.prepared
+    None where the kernel cannot. ``mask`` is over the rows. The rows are prepared once, until more are packed, and so is a call like
+    the one before."""
+    held, threads, (b, heads, count, d) = kv.prepared, torch.get_num_threads(), query.shape
     if held is None or held.threads != threads:
-        (tier,) = kv.tiers()
-        held = kv.prepared = Prepared(tier, _parts(tier, threads), threads)
-    group, other = divmod(heads, held.h)
-    if other or b != held.b or group * count > ROWS or d != held.d or d % UNITS or held.dv % UNITS:
+        if not (query.is_cpu and kv.segments and ready()) or kv.fine or kv.policy.by_block:
+            return None
+        held = kv.prepared = Prepared(kv.tiers()[0], threads)
+    group = heads // held.h
+    if b != held.b or group * held.h != heads or group * count > ROWS or d != held.d or (d | held.dv) % UNITS:
         return None
+    if mask is not None and mask.shape[3] < kv.length:
+        return None
+    q, k, v = _readable(query), _whole(kv.keys), _whole(kv.values)
+    like = (query.shape, q.stride(), query.dtype, k.dtype, scaling, softcap)
+    ask, given = held.ask, None
+    if mask is not None or aux is not None or held.like != like:
+        aux, given = None if aux is None else aux.float().contiguous(), _mask(mask)
+        ask = _Ask(
+            group, count, *q.stride()[:3], KINDS[q.dtype], KINDS[k.dtype], query.dtype == torch.float32, scaling, softcap or 0.0,
+            KINDS.get(query.dtype, 2), None, None, None, None if aux is None else aux.data_ptr(), *given[1:],
+        )  # fmt: skip
+        if mask is None and aux is None:
+            held.like, held.ask = like, ask
     out = query.new_empty(b, count, heads, held.dv, dtype=query.dtype if query.dtype in KINDS else torch.float32)
     seen = kv.length - count + 1 if mask is None and count > 1 else 0
-    given = _mask(mask)
-    q = _readable(query)
-    aux = None if aux is None else aux.float().contiguous()
-    k, v = _readable(kv.keys), _readable(kv.values)
-    ask = _Ask(
-        group, count, q.data_ptr(), *q.stride()[:3], k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3],
-        KINDS[q.dtype], KINDS[k.dtype], k.shape[2], query.dtype == torch.float32, scaling, softcap or 0.0, out.data_ptr(), KINDS[out.dtype],
-        None, None, None, None if aux is None else aux.data_ptr(), seen, *given[1:],
-    )  # fmt: skip
-    return out.to(query.dtype).transpose(1, 2) if _run(held, ask) else None
+    if not _run(held, ask, q, k, v, seen, out.data_ptr()):
+        return None
+    out = out.view(b, heads, 1, held.dv) if count == 1 else out.transpose(1, 2)
+    return out if out.dtype == query.dtype else out.to(query.dtype)
 
 
 def run(call: Call, tier: BitTier, change: Adjustment) -> OnlineSoftmax | None:
     """The softmax over all rows of ``tier``, exact ones included, or None where the kernel fails."""
     assert _library is not None
     mask = call.mask.given if change.offsets is None else _with(change.offsets, call, tier)
-    return _softmax(_library, call, tier, mask, change, _parts(tier, torch.get_num_threads()))
-
-
-def _parts(tier: BitTier, threads: int) -> int:
-    """Threads that are worth their start."""
-    b, h, _, d = tier.keys.shape
-    return min(threads, THREADS, len(tier.segments), max(b * h * tier.length * d // PARALLEL, 1))
+    return _softmax(_library, call, tier, mask, change, torch.get_num_threads())
 
 
 def _with(offsets: Tensor, call: Call, tier: BitTier) -> Tensor:
@@ -331,12 +329,14 @@ def _stride(matrix: Tensor) -> int:
 
 
 class Prepared:
-    """The packed rows of a tier as the kernel reads them: neighbouring segments to a thread each (split K), in ``parts`` threads."""
+    """The packed rows of a tier as the kernel reads them: neighbouring segments to a thread each (split K), where it is worth its start."""
 
-    def __init__(self, tier: BitTier, parts: int, threads: int) -> None:
+    def __init__(self, tier: BitTier, threads: int) -> None:
         (self.b, self.h, _, self.d), self.dv, self.threads = tier.keys.shape, tier.values.shape[3], threads
         keys, values = tier.coder_k, tier.coder_v
         self._kept: list[Any] = [keys, values]  # alive as long as pointers to it
+        self.like: Any = None  # the last call that had neither mask nor aux, and what it asked
+        self.ask: _Ask | None = None
 
         def at(x: Tensor | None) -> int | None:
             if x is None:
@@ -344,11 +344,11 @@ class Prepared:
             self._kept.append(x := x.contiguous())
             return x.data_ptr()
 
+        parts = min(threads, THREADS, len(tier.segments), max(self.b * self.h * tier.length * self.d // PARALLEL, 1))
         runs = (_Run * len(values.runs))(*((r.d, r.bits, at(r.level), at(r.back), _stride(r.back), r.step) for r in values.runs))
-        sizes = [len(tier.segments) * i // parts for i in range(parts + 1)]
         self.jobs, first = (_Rows * parts)(), tier.sinks
-        for i, (start, end) in enumerate(pairwise(sizes)):
-            own = tier.segments[start:end]
+        for i in range(parts):
+            own = tier.segments[len(tier.segments) * i // parts : len(tier.segments) * (i + 1) // parts]
             table = (_Segment * len(own))(*((*map(at, vars(segment).values()), len(segment)) for segment in own))
             self.jobs[i] = _Rows(
                 self.b * self.h, self.h, self.d, self.dv, keys.bits, len(runs), at(keys.level), ctypes.addressof(runs),
@@ -361,13 +361,19 @@ class Prepared:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """``x [..., n, d]`` in a dtype and with rows that the kernel reads."""
+    """``x [..., d]`` in a dtype and with rows that the kernel reads."""
     x = x if x.dtype in KINDS else x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _whole(x: Tensor | None) -> Tensor:
+    """Exact rows as it reads them: contiguous."""
+    assert x is not None
+    return (x if x.dtype in KINDS else x.float()).contiguous()
+
+
 def _mask(mask: Tensor | None) -> tuple[Any, ...]:
-    """The mask, kept alive, and its fields."""
+    """The mask, to be kept alive, and its fields."""
     if mask is None:
         return (None,)
     mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
@@ -377,26 +383,26 @@ def _mask(mask: Tensor | None) -> tuple[Any, ...]:
 
 
 def _softmax(
-    library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, change: Adjustment, parts: int
+    library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, change: Adjustment, threads: int
 ) -> OnlineSoftmax | None:  # fmt: skip
-    q, read = call.q.contiguous(), None if change.read is None else change.read.contiguous()
-    d, rows, held = q.shape[3], q.shape[2], Prepared(tier, parts, parts)
-    k, v = _readable(tier.keys), _readable(tier.values)
+    q, read, held = call.q.contiguous(), None if change.read is None else change.read.contiguous(), Prepared(tier, threads)
+    (_, _, rows, d), k, v = q.shape, _whole(tier.keys), _whole(tier.values)
     state = OnlineSoftmax(*(q.new_empty(*q.shape[:3], n) for n in (1, 1, held.dv)))
     aux, given = None if call.aux is None else call.aux.float().contiguous(), _mask(mask)
     ask = _Ask(
-        call.group, call.count, q.data_ptr(), held.h * rows * d, call.count * d, d, k.data_ptr(), *k.stride()[:3],
-        v.data_ptr(), *v.stride()[:3], 2, KINDS[k.dtype], k.shape[2], call.precise, 1.0, call.softcap or 0.0, None, 0,
-        state.top.data_ptr(), state.weight.data_ptr(), state.sum.data_ptr(), None if aux is None else aux.data_ptr(), call.mask.first,
-        *given[1:],
+        call.group, call.count, held.h * rows * d, call.count * d, d, 2, KINDS[k.dtype], call.precise, 1.0, call.softcap or 0.0, 0,
+        *(x.data_ptr() for x in (state.top, state.weight, state.sum)), None if aux is None else aux.data_ptr(), *given[1:],
     )  # fmt: skip
     if read is not None:
         ask.read, ask.read_head, ask.read_block = read.data_ptr(), read.shape[2], change.block
-    return state if _run(held, ask, library) else None
+    return state if _run(held, ask, q, k, v, call.mask.first, None, library) else None
 
 
-def _run(held: Prepared, ask: _Ask, library: ctypes.CDLL | None = None) -> bool:
-    """Whether the kernel did it."""
+def _run(
+    held: Prepared, ask: _Ask | None, q: Tensor, k: Tensor, v: Tensor, seen: int, out: int | None, library: ctypes.CDLL | None = None
+) -> bool:
+    """Whether the kernel did it: only what changes from token to token is not in ``held`` and ``ask``."""
     library = library or _library
     assert library is not None
-    return not library.tqai_attend(held.jobs, len(held.jobs), ctypes.byref(ask))
+    attend = library.tqai_attend
+    return not attend(held.jobs, len(held.jobs), ask, q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[2], seen, out)

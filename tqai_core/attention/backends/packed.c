@@ -30,9 +30,10 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16") /* or the compiler leaves sums in memory */
 #define APART static __attribute__((noinline))
 #ifdef WIDE
-#define TOKENS 128 /* a tile: tokens that share one rescaling */
+#define TOKENS 256 /* a tile: tokens that share one rescaling */
 #define DIGITS 3   /* of an fp32 query */
 #else
 #define TOKENS 64
@@ -74,25 +75,28 @@ typedef struct { /* packed rows, as they stay until more tokens are packed */
   float step_k;
 } Rows;
 
-typedef struct { /* strides in numbers; kind 1: bf16, 2: fp32 */
+typedef struct {
   const void *at;
-  int64_t batch, head, row;
+  int64_t batch, head, row; /* strides in numbers */
 } Array;
 
-typedef struct { /* one call */
+typedef struct { /* what is asked; kind 1: bf16, 2: fp32 */
   int64_t group, count; /* query heads of a kv head, queries of each; rows of a kv head: group x count */
-  Array q, exact_k, exact_v; /* [batch, heads, ...]; the first front exact rows lie before the packed tokens */
-  int64_t q_kind, exact_kind, exact, precise; /* precise: queries keep the bits of fp32 */
+  int64_t q_batch, q_head, q_row, q_kind, exact_kind, precise; /* precise: queries keep the bits of fp32 */
   float scaling, softcap;    /* softcap 0: none */
-  void *out;                 /* [batch, count, query heads, dv], or NULL: the softmax goes to top, weight and sum */
   int64_t out_kind;
-  float *top, *weight, *sum; /* [heads, rows], [heads, rows], [heads, rows, dv] */
+  float *top, *weight, *sum; /* [heads, rows], [heads, rows], [heads, rows, dv]: where the softmax stands, if there is no out */
   const float *aux;          /* [query heads]: a logit that takes weight and has no value; or NULL */
-  int64_t seen;              /* columns that the first query sees, the next one more; 0: all */
   Array mask;                /* or NULL; head: of queries */
   int64_t mask_kind;         /* 1: bytes, 0 hides; 2: fp32, added */
   const uint8_t *read;       /* or NULL: which blocks of packed tokens a head reads, 0 leaves one out */
   int64_t read_head, read_block; /* blocks of a head; tokens of a block, a divisor of 64 and of each segment */
+} Asked;
+
+typedef struct {
+  Asked is;
+  Array q, exact_k, exact_v; /* [batch, heads, ...]; the first front exact rows lie before the packed tokens */
+  int64_t exact, seen;       /* columns that the first query sees, the next one more; 0: all */
 } Ask;
 
 INLINE float wide(uint16_t x) {
@@ -261,22 +265,27 @@ INLINE int64_t place_of_key(int bits, int64_t j) {
   return (j / (4 * c) * c + j % c) * 4 + j / c % 4;
 }
 
+/* sum += four products in each lane, in place: compilers copy sums to and fro */
+INLINE void add_products(__m512i *sum, __m512i bytes, __m512i signed_bytes) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(bytes), "v"(signed_bytes));
+}
+
 /* Products of 32 tokens with m queries of so many digits, as whole numbers in s */
 INLINE void meet(const uint8_t *x, const int8_t *q, const int32_t *start, const int m, const int digits, int64_t d, int again, float *s) {
   __m512i a[4 * DIGITS][2];
-  for (int k = 0; k < m * digits; k++) a[k][0] = a[k][1] = _mm512_set1_epi32(start[k]);
+  UNROLL for (int k = 0; k < m * digits; k++) a[k][0] = a[k][1] = _mm512_set1_epi32(start[k]);
   for (int64_t j = 0; j < d; j += 4) {
     const __m512i x0 = _mm512_loadu_si512(x + j * 32), x1 = _mm512_loadu_si512(x + j * 32 + 64);
-    for (int k = 0; k < m * digits; k++) {
+    UNROLL for (int k = 0; k < m * digits; k++) {
       const __m512i y = _mm512_set1_epi32(load4(q + k * d + j));
-      a[k][0] = _mm512_dpbusd_epi32(a[k][0], x0, y), a[k][1] = _mm512_dpbusd_epi32(a[k][1], x1, y);
+      add_products(&a[k][0], x0, y), add_products(&a[k][1], x1, y);
     }
   }
-  for (int r = 0; r < m; r++)
-    for (int h = 0; h < 2; h++) {
+  UNROLL for (int r = 0; r < m; r++)
+    UNROLL for (int h = 0; h < 2; h++) {
       float *p = s + r * TOKENS + 16 * h;
       __m512 f = _mm512_cvtepi32_ps(a[r * digits][h]);
-      for (int g = 1; g < digits; g++) f = _mm512_fmadd_ps(f, _mm512_set1_ps(128), _mm512_cvtepi32_ps(a[r * digits + g][h]));
+      UNROLL for (int g = 1; g < digits; g++) f = _mm512_fmadd_ps(f, _mm512_set1_ps(128), _mm512_cvtepi32_ps(a[r * digits + g][h]));
       _mm512_storeu_ps(p, again ? _mm512_fmadd_ps(_mm512_loadu_ps(p), _mm512_set1_ps(256), f) : f);
     }
 }
@@ -368,18 +377,18 @@ INLINE int64_t place_of_value(int bits, int64_t j) {
 /* sum[r] += scale[r] * (levels weighted by w[r]) + lift[r], for m rows and so many vectors of coordinates */
 INLINE void gather(const uint8_t *x, const uint8_t *w, const int m, const int parts, int64_t n, const float *scale, const float *lift, float *sum, int64_t apart) {
   __m512i a[6][4];
-  for (int k = 0; k < 2 * m; k++)
-    for (int j = 0; j < parts; j++) a[k][j] = _mm512_setzero_si512();
+  UNROLL for (int k = 0; k < 2 * m; k++)
+    UNROLL for (int j = 0; j < parts; j++) a[k][j] = _mm512_setzero_si512();
   for (int64_t t = 0; t < n; t += 4) {
     __m512i y[4];
-    for (int j = 0; j < parts; j++) y[j] = _mm512_loadu_si512(x + (t + j) * 64);
-    for (int k = 0; k < 2 * m; k++) {
+    UNROLL for (int j = 0; j < parts; j++) y[j] = _mm512_loadu_si512(x + (t + j) * 64);
+    UNROLL for (int k = 0; k < 2 * m; k++) {
       const __m512i both = _mm512_set1_epi32(load4(w + k * TOKENS + t));
-      for (int j = 0; j < parts; j++) a[k][j] = _mm512_dpbusd_epi32(a[k][j], both, y[j]);
+      UNROLL for (int j = 0; j < parts; j++) add_products(&a[k][j], both, y[j]);
     }
   }
-  for (int r = 0; r < m; r++)
-    for (int j = 0; j < parts; j++) {
+  UNROLL for (int r = 0; r < m; r++)
+    UNROLL for (int j = 0; j < parts; j++) {
       float *p = sum + r * apart + 16 * j;
       __m512 f = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[2 * r][j]), _mm512_set1_ps(256), _mm512_cvtepi32_ps(a[2 * r + 1][j]));
       _mm512_storeu_ps(p, _mm512_fmadd_ps(f, _mm512_set1_ps(scale[r]), _mm512_add_ps(_mm512_set1_ps(lift[r]), _mm512_loadu_ps(p))));
@@ -767,20 +776,20 @@ INLINE float dot(const float *x, const float *y, int64_t d) {
 
 /* Softcap and mask of n scores from a column on; -inf up to a whole vector */
 static void finish(const Ask *ask, int64_t b, int64_t h, int64_t r, int64_t column, int64_t n, float *s) {
-  if (ask->softcap > 0)
-    for (int64_t t = 0; t < n; t++) s[t] = tanhf(s[t] / ask->softcap) * ask->softcap;
-  if (ask->mask.at) {
-    int64_t at = b * ask->mask.batch + (h * ask->group + r / ask->count) * ask->mask.head + r % ask->count * ask->mask.row + column;
-    if (ask->mask_kind == 1) {
-      const uint8_t *m = (const uint8_t *)ask->mask.at + at;
+  if (ask->is.softcap > 0)
+    for (int64_t t = 0; t < n; t++) s[t] = tanhf(s[t] / ask->is.softcap) * ask->is.softcap;
+  if (ask->is.mask.at) {
+    int64_t at = b * ask->is.mask.batch + (h * ask->is.group + r / ask->is.count) * ask->is.mask.head + r % ask->is.count * ask->is.mask.row + column;
+    if (ask->is.mask_kind == 1) {
+      const uint8_t *m = (const uint8_t *)ask->is.mask.at + at;
       for (int64_t t = 0; t < n; t++) s[t] = m[t] ? s[t] : -INFINITY;
     } else {
-      const float *m = (const float *)ask->mask.at + at;
+      const float *m = (const float *)ask->is.mask.at + at;
       for (int64_t t = 0; t < n; t++) s[t] += m[t];
     }
   }
   if (ask->seen) {
-    int64_t seen = ask->seen + r % ask->count - column;
+    int64_t seen = ask->seen + r % ask->is.count - column;
     for (int64_t t = seen < 0 ? 0 : seen; t < n; t++) s[t] = -INFINITY;
   }
   for (int64_t t = n; t < whole(n); t++) s[t] = -INFINITY;
@@ -921,12 +930,12 @@ static int begin(Work *work, const Rows *job, int64_t rows) {
 
 /* Exact rows a to b of a head, whose columns start at column */
 static void exact(const Ask *ask, const Work *work, int64_t b, int64_t h, int64_t a, int64_t end, int64_t column, int64_t d, int64_t dv, float *top, float *weight) {
-  const int64_t rows = ask->group * ask->count;
+  const int64_t rows = ask->is.group * ask->is.count;
   float *s = work->s;
   for (; a < end; a += TOKENS, column += TOKENS) {
     const int64_t n = end - a < TOKENS ? end - a : TOKENS;
     for (int64_t t = 0; t < n; t++) {
-      const float *k = numbers(&ask->exact_k, ask->exact_kind, b, h, a + t, d, work->row);
+      const float *k = numbers(&ask->exact_k, ask->is.exact_kind, b, h, a + t, d, work->row);
       for (int64_t r = 0; r < rows; r++) s[r * TOKENS + t] = dot(k, work->asked + r * d, d);
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -934,7 +943,7 @@ static void exact(const Ask *ask, const Work *work, int64_t b, int64_t h, int64_
       weigh(s + r * TOKENS, whole(n), top + r, weight + r, work->exact + r * dv, dv, NULL, 0);
     }
     for (int64_t t = 0; t < n; t++) {
-      const float *v = numbers(&ask->exact_v, ask->exact_kind, b, h, a + t, dv, work->row);
+      const float *v = numbers(&ask->exact_v, ask->is.exact_kind, b, h, a + t, dv, work->row);
       for (int64_t r = 0; r < rows; r++) {
         const float p = s[r * TOKENS + t];
         for (int64_t j = 0; j < dv; j += LANES) *(Floats *)(work->exact + r * dv + j) += p * *(const Floats *)(v + j);
@@ -945,8 +954,8 @@ static void exact(const Ask *ask, const Work *work, int64_t b, int64_t h, int64_
 
 /* The queries of a head as they meet packed keys */
 static void turn_queries(const Rows *job, const Ask *ask, const Work *work, int64_t head) {
-  const int64_t d = job->d, rows = ask->group * ask->count;
-  const int digits = ask->precise ? DIGITS : DIGITS - 1;
+  const int64_t d = job->d, rows = ask->is.group * ask->is.count;
+  const int digits = ask->is.precise ? DIGITS : DIGITS - 1;
   for (int64_t r = 0; r < rows; r++) {
     float *y = work->asked + r * d;
     work->shift[r] = job->mean ? dot(y, job->mean + head * d, d) : 0;
@@ -977,8 +986,8 @@ INLINE void fetch(const uint8_t *p, int64_t bytes) {
 /* n tokens of a head, from number t0 of a segment on; next: the keys of the tile after it */
 static void tile(const Rows *job, const Ask *ask, const Work *work, int64_t head, const Segment *seg, int64_t t0, int64_t n, int64_t column,
                  const uint8_t *next, float *top, float *weight) {
-  const int64_t rows = ask->group * ask->count, even = whole(n), at = head * seg->tokens + t0, runs = job->runs;
-  const int digits = ask->precise ? DIGITS : DIGITS - 1;
+  const int64_t rows = ask->is.group * ask->is.count, even = whole(n), at = head * seg->tokens + t0, runs = job->runs;
+  const int digits = ask->is.precise ? DIGITS : DIGITS - 1;
   const uint8_t *codes_k = seg->codes_k + at * work->bytes_k, *codes_v = seg->codes_v + at * work->bytes_v;
   float gain_k[TOKENS], gain_v[RUNS][TOKENS], *s = work->s;
   fetch(codes_v, n * work->bytes_v);
@@ -998,7 +1007,7 @@ static void tile(const Rows *job, const Ask *ask, const Work *work, int64_t head
     needed |= share > weight[r] * NEGLIGIBLE;
   }
   if (!needed) return;
-  const int64_t share = SHARE(ask->precise);
+  const int64_t share = SHARE(ask->is.precise);
   for (int64_t t = 0; t < n; t += share, codes_v += share * work->bytes_v) {
     const int64_t count = n - t < share ? n - t : share;
     for (int64_t i = 0, at_v = 0; i < runs; i++) {
@@ -1033,7 +1042,7 @@ static void turn_back(const Rows *job, const Work *work, int64_t head, int64_t r
 
 /* The packed rows of job, and the exact ones where they are its. 0, or 1 where memory ran out. */
 static int attend(const Rows *job, const Ask *ask, State state, int with_exact) {
-  const int64_t d = job->d, dv = job->dv, rows = ask->group * ask->count, step = ask->read ? ask->read_block : TOKENS;
+  const int64_t d = job->d, dv = job->dv, rows = ask->is.group * ask->is.count, step = ask->is.read ? ask->is.read_block : TOKENS;
   Work work;
   if (begin(&work, job, rows)) return 1;
   for (int64_t head = 0; head < job->heads; head++) {
@@ -1043,8 +1052,8 @@ static int attend(const Rows *job, const Ask *ask, State state, int with_exact) 
     memset(work.exact, 0, (size_t)(rows * dv) * 4);
     for (int64_t r = 0; r < rows; r++) {
       float *y = work.asked + r * d;
-      const float *x = numbers(&ask->q, ask->q_kind, b, h * ask->group + r / ask->count, r % ask->count, d, y);
-      for (int64_t j = 0; j < d; j++) y[j] = x[j] * ask->scaling;
+      const float *x = numbers(&ask->q, ask->is.q_kind, b, h * ask->is.group + r / ask->is.count, r % ask->is.count, d, y);
+      for (int64_t j = 0; j < d; j++) y[j] = x[j] * ask->is.scaling;
     }
     if (with_exact) {
       exact(ask, &work, b, h, 0, job->front, 0, d, dv, top, weight);
@@ -1057,7 +1066,7 @@ static int attend(const Rows *job, const Ask *ask, State state, int with_exact) 
       const Segment *then = seg < last ? seg + 1 : job->segments;
       const int64_t head_then = seg < last || head + 1 == job->heads ? head : head + 1;
       for (int64_t t = 0; t < seg->tokens; t += step) {
-        if (ask->read && !ask->read[head * ask->read_head + (column - job->front + t) / step]) continue;
+        if (ask->is.read && !ask->is.read[head * ask->is.read_head + (column - job->front + t) / step]) continue;
         const int64_t n = seg->tokens - t < step ? seg->tokens - t : step;
         const uint8_t *next = t + n < seg->tokens ? seg->codes_k + (head * seg->tokens + t + n) * work.bytes_k
                                                   : then->codes_k + head_then * then->tokens * work.bytes_k;
@@ -1081,23 +1090,23 @@ static void join_states(State one, State other, int64_t rows, int64_t dv) {
 }
 
 /* Where a softmax stands, to the caller's arrays; or its result in the order of the model */
-static void give(const Rows *job, const Ask *ask, State state) {
-  const int64_t rows = ask->group * ask->count, all = job->heads * rows, dv = job->dv;
-  if (!ask->out) {
-    memcpy(ask->top, state.top, (size_t)all * 4);
-    memcpy(ask->weight, state.weight, (size_t)all * 4);
-    memcpy(ask->sum, state.sum, (size_t)(all * dv) * 4);
+static void give(const Rows *job, const Ask *ask, State state, void *out) {
+  const int64_t rows = ask->is.group * ask->is.count, all = job->heads * rows, dv = job->dv;
+  if (!out) {
+    memcpy(ask->is.top, state.top, (size_t)all * 4);
+    memcpy(ask->is.weight, state.weight, (size_t)all * 4);
+    memcpy(ask->is.sum, state.sum, (size_t)(all * dv) * 4);
     return;
   }
   for (int64_t i = 0; i < all; i++) {
-    const int64_t b = i / (job->kv_heads * rows), c = i % ask->count, heads = job->kv_heads * ask->group;
-    const int64_t at = ((b * ask->count + c) * heads + i / ask->count % heads) * dv;
+    const int64_t b = i / (job->kv_heads * rows), c = i % ask->is.count, heads = job->kv_heads * ask->is.group;
+    const int64_t at = ((b * ask->is.count + c) * heads + i / ask->is.count % heads) * dv;
     const float up = 1 / (state.weight[i] < 1e-30f ? 1e-30f : state.weight[i]);
     const float *y = state.sum + i * dv;
-    if (ask->out_kind == 1)
-      for (int64_t j = 0; j < dv; j++) ((uint16_t *)ask->out)[at + j] = narrow(y[j] * up);
+    if (ask->is.out_kind == 1)
+      for (int64_t j = 0; j < dv; j++) ((uint16_t *)out)[at + j] = narrow(y[j] * up);
     else
-      for (int64_t j = 0; j < dv; j++) ((float *)ask->out)[at + j] = y[j] * up;
+      for (int64_t j = 0; j < dv; j++) ((float *)out)[at + j] = y[j] * up;
   }
 }
 
@@ -1112,10 +1121,14 @@ static void *attend_in_thread(void *p) {
   return (void *)(intptr_t)attend(part->job, part->ask, part->state, 0);
 }
 
-/* The same queries at different keys, a thread each, at most THREADS; the first one takes the exact rows too. 0, or 1 where memory ran
+/* Queries q at packed rows and at exact ones k [batch, kv heads, exact, d] and v. out [batch, count, query heads, dv], or NULL. The jobs
+ * have different keys, a thread each, at most THREADS; the first one takes the exact rows too. 0, or 1 where memory ran
  * out. Threads are started anew: this takes a few dozen microseconds and leaves nothing behind, as a fork wants it. */
-int tqai_attend(const Rows *jobs, int64_t count, const Ask *ask) {
-  const int64_t rows = jobs->heads * ask->group * ask->count, dv = jobs->dv, size = rows * (dv + 2);
+int tqai_attend(const Rows *jobs, int64_t count, const Asked *is, const void *q, const void *k, const void *v, int64_t exact, int64_t seen, void *out) {
+  const int64_t h = jobs->kv_heads;
+  const Ask all = {*is, {q, is->q_batch, is->q_head, is->q_row}, {k, h * exact * jobs->d, exact * jobs->d, jobs->d},
+                   {v, h * exact * jobs->dv, exact * jobs->dv, jobs->dv}, exact, seen}, *ask = &all;
+  const int64_t rows = jobs->heads * ask->is.group * ask->is.count, dv = jobs->dv, size = rows * (dv + 2);
   float *memory = malloc((size_t)(count * size) * 4);
   if (!memory) return 1;
   Part parts[THREADS];
@@ -1123,8 +1136,8 @@ int tqai_attend(const Rows *jobs, int64_t count, const Ask *ask) {
     float *p = memory + i * size;
     parts[i] = (Part){jobs + i, ask, {p, p + rows, p + 2 * rows}};
     for (int64_t r = 0; r < rows; r++) {
-      const int64_t head = r / ask->count % (jobs->kv_heads * ask->group);
-      p[r] = ask->aux && i == 0 ? ask->aux[head] : LEAST, p[rows + r] = ask->aux && i == 0 ? 1 : 0;
+      const int64_t head = r / ask->is.count % (jobs->kv_heads * ask->is.group);
+      p[r] = ask->is.aux && i == 0 ? ask->is.aux[head] : LEAST, p[rows + r] = ask->is.aux && i == 0 ? 1 : 0;
     }
   }
   int failed = 0;
@@ -1146,7 +1159,7 @@ int tqai_attend(const Rows *jobs, int64_t count, const Ask *ask) {
   }
 #endif
   for (int64_t i = 1; i < count && !failed; i++) join_states(parts[0].state, parts[i].state, rows, dv);
-  if (!failed) give(jobs, ask, parts[0].state);
+  if (!failed) give(jobs, ask, parts[0].state, out);
   free(memory);
   return failed;
 }
