@@ -45,7 +45,8 @@ def attend(
 
 @torch.no_grad()
 def _by_tiers(
-    query: Tensor, kv: PackedKV, scaling: float, mask: Tensor | None, softcap: float | None, aux: Tensor | None, backends: tuple[Backend, ...]
+    query: Tensor, kv: PackedKV, scaling: float, mask: Tensor | None, softcap: float | None, aux: Tensor | None,
+    backends: tuple[Backend, ...],
 ) -> Tensor:  # fmt: skip
     keys, values = kv.exact
     (b, heads, count, d), h = query.shape, keys.shape[1]

@@ -20,7 +20,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,37 +43,6 @@ PARALLEL = 3 << 17  # coordinates of keys a thread must have to be worth its sta
 THREADS = 64
 UNITS = 32
 KINDS = {torch.bfloat16: 1, torch.float32: 2}
-
-
-def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
-    return [(name, kind) for kind, names in groups for name in names.split()]
-
-
-_INT, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-
-
-class _Run(ctypes.Structure):
-    _fields_ = _fields((_INT, "d bits"), (_POINTER, "level back"), (_INT, "back_head"), (_FLOAT, "step"))
-
-
-class _Segment(ctypes.Structure):
-    _fields_ = _fields((_POINTER, "codes_k gain_k codes_v gain_v"), (_INT, "tokens"))
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = _fields(
-        (_INT, "heads kv_heads d dv bits_k runs"), (_POINTER, "level_k run segments"), (_INT, "segment_count first front after"),
-        (_POINTER, "forward mean scale basis"), (_INT, "axes forward_head"), (_FLOAT, "step_k"),
-    )  # fmt: skip
-
-
-class _Ask(ctypes.Structure):
-    _fields_ = _fields(
-        (_INT, "group count q_batch q_head q_row q_kind exact_kind precise"), (_FLOAT, "scaling softcap"), (_INT, "out_kind"),
-        (_POINTER, "top weight sum aux mask"), (_INT, "mask_batch mask_head mask_row mask_kind"),
-        (_POINTER, "read"), (_INT, "read_head read_block"),
-    )  # fmt: skip
-
 
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
@@ -229,7 +197,9 @@ def load(path: Path) -> ctypes.CDLL:
     _check_private(path.parent)
     _check_library(path)
     library = ctypes.CDLL(str(path))
-    library.tqai_attend.argtypes, library.tqai_attend.restype = [_POINTER, _INT, ctypes.POINTER(_Ask), *[_POINTER] * 3, _INT, _INT, _POINTER], ctypes.c_int
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.tqai_attend.argtypes = [pointer, number, *[pointer] * 4, number, number, ctypes.c_float, ctypes.c_float, pointer]
+    library.tqai_attend.restype = ctypes.c_int
     library.tqai_kind.argtypes, library.tqai_kind.restype = [], ctypes.c_char_p
     return library
 
@@ -247,7 +217,7 @@ def check(library: ctypes.CDLL) -> None:
         s = torch.cat([q @ k[:, :, :3].mT, q @ keys.decode(segment.codes_k, segment.gain_k).mT], 3)
         want = s.softmax(-1) @ torch.cat([v[:, :, :3], values.decode(segment.codes_v, segment.gain_v)], 2)
         for precise, limit in ((False, 1e-3), (True, 1e-4)):
-            got = _softmax(library, Call(q, 1, precise=precise), tier, None, UNCHANGED, 1)
+            got = run(Call(q, 1, precise=precise), tier, UNCHANGED, library)
             error = float("inf") if got is None else float((got.result() - want).norm() / want.norm())
             if not error < limit:
                 raise RuntimeError(f"its results at {bits} bits differ from torch's by {error:.1e}")
@@ -286,30 +256,28 @@ def whole(query: Tensor, kv: PackedKV, scaling: float, mask: Tensor | None, soft
         return None
     if mask is not None and mask.shape[3] < kv.length:
         return None
-    q, k, v = _readable(query), _whole(kv.keys), _whole(kv.values)
-    like = (query.shape, q.stride(), query.dtype, k.dtype, scaling, softcap)
-    ask, given = held.ask, None
+    q, k, v = _whole(query), _whole(kv.keys), _whole(kv.values)
+    like, asked = (heads, count, query.dtype, k.dtype), held.asked
     if mask is not None or aux is not None or held.like != like:
-        aux, given = None if aux is None else aux.float().contiguous(), _mask(mask)
-        ask = _Ask(
-            group, count, *q.stride()[:3], KINDS[q.dtype], KINDS[k.dtype], query.dtype == torch.float32, scaling, softcap or 0.0,
-            KINDS.get(query.dtype, 2), None, None, None, None if aux is None else aux.data_ptr(), *given[1:],
-        )  # fmt: skip
+        asked = _asked(q, k, group, count, query.dtype == torch.float32, KINDS[q.dtype], mask, aux)
         if mask is None and aux is None:
-            held.like, held.ask = like, ask
-    out = query.new_empty(b, count, heads, held.dv, dtype=query.dtype if query.dtype in KINDS else torch.float32)
+            held.like, held.asked = like, asked
+    out = q.new_empty(b, count, heads, held.dv)
     seen = kv.length - count + 1 if mask is None and count > 1 else 0
-    if not _run(held, ask, q, k, v, seen, out.data_ptr()):
+    if not _run(held, asked, q, k, v, seen, scaling, softcap, out.data_ptr()):
         return None
     out = out.view(b, heads, 1, held.dv) if count == 1 else out.transpose(1, 2)
     return out if out.dtype == query.dtype else out.to(query.dtype)
 
 
-def run(call: Call, tier: BitTier, change: Adjustment) -> OnlineSoftmax | None:
+def run(call: Call, tier: BitTier, change: Adjustment, library: ctypes.CDLL | None = None) -> OnlineSoftmax | None:
     """The softmax over all rows of ``tier``, exact ones included, or None where the kernel fails."""
-    assert _library is not None
+    held = Prepared(tier, torch.get_num_threads())
+    q, k, v = _whole(call.q), _whole(tier.keys), _whole(tier.values)
+    state, read = OnlineSoftmax(*(q.new_empty(*q.shape[:3], n) for n in (1, 1, held.dv))), change.read
     mask = call.mask.given if change.offsets is None else _with(change.offsets, call, tier)
-    return _softmax(_library, call, tier, mask, change, torch.get_num_threads())
+    asked = _asked(q, k, call.group, call.count, call.precise, 0, mask, call.aux, state, read, change.block)
+    return state if _run(held, asked, q, k, v, call.mask.first, 1.0, call.softcap, None, library) else None
 
 
 def _with(offsets: Tensor, call: Call, tier: BitTier) -> Tensor:
@@ -323,86 +291,73 @@ def _with(offsets: Tensor, call: Call, tier: BitTier) -> Tensor:
     return out.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else out.add_(mask)
 
 
-def _stride(matrix: Tensor) -> int:
-    """Numbers from one head's matrix to the next; 0 where all heads share one."""
-    return matrix.stride(0) if matrix.ndim == 3 else 0
-
-
 class Prepared:
-    """The packed rows of a tier as the kernel reads them: neighbouring segments to a thread each (split K), where it is worth its start."""
+    """The packed rows of a tier as ``Rows`` of the kernel: neighbouring segments to a thread each (split K), where it is worth its start.
+    All tables are of int64."""
 
     def __init__(self, tier: BitTier, threads: int) -> None:
         (self.b, self.h, _, self.d), self.dv, self.threads = tier.keys.shape, tier.values.shape[3], threads
+        self.like: Any = None  # the last call that had neither mask nor aux
+        self.asked: list[Tensor] = []
         keys, values = tier.coder_k, tier.coder_v
-        self._kept: list[Any] = [keys, values]  # alive as long as pointers to it
-        self.like: Any = None  # the last call that had neither mask nor aux, and what it asked
-        self.ask: _Ask | None = None
+        kept = self._kept = [torch.tensor(())]  # alive as long as pointers to it
 
-        def at(x: Tensor | None) -> int | None:
-            if x is None:
-                return None
-            self._kept.append(x := x.contiguous())
-            return x.data_ptr()
+        def at(x: Tensor | None) -> int:
+            if x is not None:
+                kept.append(x.contiguous())
+            return 0 if x is None else kept[-1].data_ptr()
 
-        parts = min(threads, THREADS, len(tier.segments), max(self.b * self.h * tier.length * self.d // PARALLEL, 1))
-        runs = (_Run * len(values.runs))(*((r.d, r.bits, at(r.level), at(r.back), _stride(r.back), r.step) for r in values.runs))
-        self.jobs, first = (_Rows * parts)(), tier.sinks
-        for i in range(parts):
-            own = tier.segments[len(tier.segments) * i // parts : len(tier.segments) * (i + 1) // parts]
-            table = (_Segment * len(own))(*((*map(at, vars(segment).values()), len(segment)) for segment in own))
-            self.jobs[i] = _Rows(
-                self.b * self.h, self.h, self.d, self.dv, keys.bits, len(runs), at(keys.level), ctypes.addressof(runs),
-                ctypes.addressof(table), len(own), first, tier.sinks, tier.sinks + tier.packed, at(keys.asking), at(tier.mean),
-                at(tier.scale), at(values.basis), 0 if values.basis is None else values.basis.shape[1], _stride(keys.asking), keys.step,
-            )  # fmt: skip
-            self._kept.append(table)
+        def from_head(matrix: Tensor) -> int:  # numbers from one head's matrix to the next; 0 where all heads share one
+            return matrix.stride(0) if matrix.ndim == 3 else 0
+
+        sizes = (self.b * self.h, self.h, self.d, self.dv, keys.bits, len(values.runs), int(keys.step * 2048))
+        runs = [[r.d, r.bits, at(r.level), at(r.back), from_head(r.back), int(r.step * 2048)] for r in values.runs]
+        axes = 0 if values.basis is None else values.basis.shape[1]
+        shared = (at(keys.asking), at(tier.mean), at(tier.scale), at(values.basis), axes, from_head(keys.asking))
+        levels, last = (at(keys.level), at(torch.tensor(runs))), tier.sinks + tier.packed
+        self.parts = min(threads, THREADS, len(tier.segments), max(self.b * self.h * tier.length * self.d // PARALLEL, 1))
+        jobs, first = [], tier.sinks
+        for i in range(self.parts):
+            own = tier.segments[len(tier.segments) * i // self.parts : len(tier.segments) * (i + 1) // self.parts]
+            table = torch.tensor([[*map(at, vars(segment).values()), len(segment)] for segment in own])
+            jobs.append([*sizes, *levels, at(table), len(own), first, tier.sinks, last, *shared])
             first += rows_in(own)
-        self._kept.append(runs)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """``x [..., d]`` in a dtype and with rows that the kernel reads."""
-    x = x if x.dtype in KINDS else x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
+        self.jobs = at(torch.tensor(jobs))
 
 
 def _whole(x: Tensor | None) -> Tensor:
-    """Exact rows as it reads them: contiguous."""
+    """Rows in a dtype and a layout that the kernel reads."""
     assert x is not None
     return (x if x.dtype in KINDS else x.float()).contiguous()
 
 
-def _mask(mask: Tensor | None) -> tuple[Any, ...]:
-    """The mask, to be kept alive, and its fields."""
-    if mask is None:
-        return (None,)
-    mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
-    mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-    strides = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
-    return mask, mask.data_ptr(), *strides, 1 if mask.dtype == torch.bool else 2
-
-
-def _softmax(
-    library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, change: Adjustment, threads: int
-) -> OnlineSoftmax | None:  # fmt: skip
-    q, read, held = call.q.contiguous(), None if change.read is None else change.read.contiguous(), Prepared(tier, threads)
-    (_, _, rows, d), k, v = q.shape, _whole(tier.keys), _whole(tier.values)
-    state = OnlineSoftmax(*(q.new_empty(*q.shape[:3], n) for n in (1, 1, held.dv)))
-    aux, given = None if call.aux is None else call.aux.float().contiguous(), _mask(mask)
-    ask = _Ask(
-        call.group, call.count, held.h * rows * d, call.count * d, d, 2, KINDS[k.dtype], call.precise, 1.0, call.softcap or 0.0, 0,
-        *(x.data_ptr() for x in (state.top, state.weight, state.sum)), None if aux is None else aux.data_ptr(), *given[1:],
-    )  # fmt: skip
+def _asked(
+    q: Tensor, k: Tensor, group: int, count: int, precise: bool, out: int, mask: Tensor | None, aux: Tensor | None,
+    state: OnlineSoftmax | None = None, read: Tensor | None = None, block: int = 0,
+) -> list[Tensor]:  # fmt: skip
+    """``Asked`` of the kernel, and what it points to."""
+    kept = [] if state is None else [state.top, state.weight, state.sum]
+    fields = [group, count, KINDS[q.dtype], KINDS[k.dtype], precise, out, *([x.data_ptr() for x in kept] or [0] * 3)]
+    fields += [0] * 8  # aux; the mask, its strides, its kind; blocks to read, and how many a head has
+    if aux is not None:
+        kept.append(aux.float().contiguous())
+        fields[9] = kept[-1].data_ptr()
+    if mask is not None:
+        mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
+        kept.append(mask := mask if mask.stride(-1) == 1 else mask.contiguous())
+        steps = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
+        fields[10:15] = [mask.data_ptr(), *steps, 1 if mask.dtype == torch.bool else 2]
     if read is not None:
-        ask.read, ask.read_head, ask.read_block = read.data_ptr(), read.shape[2], change.block
-    return state if _run(held, ask, q, k, v, call.mask.first, None, library) else None
+        kept.append(read.contiguous())
+        fields[15:17] = [kept[-1].data_ptr(), read.shape[2]]
+    return [torch.tensor([*fields, block]), *kept]
 
 
 def _run(
-    held: Prepared, ask: _Ask | None, q: Tensor, k: Tensor, v: Tensor, seen: int, out: int | None, library: ctypes.CDLL | None = None
-) -> bool:
-    """Whether the kernel did it: only what changes from token to token is not in ``held`` and ``ask``."""
-    library = library or _library
-    assert library is not None
-    attend = library.tqai_attend
-    return not attend(held.jobs, len(held.jobs), ask, q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[2], seen, out)
+    held: Prepared, asked: list[Tensor], q: Tensor, k: Tensor, v: Tensor, seen: int, scaling: float, softcap: float | None, out: int | None,
+    library: ctypes.CDLL | None = None,
+) -> bool:  # fmt: skip
+    """Whether the kernel did it: only what changes from token to token is in neither ``held`` nor ``asked``."""
+    attend = (library or _library).tqai_attend  # type: ignore[union-attr]
+    at = (asked[0].data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr())
+    return not attend(held.jobs, held.parts, *at, k.shape[2], seen, scaling, softcap or 0.0, out)

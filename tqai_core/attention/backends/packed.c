@@ -55,15 +55,18 @@ typedef struct {
   int64_t tokens;
 } Segment;
 
+/* The structures that come from outside have members of 64 bits alone; a step is in units of 1 / 2048 */
+_Static_assert(sizeof(void *) == 8, "wants pointers of 64 bits");
+
 typedef struct { /* neighbouring coordinates of a row of values that have bits and a gain of their own */
   int64_t d, bits;
   const float *level, *back; /* back [d, d] takes them out of the rotated domain */
   int64_t back_head;         /* from one head's matrix to the next; 0: all share one */
-  float step;                /* of levels that are bytes, else 0 */
+  int64_t step;              /* of levels that are bytes, else 0 */
 } Run;
 
 typedef struct { /* packed rows, as they stay until more tokens are packed */
-  int64_t heads, kv_heads, d, dv, bits_k, runs; /* heads: batch x kv_heads */
+  int64_t heads, kv_heads, d, dv, bits_k, runs, step_k; /* heads: batch x kv_heads */
   const float *level_k;
   const Run *run;
   const Segment *segments;
@@ -72,7 +75,6 @@ typedef struct { /* packed rows, as they stay until more tokens are packed */
   const float *mean, *scale;  /* of the packed keys [heads, d], or both NULL */
   const int8_t *basis;        /* of the packed values [kv_heads, axes, dv]: reflections, the last one first; or NULL */
   int64_t axes, forward_head; /* from one head's forward to the next; 0: all share one */
-  float step_k;
 } Rows;
 
 typedef struct {
@@ -81,10 +83,8 @@ typedef struct {
 } Array;
 
 typedef struct { /* what is asked; kind 1: bf16, 2: fp32 */
-  int64_t group, count; /* query heads of a kv head, queries of each; rows of a kv head: group x count */
-  int64_t q_batch, q_head, q_row, q_kind, exact_kind, precise; /* precise: queries keep the bits of fp32 */
-  float scaling, softcap;    /* softcap 0: none */
-  int64_t out_kind;
+  int64_t group, count;      /* query heads of a kv head, queries of each; rows of a kv head: group x count */
+  int64_t q_kind, exact_kind, precise, out_kind; /* precise: queries keep the bits of fp32 */
   float *top, *weight, *sum; /* [heads, rows], [heads, rows], [heads, rows, dv]: where the softmax stands, if there is no out */
   const float *aux;          /* [query heads]: a logit that takes weight and has no value; or NULL */
   Array mask;                /* or NULL; head: of queries */
@@ -97,6 +97,7 @@ typedef struct {
   Asked is;
   Array q, exact_k, exact_v; /* [batch, heads, ...]; the first front exact rows lie before the packed tokens */
   int64_t exact, seen;       /* columns that the first query sees, the next one more; 0: all */
+  float scaling, softcap;    /* softcap 0: none */
 } Ask;
 
 INLINE float wide(uint16_t x) {
@@ -119,6 +120,11 @@ INLINE void gains(const uint16_t *p, int64_t n, int64_t step, int64_t all, float
   else
     for (int64_t t = 0; t < n; t++) out[t] = wide(p[t * step]);
   for (int64_t t = n; t < all; t++) out[t] = 0;
+}
+
+/* What is read soon, a few tokens at a time: memory serves so many requests at once */
+INLINE void fetch(const uint8_t *p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
 #ifdef WIDE
@@ -181,11 +187,11 @@ typedef struct {
 } Book;
 
 /* ``flip`` 128: bytes without sign, as keys want them */
-static Book book(int64_t bits, const float *level, float step, int flip) {
+static Book book(int64_t bits, const float *level, int64_t step, int flip) {
   Book b;
   memset(&b, 0, sizeof b);
   b.bits = (int)bits, b.planes = step > 0 ? 1 : 2;
-  b.unit = step > 0 ? step : 1.0f / 2048, b.half = bits == 8 ? 0.5f : 0;
+  b.unit = (float)(step > 0 ? step : 1) / 2048, b.half = bits == 8 ? 0.5f : 0;
   b.table[0][0] = bits == 8 && !flip; /* whether they get a sign */
   const int c = per_byte(b.bits), low = 8 / c, more = beyond(b.bits);
   for (int i = 0; i < 64 && bits < 8; i++) {
@@ -326,10 +332,11 @@ INLINE float query_limit(int digits) { return digits == 2 ? 127 * 128 : 127 * 12
 
 /* room: for 16 rows of codes, then for the levels of 32 tokens */
 INLINE void scores(const Book *b, const int bits, int digits, const uint8_t *codes, int64_t bytes, int64_t n, const int8_t *q, const int32_t *start,
-                   int64_t rows, int64_t d, uint8_t *room, float *s) {
+                   int64_t rows, int64_t d, uint8_t *room, float *s, const uint8_t *soon, int64_t soon_bytes) {
   uint8_t *levels = room + 16 * bytes;
   const int64_t apart = 32 * d;
   for (int64_t t = 0; t < n; t += 32) {
+    fetch(soon + t * soon_bytes, 32 * soon_bytes);
     for (int64_t h = 0; h < 2 && t + 16 * h < n; h++) {
       const int64_t left = n - t - 16 * h;
       const uint8_t *p = codes + (t + 16 * h) * bytes;
@@ -344,13 +351,15 @@ INLINE void scores(const Book *b, const int bits, int digits, const uint8_t *cod
 }
 
 /* Levels of unit u of a row, 64 coordinates or the last 32, a lane each, of four tokens together; returns the vectors of four tokens */
-INLINE int unpack_values(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, int64_t d, int64_t u, uint8_t *out) {
+INLINE int unpack_values(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, int64_t d, int64_t u, uint8_t *out,
+                         const uint8_t *soon, int64_t soon_bytes) {
   const int c = per_byte(bits), more = beyond(bits);
   const int64_t own = d / c, first = u * 64 / c, size = own - first < 64 / c ? own - first : 64 / c;
   const __m512i turn = _mm512_set_epi32(0x3f2f1f0f, 0x3e2e1e0e, 0x3d2d1d0d, 0x3c2c1c0c, 0x3b2b1b0b, 0x3a2a1a0a, 0x39291909, 0x38281808,
                                         0x37271707, 0x36261606, 0x35251505, 0x34241404, 0x33231303, 0x32221202, 0x31211101, 0x30201000);
   for (int64_t t = 0; t < n; t += 4) { /* the weights of missing ones are 0 */
     const uint8_t *p[4];
+    fetch(soon + t * soon_bytes, 4 * soon_bytes);
     for (int i = 0; i < 4; i++) p[i] = codes + (t + i < n ? t + i : n - 1) * bytes + first;
     for (int64_t z = 0; z < size; z += 16) {
       const int64_t here = size - z < 16 ? size - z : 16, at = own - first + (first + z) * more * c / 8;
@@ -406,9 +415,9 @@ static Gather *const GATHERS[2][3] = {{gather_1_2, gather_2_2, gather_3_2}, {gat
 
 /* levels: room for those of a unit of a tile */
 INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const uint8_t *w, const float *scale, const float *lift,
-                   int64_t rows, int64_t d, uint8_t *levels, float *sum, int64_t apart) {
+                   int64_t rows, int64_t d, uint8_t *levels, float *sum, int64_t apart, const uint8_t *soon, int64_t soon_bytes) {
   for (int64_t u = 0; u * 64 < d; u++) {
-    const int parts = unpack_values(b, bits, codes, bytes, n, d, u, levels);
+    const int parts = unpack_values(b, bits, codes, bytes, n, d, u, levels, soon, u ? 0 : soon_bytes);
     for (int64_t r = 0, m; r < rows; r += m) {
       m = rows - r == 4 ? 2 : rows - r < 3 ? rows - r : 3;
       Gather *run = GATHERS[parts / 2 - 1][m - 1];
@@ -432,7 +441,7 @@ typedef struct {
 #define WEIGHT 32767
 
 /* Levels as integers: codecs/rows.py has them on multiples of 1 / 2048, below 4 */
-static Book book(int64_t bits, const float *level, float step, int flip) {
+static Book book(int64_t bits, const float *level, int64_t step, int flip) {
   Book b;
   (void)step, (void)flip;
   memset(&b, 0, sizeof b);
@@ -643,9 +652,10 @@ INLINE void gather(const int16_t *pairs, int64_t count, const int16_t *w, const 
 #endif
 
 INLINE void scores(const Book *b, const int bits, int digits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *q, const int32_t *start,
-                   int64_t rows, int64_t d, int16_t *row, float *s) {
+                   int64_t rows, int64_t d, int16_t *row, float *s, const uint8_t *soon, int64_t soon_bytes) {
   (void)start;
   for (int64_t t = 0; t < n; t++) {
+    fetch(soon + t * soon_bytes, soon_bytes);
     unpack_row(b, bits, codes + t * bytes, d, row);
     for (int64_t r = 0; r < rows; r += 4) {
       const int count = rows - r < 4 ? (int)(rows - r) : 4;
@@ -662,10 +672,12 @@ INLINE void scores(const Book *b, const int bits, int digits, const uint8_t *cod
 }
 
 INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *w, const float *scale, const float *lift,
-                   int64_t rows, int64_t d, int16_t *pairs, float *sum, int64_t apart) {
+                   int64_t rows, int64_t d, int16_t *pairs, float *sum, int64_t apart,
+                   const uint8_t *soon, int64_t soon_bytes) {
   (void)lift;
   for (int64_t u = 0; u < d / UNIT; u++) {
     for (int64_t t = 0; t < n; t += 2) { /* the weight of a missing last one is 0 */
+      if (u == 0) fetch(soon + t * soon_bytes, 2 * soon_bytes);
       const uint8_t *even = codes + t * bytes;
       unpack_pair(b, bits, even, t + 1 < n ? even + bytes : even, d, u, pairs + 32 * t);
     }
@@ -709,15 +721,15 @@ static void set_query(const Book *b, const float *x, float up, int digits, int64
 /* Functions of their own, and loops over the usual head dimensions that the compiler can unroll: twice as fast */
 #define OF_BITS(bits) \
   APART void scores_##bits(const Book *b, int digits, const uint8_t *codes, int64_t bytes, int64_t n, const void *q, const int32_t *start, \
-                           int64_t rows, int64_t d, void *room, float *s) { \
-    if (d == 64) scores(b, bits, digits, codes, bytes, n, q, start, rows, 64, room, s); \
-    else if (d == 128) scores(b, bits, digits, codes, bytes, n, q, start, rows, 128, room, s); \
-    else scores(b, bits, digits, codes, bytes, n, q, start, rows, d, room, s); \
+                           int64_t rows, int64_t d, void *room, float *s, const uint8_t *soon, int64_t soon_bytes) { \
+    if (d == 64) scores(b, bits, digits, codes, bytes, n, q, start, rows, 64, room, s, soon, soon_bytes); \
+    else if (d == 128) scores(b, bits, digits, codes, bytes, n, q, start, rows, 128, room, s, soon, soon_bytes); \
+    else scores(b, bits, digits, codes, bytes, n, q, start, rows, d, room, s, soon, soon_bytes); \
   } \
   APART void values_##bits(const Book *b, const uint8_t *codes, int64_t bytes, int64_t n, const void *w, const float *scale, const float *lift, \
-                           int64_t rows, int64_t d, void *room, float *sum, int64_t apart) { \
-    if (d == 64) values(b, bits, codes, bytes, n, w, scale, lift, rows, 64, room, sum, apart); \
-    else values(b, bits, codes, bytes, n, w, scale, lift, rows, d, room, sum, apart); \
+                           int64_t rows, int64_t d, void *room, float *sum, int64_t apart, const uint8_t *soon, int64_t soon_bytes) { \
+    if (d == 64) values(b, bits, codes, bytes, n, w, scale, lift, rows, 64, room, sum, apart, soon, soon_bytes); \
+    else values(b, bits, codes, bytes, n, w, scale, lift, rows, d, room, sum, apart, soon, soon_bytes); \
   }
 OF_BITS(2)
 OF_BITS(3)
@@ -757,7 +769,7 @@ static void places(int bits, int64_t d, int32_t *keys, int32_t *sums, void *room
     memset(row, 0, (size_t)d);
     for (int64_t j = 0; j < d; j++) set_code(row, bits, j, (int)(j >> bit & 1));
     memset(got, 0, (size_t)d * 4);
-#define PROBE(bits) unpack_row(&b, bits, row, d, out); values_##bits(&b, row, d * bits / 8, 1, w, &one, NULL, 1, d, pairs, got, d)
+#define PROBE(bits) unpack_row(&b, bits, row, d, out); values_##bits(&b, row, d * bits / 8, 1, w, &one, NULL, 1, d, pairs, got, d, row, 0)
     PICK(bits, PROBE);
     for (int64_t j = 0; j < d; j++) in_row[j] |= (out[j] > 0) << bit, in_sum[j] |= (got[j] > 0) << bit;
   }
@@ -776,8 +788,8 @@ INLINE float dot(const float *x, const float *y, int64_t d) {
 
 /* Softcap and mask of n scores from a column on; -inf up to a whole vector */
 static void finish(const Ask *ask, int64_t b, int64_t h, int64_t r, int64_t column, int64_t n, float *s) {
-  if (ask->is.softcap > 0)
-    for (int64_t t = 0; t < n; t++) s[t] = tanhf(s[t] / ask->is.softcap) * ask->is.softcap;
+  if (ask->softcap > 0)
+    for (int64_t t = 0; t < n; t++) s[t] = tanhf(s[t] / ask->softcap) * ask->softcap;
   if (ask->is.mask.at) {
     int64_t at = b * ask->is.mask.batch + (h * ask->is.group + r / ask->is.count) * ask->is.mask.head + r % ask->is.count * ask->is.mask.row + column;
     if (ask->is.mask_kind == 1) {
@@ -859,15 +871,15 @@ INLINE const float *numbers(const Array *x, int64_t kind, int64_t b, int64_t h, 
   return out;
 }
 
-/* y[r] = x[r] m for up to four rows x [n] and m [n, n]; n is a multiple of 32 */
+/* y[r] = x[r] m for up to three rows x [n] and m [n, n]; n is a multiple of 32 */
 INLINE void product(const float *x, const int rows, int64_t apart, const float *m, int64_t n, float *y, int64_t y_apart) {
   for (int64_t j = 0; j < n; j += 2 * LANES) {
-    Floats a[4][2] = {0};
+    Floats a[3][2] = {0};
     for (int64_t i = 0; i < n; i++) {
       const Floats m0 = *(const Floats *)(m + i * n + j), m1 = *(const Floats *)(m + i * n + j + LANES);
-      for (int r = 0; r < rows; r++) a[r][0] += x[r * apart + i] * m0, a[r][1] += x[r * apart + i] * m1;
+      UNROLL for (int r = 0; r < rows; r++) a[r][0] += x[r * apart + i] * m0, a[r][1] += x[r * apart + i] * m1;
     }
-    for (int r = 0; r < rows; r++) *(Floats *)(y + r * y_apart + j) = a[r][0], *(Floats *)(y + r * y_apart + j + LANES) = a[r][1];
+    UNROLL for (int r = 0; r < rows; r++) *(Floats *)(y + r * y_apart + j) = a[r][0], *(Floats *)(y + r * y_apart + j + LANES) = a[r][1];
   }
 }
 
@@ -928,27 +940,51 @@ static int begin(Work *work, const Rows *job, int64_t rows) {
   return 0;
 }
 
-/* Exact rows a to b of a head, whose columns start at column */
+INLINE Floats load(const void *x, int64_t kind, int64_t at) {
+  if (kind == 2) return *(const Floats *)((const float *)x + at);
+  return (Floats)(__builtin_convertvector(*(const Shorts *)((const uint16_t *)x + at), Ints) << 16);
+}
+
+/* s[r] = scores of n exact keys and m queries */
+INLINE void exact_scores(const Array *k, int64_t kind, int64_t at, int64_t n, const float *q, const int m, int64_t d, float *s) {
+  for (int64_t t = 0; t < n; t++, at += k->row) {
+    Floats a[3] = {0};
+    for (int64_t j = 0; j < d; j += LANES) {
+      const Floats x = load(k->at, kind, at + j);
+      UNROLL for (int r = 0; r < m; r++) a[r] += x * *(const Floats *)(q + r * d + j);
+    }
+    UNROLL for (int r = 0; r < m; r++) s[r * TOKENS + t] = add_up(a[r]);
+  }
+}
+
+/* sum[r] += n exact values, weighted by s[r] */
+INLINE void exact_sums(const Array *v, int64_t kind, int64_t at, int64_t n, const float *s, const int m, int64_t dv, float *sum) {
+  for (int64_t j = 0; j < dv; j += 2 * LANES) {
+    Floats a[3][2] = {0};
+    for (int64_t t = 0; t < n; t++) {
+      const Floats x = load(v->at, kind, at + t * v->row + j), y = load(v->at, kind, at + t * v->row + j + LANES);
+      UNROLL for (int r = 0; r < m; r++) a[r][0] += s[r * TOKENS + t] * x, a[r][1] += s[r * TOKENS + t] * y;
+    }
+    UNROLL for (int r = 0; r < m; r++) *(Floats *)(sum + r * dv + j) += a[r][0], *(Floats *)(sum + r * dv + j + LANES) += a[r][1];
+  }
+}
+
+/* Exact rows a to end of a head, whose columns start at column */
 static void exact(const Ask *ask, const Work *work, int64_t b, int64_t h, int64_t a, int64_t end, int64_t column, int64_t d, int64_t dv, float *top, float *weight) {
-  const int64_t rows = ask->is.group * ask->is.count;
-  float *s = work->s;
+  const int64_t rows = ask->is.group * ask->is.count, kind = ask->is.exact_kind;
+  const Array *k = &ask->exact_k, *v = &ask->exact_v;
   for (; a < end; a += TOKENS, column += TOKENS) {
     const int64_t n = end - a < TOKENS ? end - a : TOKENS;
-    for (int64_t t = 0; t < n; t++) {
-      const float *k = numbers(&ask->exact_k, ask->is.exact_kind, b, h, a + t, d, work->row);
-      for (int64_t r = 0; r < rows; r++) s[r * TOKENS + t] = dot(k, work->asked + r * d, d);
+    const int64_t at_k = b * k->batch + h * k->head + a * k->row, at_v = b * v->batch + h * v->head + a * v->row;
+    int64_t r = 0;
+    for (; r + 3 <= rows; r += 3) exact_scores(k, kind, at_k, n, work->asked + r * d, 3, d, work->s + r * TOKENS);
+    for (; r < rows; r++) exact_scores(k, kind, at_k, n, work->asked + r * d, 1, d, work->s + r * TOKENS);
+    for (r = 0; r < rows; r++) {
+      finish(ask, b, h, r, column, n, work->s + r * TOKENS);
+      weigh(work->s + r * TOKENS, whole(n), top + r, weight + r, work->exact + r * dv, dv, NULL, 0);
     }
-    for (int64_t r = 0; r < rows; r++) {
-      finish(ask, b, h, r, column, n, s + r * TOKENS);
-      weigh(s + r * TOKENS, whole(n), top + r, weight + r, work->exact + r * dv, dv, NULL, 0);
-    }
-    for (int64_t t = 0; t < n; t++) {
-      const float *v = numbers(&ask->exact_v, ask->is.exact_kind, b, h, a + t, dv, work->row);
-      for (int64_t r = 0; r < rows; r++) {
-        const float p = s[r * TOKENS + t];
-        for (int64_t j = 0; j < dv; j += LANES) *(Floats *)(work->exact + r * dv + j) += p * *(const Floats *)(v + j);
-      }
-    }
+    for (r = 0; r + 3 <= rows; r += 3) exact_sums(v, kind, at_v, n, work->s + r * TOKENS, 3, dv, work->exact + r * dv);
+    for (; r < rows; r++) exact_sums(v, kind, at_v, n, work->s + r * TOKENS, 1, dv, work->exact + r * dv);
   }
 }
 
@@ -979,10 +1015,6 @@ static void turn_queries(const Rows *job, const Ask *ask, const Work *work, int6
   }
 }
 
-INLINE void fetch(const uint8_t *p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
-}
-
 /* n tokens of a head, from number t0 of a segment on; next: the keys of the tile after it */
 static void tile(const Rows *job, const Ask *ask, const Work *work, int64_t head, const Segment *seg, int64_t t0, int64_t n, int64_t column,
                  const uint8_t *next, float *top, float *weight) {
@@ -990,12 +1022,10 @@ static void tile(const Rows *job, const Ask *ask, const Work *work, int64_t head
   const int digits = ask->is.precise ? DIGITS : DIGITS - 1;
   const uint8_t *codes_k = seg->codes_k + at * work->bytes_k, *codes_v = seg->codes_v + at * work->bytes_v;
   float gain_k[TOKENS], gain_v[RUNS][TOKENS], *s = work->s;
-  fetch(codes_v, n * work->bytes_v);
   gains(seg->gain_k + at, n, 1, even, gain_k);
   for (int64_t i = 0; i < runs; i++) gains(seg->gain_v + at * runs + i, n, runs, even, gain_v[i]);
-#define SCORES(bits) scores_##bits(&work->k, digits, codes_k, work->bytes_k, n, work->q, work->start, rows, job->d, work->room, s)
+#define SCORES(bits) scores_##bits(&work->k, digits, codes_k, work->bytes_k, n, work->q, work->start, rows, job->d, work->room, s, codes_v, work->bytes_v)
   PICK(job->bits_k, SCORES);
-  fetch(next, TOKENS * work->bytes_k);
   int needed = 0;
   for (int64_t r = 0; r < rows; r++) {
     float *x = s + r * TOKENS;
@@ -1006,7 +1036,10 @@ static void tile(const Rows *job, const Ask *ask, const Work *work, int64_t head
     float share = weigh(x, even, top + r, weight + r, work->sum + r * work->wide_dv, work->wide_dv, work->exact + r * job->dv, job->dv);
     needed |= share > weight[r] * NEGLIGIBLE;
   }
-  if (!needed) return;
+  if (!needed) {
+    fetch(next, n * work->bytes_k);
+    return;
+  }
   const int64_t share = SHARE(ask->is.precise);
   for (int64_t t = 0; t < n; t += share, codes_v += share * work->bytes_v) {
     const int64_t count = n - t < share ? n - t : share;
@@ -1016,7 +1049,8 @@ static void tile(const Rows *job, const Ask *ask, const Work *work, int64_t head
       for (int64_t r = 0; r < rows; r++)
         work->scale[r] = integers(s + r * TOKENS + t, gain_v[i] + t, whole(count), b, work->w + 2 * r * TOKENS, work->lift + r);
 #define VALUES(bits) values_##bits(b, codes_v + at_v, work->bytes_v, count, work->w, work->scale, work->lift, rows, run->d, work->room, \
-                                   work->sum + work->wide_at[i], work->wide_dv)
+                                   work->sum + work->wide_at[i], work->wide_dv, \
+                                   next + t * work->bytes_k, i ? 0 : work->bytes_k)
       PICK(run->bits, VALUES);
       at_v += run->d * run->bits / 8;
     }
@@ -1053,7 +1087,7 @@ static int attend(const Rows *job, const Ask *ask, State state, int with_exact) 
     for (int64_t r = 0; r < rows; r++) {
       float *y = work.asked + r * d;
       const float *x = numbers(&ask->q, ask->is.q_kind, b, h * ask->is.group + r / ask->is.count, r % ask->is.count, d, y);
-      for (int64_t j = 0; j < d; j++) y[j] = x[j] * ask->is.scaling;
+      for (int64_t j = 0; j < d; j++) y[j] = x[j] * ask->scaling;
     }
     if (with_exact) {
       exact(ask, &work, b, h, 0, job->front, 0, d, dv, top, weight);
@@ -1121,13 +1155,15 @@ static void *attend_in_thread(void *p) {
   return (void *)(intptr_t)attend(part->job, part->ask, part->state, 0);
 }
 
-/* Queries q at packed rows and at exact ones k [batch, kv heads, exact, d] and v. out [batch, count, query heads, dv], or NULL. The jobs
- * have different keys, a thread each, at most THREADS; the first one takes the exact rows too. 0, or 1 where memory ran
- * out. Threads are started anew: this takes a few dozen microseconds and leaves nothing behind, as a fork wants it. */
-int tqai_attend(const Rows *jobs, int64_t count, const Asked *is, const void *q, const void *k, const void *v, int64_t exact, int64_t seen, void *out) {
-  const int64_t h = jobs->kv_heads;
-  const Ask all = {*is, {q, is->q_batch, is->q_head, is->q_row}, {k, h * exact * jobs->d, exact * jobs->d, jobs->d},
-                   {v, h * exact * jobs->dv, exact * jobs->dv, jobs->dv}, exact, seen}, *ask = &all;
+/* Queries q [batch, query heads, count, d] at packed rows and at exact ones k [batch, kv heads, exact, d] and v, all contiguous; out
+ * [batch, count, query heads, dv], or NULL. The jobs have different keys, a thread each, at most THREADS; the first one takes the exact
+ * rows too. 0, or 1 where memory ran out. Threads are started anew: this takes a few dozen microseconds and leaves nothing behind, as a
+ * fork wants it. */
+int tqai_attend(const Rows *jobs, int64_t count, const Asked *is, const void *q, const void *k, const void *v, int64_t exact, int64_t seen,
+                float scaling, float softcap, void *out) {
+  const int64_t h = jobs->kv_heads, d = jobs->d, each = is->count * d;
+  const Ask all = {*is, {q, h * is->group * each, each, d}, {k, h * exact * d, exact * d, d},
+                   {v, h * exact * jobs->dv, exact * jobs->dv, jobs->dv}, exact, seen, scaling, softcap}, *ask = &all;
   const int64_t rows = jobs->heads * ask->is.group * ask->is.count, dv = jobs->dv, size = rows * (dv + 2);
   float *memory = malloc((size_t)(count * size) * 4);
   if (!memory) return 1;
