@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tqai_core.kv.cache import PackedKV
 from tqai_core.kv.segments import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = {"tuned": (), "plain": ("-DTQAI_PLAIN",)}
+KINDS = {"tuned": (), "plain": ("-DTQAI_PLAIN",)} | ({"avx2": ("-mno-avx512f",)} if platform.machine() in ("x86_64", "AMD64") else {})
 compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here")
 
 

@@ -36,13 +36,18 @@ class LazyKV(Tensor):
     which: str
     fresh: Tensor | None
 
-    @staticmethod
-    def __new__(cls, layer: Layer, which: str, like: Tensor, length: int, fresh: Tensor | None) -> LazyKV:
-        shape = (*like.shape[:2], length, like.shape[3])
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+    @classmethod
+    def of(cls, layer: Layer, which: str, like: Tensor, length: int, fresh: Tensor | None) -> LazyKV:
+        b, h, _, d = like.shape
+        out = torch.Tensor._make_wrapper_subclass(cls, (b, h, length, d), dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        out.layer, out.which, out.fresh = layer, which, fresh
+        return out
 
-    def __init__(self, layer: Layer, which: str, like: Tensor, length: int, fresh: Tensor | None) -> None:
-        self.layer, self.which, self.fresh = layer, which, fresh
+    @classmethod
+    def pair(cls, layer: Layer, k: Tensor, v: Tensor, fresh: bool) -> tuple[LazyKV, LazyKV]:
+        """All keys and values of ``layer``, after ``k`` and ``v`` were appended."""
+        length = layer.kv.length
+        return cls.of(layer, "k", k, length, k if fresh else None), cls.of(layer, "v", v, length, v if fresh else None)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyKV({self.which}, {tuple(self.shape)}, {self.dtype})"

@@ -15,19 +15,19 @@ from ..codecs.rows import Scratch
 from ..errors import TqaiError
 from ..kv.cache import PackedKV
 from . import eager
-from .backends import Backend, native, triton_packed
+from .backends import Backend, triton_packed
+from .backends import native as native_kernel
 from .call import Call, Mask
 from .eager import FEW
 
 SCORES = 1 << 20  # scores of a block of queries: as many queries are taken together
 PACKED = (  # ``run(call, tier, change)`` gives the softmax over the rows of the tier, or None where it failed
-    Backend("native", native.takes, native.run),
+    Backend("native", native_kernel.takes, native_kernel.run),
     Backend("triton", triton_packed.takes, triton_packed.run),
     Backend("torch", lambda call, tier, change: "", eager.run),
 )
 
 
-@torch.no_grad()
 def attend(
     query: Tensor, kv: PackedKV, *, scaling: float, mask: Tensor | None = None, softcap: float | None = None, aux: Tensor | None = None,
     native: bool = True,
@@ -38,14 +38,24 @@ def attend(
     it is causal, aligned at the end. ``softcap``: tanh cap of the scores. ``aux [heads]``: a logit that takes weight and has no
     value. ``native=False`` keeps to the reference in torch. Returns ``[B, heads, Q, Dv]`` in the query's dtype, without gradient.
     """
+    mask = kv.in_rows(mask)
+    out = native_kernel.whole(query, kv, scaling, mask, softcap, aux) if native else None
+    return _by_tiers(query, kv, scaling, mask, softcap, aux, PACKED if native else PACKED[-1:]) if out is None else out
+
+
+@torch.no_grad()
+def _by_tiers(
+    query: Tensor, kv: PackedKV, scaling: float, mask: Tensor | None, softcap: float | None, aux: Tensor | None,
+    backends: tuple[Backend, ...],
+) -> Tensor:  # fmt: skip
     keys, values = kv.exact
     (b, heads, count, d), h = query.shape, keys.shape[1]
     if heads % h or b != keys.shape[0]:
         raise TqaiError(f"query has batch {b} and {heads} heads, the cache {list(keys.shape[:2])}: heads must be a multiple")
-    out, mask = query.new_empty(b, heads, count, values.shape[-1]), kv.in_rows(mask)
+    out = query.new_empty(b, heads, count, values.shape[-1])
     tiers, sinks, packed = kv.tiers(ordered=mask is not None or count > 1), kv.sinks, kv.packed
     step = max(SCORES // (b * heads * kv.policy.score_width(kv.length)), 1)
-    backends, scratch, precise = PACKED if native else PACKED[-1:], scratch_for(query), query.dtype == torch.float32
+    scratch, precise = scratch_for(query), query.dtype == torch.float32
     for i in range(0, count, step):
         j = min(i + step, count)
         q = (query[:, :, i:j].float() * scaling).reshape(b, h, heads // h * (j - i), d)

@@ -51,6 +51,7 @@ class PackedKV:
         self.plan, self.policy = plan, policy or Policy(plan)
         self.shape_k, self.shape_v = shapes  # of a calibration file; they belong to the model, and are not counted as the cache's
         self.policy.shape = self.shape_k
+        self._enough = plan.sink + plan.recent + plan.flush  # exact rows below which none is due
         self.clear()
 
     def clear(self) -> None:
@@ -68,8 +69,12 @@ class PackedKV:
         self.decoded = 0  # times dense values were made
         self.pads: Tensor | None = None  # int64 [B]: leading positions of each sequence that are padding; None: of none
         self.most_pads = 0  # at least the largest of them
+        self.prepared: Any = None  # the packed rows as a kernel reads them; forgotten when they change
         self.moved = False  # whether the rows of the pads lie behind the sinks
         self.policy.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "prepared": None}  # pointers mean nothing to a copy
 
     # -- sizes
 
@@ -129,7 +134,8 @@ class PackedKV:
                     "another model or batch; call cache.reset() or make a new one"
                 )
         self.settle()
-        grown = lambda had, new: torch.cat([had, new.detach()], dim=2) if had.shape[2] else new.detach()  # noqa: E731
+        k, v = (x.detach() if x.requires_grad else x for x in (k, v))
+        grown = lambda had, new: torch.cat((had, new), 2) if had.shape[2] else new.detach()  # noqa: E731
         self.keys = grown(self.keys, k)  # one after the other: the peak is one tensor above what is held
         self.values = grown(self.values, v)
         self.length += k.shape[2]
@@ -146,6 +152,8 @@ class PackedKV:
 
     def observe(self, q: Tensor) -> None:
         """Queries ``[B, heads, n, D]`` that go with the keys; ignored once nobody asks for them."""
+        if self.statistics.mean is not None and not self.policy.recent_queries:  # as it nearly always is
+            return
         if not self.wants_queries or self.keys is None or q.shape[-1] != self.keys.shape[-1]:
             return
         self.policy.observe(q)
@@ -215,13 +223,14 @@ class PackedKV:
     def settle(self) -> None:
         """Pack what has left the recent window, if the statistics are there and enough tokens are due."""
         plan = self.plan
-        if self.exact_why or self.keys is None or self.values is None:
+        if self.keys is None or self.keys.shape[2] < self._enough or self.exact_why or self.values is None:
             return
         if self.length - self.most_pads < max(plan.calibrate, plan.sink + 1 if self.most_pads else 0):
             return
         due = self.policy.due(self.keys.shape[2] - plan.sink - plan.recent, self.packed)
         if due < plan.flush:
             return
+        self.prepared = None
         if self.most_pads and not self.moved:
             self._move_pads()
         if self.wants_statistics:
@@ -308,6 +317,7 @@ class PackedKV:
     def _crop_packed(self, left: int) -> None:
         """Keep ``left`` packed tokens. Where the policy can cut only before that, the tokens between become exact rows again,
         decoded."""
+        self.prepared = None
         whole, front = self.policy.boundary(left), self.plan.sink
         between = [self._dense_rows(which)[:, :, front + whole : front + left] for which in "kv"] if whole < left else []
         fine = self.policy.crop(whole)
@@ -324,6 +334,7 @@ class PackedKV:
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Reorder, repeat or select sequences: ``change`` is applied to every tensor whose first dimension is the batch."""
         self.settle()
+        self.prepared = None
         for segment in (*self.segments, *self.fine):
             segment.map(change)
         self.policy.map_batch(change)

@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from torch import Tensor
 from ...codecs.rows import BITS, rows
 from ...kv.segments import UNCHANGED, Adjustment, BitTier, encode, rows_in
 from ..call import Call, OnlineSoftmax
+
+if TYPE_CHECKING:
+    from ...kv.cache import PackedKV
 
 SOURCE = Path(__file__).with_name("packed.c")
 OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC") + (
@@ -38,35 +42,7 @@ ROWS = 32  # queries of one kv head, group included, up to which it beats the to
 PARALLEL = 3 << 17  # coordinates of keys a thread must have to be worth its start: 4,096 tokens of 3 heads of 64 for two of them
 THREADS = 64
 UNITS = 32
-
-
-class _Job(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "group", "count", "d", "dv", "bits_k", "runs")),
-        *((name, ctypes.c_void_p) for name in ("level_k", "run", "segments")),
-        *((name, ctypes.c_int64) for name in ("segment_count", "first")),
-        *((name, ctypes.c_void_p) for name in ("q", "forward", "mean", "scale", "basis")),
-        *((name, ctypes.c_int64) for name in ("axes", "forward_head")),
-        *((name, ctypes.c_void_p) for name in ("exact_k", "exact_v")),
-        *((name, ctypes.c_int64) for name in ("exact", "front", "exact_kind")),
-        *((name, ctypes.c_void_p) for name in ("mask",)),
-        *((name, ctypes.c_int64) for name in ("mask_kind", "mask_batch", "mask_head", "mask_row", "seen", "after", "precise")),
-        ("softcap", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("top", "weight", "sum", "read")),
-        *((name, ctypes.c_int64) for name in ("read_head", "read_block")),
-    ]  # fmt: skip
-
-
-class _Run(ctypes.Structure):
-    _fields_ = [
-        ("d", ctypes.c_int64), ("bits", ctypes.c_int64), ("level", ctypes.c_void_p), ("back", ctypes.c_void_p),
-        ("back_head", ctypes.c_int64),
-    ]  # fmt: skip
-
-
-class _Segment(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("codes_k", "gain_k", "codes_v", "gain_v")), ("tokens", ctypes.c_int64)]
-
+KINDS = {torch.bfloat16: 1, torch.float32: 2}
 
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
@@ -221,7 +197,9 @@ def load(path: Path) -> ctypes.CDLL:
     _check_private(path.parent)
     _check_library(path)
     library = ctypes.CDLL(str(path))
-    library.tqai_attend.argtypes, library.tqai_attend.restype = [ctypes.POINTER(_Job), ctypes.c_int64], ctypes.c_int
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.tqai_attend.argtypes = [pointer, number, *[pointer] * 4, number, number, ctypes.c_float, ctypes.c_float, pointer]
+    library.tqai_attend.restype = ctypes.c_int
     library.tqai_kind.argtypes, library.tqai_kind.restype = [], ctypes.c_char_p
     return library
 
@@ -239,7 +217,7 @@ def check(library: ctypes.CDLL) -> None:
         s = torch.cat([q @ k[:, :, :3].mT, q @ keys.decode(segment.codes_k, segment.gain_k).mT], 3)
         want = s.softmax(-1) @ torch.cat([v[:, :, :3], values.decode(segment.codes_v, segment.gain_v)], 2)
         for precise, limit in ((False, 1e-3), (True, 1e-4)):
-            got = _run(library, Call(q, 1, precise=precise), tier, None, UNCHANGED, 1)
+            got = run(Call(q, 1, precise=precise), tier, UNCHANGED, library)
             error = float("inf") if got is None else float((got.result() - want).norm() / want.norm())
             if not error < limit:
                 raise RuntimeError(f"its results at {bits} bits differ from torch's by {error:.1e}")
@@ -264,13 +242,42 @@ def takes(call: Call, tier: BitTier, change: Adjustment) -> str:
     return "" if ready() else status()
 
 
-def run(call: Call, tier: BitTier, change: Adjustment) -> OnlineSoftmax | None:
+def whole(query: Tensor, kv: PackedKV, scaling: float, mask: Tensor | None, softcap: float | None, aux: Tensor | None) -> Tensor | None:
+    """The attention of all of a cache whose tokens lie in one tier that nothing adjusts: ``[B, heads, Q, Dv]`` in the query's dtype, or
+    None where the kernel cannot. ``mask`` is over the rows. The rows are prepared once, until more are packed, and so is a call like
+    the one before."""
+    held, threads, (b, heads, count, d) = kv.prepared, torch.get_num_threads(), query.shape
+    if held is None or held.threads != threads:
+        if not (query.is_cpu and kv.segments and ready()) or kv.fine or kv.policy.by_block:
+            return None
+        held = kv.prepared = Prepared(kv.tiers()[0], threads)
+    group = heads // held.h
+    if b != held.b or group * held.h != heads or group * count > ROWS or d != held.d or (d | held.dv) % UNITS:
+        return None
+    if mask is not None and mask.shape[3] < kv.length:
+        return None
+    q, k, v = _whole(query), _whole(kv.keys), _whole(kv.values)
+    like, asked = (heads, count, query.dtype, k.dtype), held.asked
+    if mask is not None or aux is not None or held.like != like:
+        asked = _asked(q, k, group, count, query.dtype == torch.float32, KINDS[q.dtype], mask, aux)
+        if mask is None and aux is None:
+            held.like, held.asked = like, asked
+    out = q.new_empty(b, count, heads, held.dv)
+    seen = kv.length - count + 1 if mask is None and count > 1 else 0
+    if not _run(held, asked, q, k, v, seen, scaling, softcap, out.data_ptr()):
+        return None
+    out = out.view(b, heads, 1, held.dv) if count == 1 else out.transpose(1, 2)
+    return out if out.dtype == query.dtype else out.to(query.dtype)
+
+
+def run(call: Call, tier: BitTier, change: Adjustment, library: ctypes.CDLL | None = None) -> OnlineSoftmax | None:
     """The softmax over all rows of ``tier``, exact ones included, or None where the kernel fails."""
-    assert _library is not None
-    b, h, _, d = call.q.shape
-    parts = min(torch.get_num_threads(), THREADS, len(tier.segments), max(b * h * tier.length * d // PARALLEL, 1))
+    held = Prepared(tier, torch.get_num_threads())
+    q, k, v = _whole(call.q), _whole(tier.keys), _whole(tier.values)
+    state, read = OnlineSoftmax(*(q.new_empty(*q.shape[:3], n) for n in (1, 1, held.dv))), change.read
     mask = call.mask.given if change.offsets is None else _with(change.offsets, call, tier)
-    return _run(_library, call, tier, mask, change, parts)
+    asked = _asked(q, k, call.group, call.count, call.precise, 0, mask, call.aux, state, read, change.block)
+    return state if _run(held, asked, q, k, v, call.mask.first, 1.0, call.softcap, None, library) else None
 
 
 def _with(offsets: Tensor, call: Call, tier: BitTier) -> Tensor:
@@ -284,43 +291,73 @@ def _with(offsets: Tensor, call: Call, tier: BitTier) -> Tensor:
     return out.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else out.add_(mask)
 
 
-def _stride(matrix: Tensor) -> int:
-    """Numbers from one head's matrix to the next; 0 where all heads share one."""
-    return matrix.stride(0) if matrix.ndim == 3 else 0
+class Prepared:
+    """The packed rows of a tier as ``Rows`` of the kernel: neighbouring segments to a thread each (split K), where it is worth its start.
+    All tables are of int64."""
+
+    def __init__(self, tier: BitTier, threads: int) -> None:
+        (self.b, self.h, _, self.d), self.dv, self.threads = tier.keys.shape, tier.values.shape[3], threads
+        self.like: Any = None  # the last call that had neither mask nor aux
+        self.asked: list[Tensor] = []
+        keys, values = tier.coder_k, tier.coder_v
+        kept = self._kept = [torch.tensor(())]  # alive as long as pointers to it
+
+        def at(x: Tensor | None) -> int:
+            if x is not None:
+                kept.append(x.contiguous())
+            return 0 if x is None else kept[-1].data_ptr()
+
+        def from_head(matrix: Tensor) -> int:  # numbers from one head's matrix to the next; 0 where all heads share one
+            return matrix.stride(0) if matrix.ndim == 3 else 0
+
+        sizes = (self.b * self.h, self.h, self.d, self.dv, keys.bits, len(values.runs), int(keys.step * 2048))
+        runs = [[r.d, r.bits, at(r.level), at(r.back), from_head(r.back), int(r.step * 2048)] for r in values.runs]
+        axes = 0 if values.basis is None else values.basis.shape[1]
+        shared = (at(keys.asking), at(tier.mean), at(tier.scale), at(values.basis), axes, from_head(keys.asking))
+        levels, last = (at(keys.level), at(torch.tensor(runs))), tier.sinks + tier.packed
+        self.parts = min(threads, THREADS, len(tier.segments), max(self.b * self.h * tier.length * self.d // PARALLEL, 1))
+        jobs, first = [], tier.sinks
+        for i in range(self.parts):
+            own = tier.segments[len(tier.segments) * i // self.parts : len(tier.segments) * (i + 1) // self.parts]
+            table = torch.tensor([[*map(at, vars(segment).values()), len(segment)] for segment in own])
+            jobs.append([*sizes, *levels, at(table), len(own), first, tier.sinks, last, *shared])
+            first += rows_in(own)
+        self.jobs = at(torch.tensor(jobs))
 
 
-def _run(library: ctypes.CDLL, call: Call, tier: BitTier, mask: Tensor | None, change: Adjustment, parts: int) -> OnlineSoftmax | None:
-    """Neighbouring segments to a thread each (split K), in ``parts`` threads; the first takes the exact rows too."""
-    b, h, _, d = call.q.shape
-    keys, values = tier.coder_k, tier.coder_v
-    exact_k, exact_v = (x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float() for x in (tier.keys, tier.values))
-    strides: Sequence[int] = (0, 0, 0)
+def _whole(x: Tensor | None) -> Tensor:
+    """Rows in a dtype and a layout that the kernel reads."""
+    assert x is not None
+    return (x if x.dtype in KINDS else x.float()).contiguous()
+
+
+def _asked(
+    q: Tensor, k: Tensor, group: int, count: int, precise: bool, out: int, mask: Tensor | None, aux: Tensor | None,
+    state: OnlineSoftmax | None = None, read: Tensor | None = None, block: int = 0,
+) -> list[Tensor]:  # fmt: skip
+    """``Asked`` of the kernel, and what it points to."""
+    kept = [] if state is None else [state.top, state.weight, state.sum]
+    fields = [group, count, KINDS[q.dtype], KINDS[k.dtype], precise, out, *([x.data_ptr() for x in kept] or [0] * 3)]
+    fields += [0] * 8  # aux; the mask, its strides, its kind; blocks to read, and how many a head has
+    if aux is not None:
+        kept.append(aux.float().contiguous())
+        fields[9] = kept[-1].data_ptr()
     if mask is not None:
         mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
-        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-        strides = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
-    q, read = call.q.contiguous(), None if change.read is None else change.read.contiguous()
-    mean, scale = (None if x is None else x.contiguous() for x in (tier.mean, tier.scale))
-    basis = values.basis
-    parts_of = [(run.d, run.bits, run.level.data_ptr(), run.back.data_ptr(), _stride(run.back)) for run in values.runs]
-    runs = (_Run * len(parts_of))(*parts_of)
-    states, tables, jobs, at = [], [], [], 0
-    for i in range(parts):
-        own = tier.segments[len(tier.segments) * i // parts : len(tier.segments) * (i + 1) // parts]
-        table = (_Segment * len(own))(*((*(t.data_ptr() for t in vars(segment).values()), len(segment)) for segment in own))
-        state = call.begin(values.d) if i == 0 else OnlineSoftmax.begin(q, values.d)
-        states.append(state)
-        tables.append(table)  # kept alive
-        jobs.append(_Job(
-            b * h, h, call.group, call.count, d, values.d, keys.bits, len(runs),
-            keys.level.data_ptr(), ctypes.addressof(runs), ctypes.addressof(table), len(own), tier.sinks + at,
-            q.data_ptr(), keys.asking.data_ptr(), *(None if x is None else x.data_ptr() for x in (mean, scale, basis)),
-            0 if basis is None else basis.shape[1], _stride(keys.asking), exact_k.data_ptr(), exact_v.data_ptr(),
-            *((exact_k.shape[2], tier.sinks) if i == 0 else (0, 0)), 1 if exact_k.dtype == torch.bfloat16 else 2,
-            None if mask is None else mask.data_ptr(), 0 if mask is None else 1 if mask.dtype == torch.bool else 2,
-            *strides, call.mask.first, tier.sinks + tier.packed, call.precise, call.softcap or 0.0,
-            *(x.data_ptr() for x in (state.top, state.weight, state.sum)),
-            None if read is None else read.data_ptr() + at // change.block, 0 if read is None else read.shape[2], change.block,
-        ))  # fmt: skip
-        at += rows_in(own)
-    return None if library.tqai_attend((_Job * parts)(*jobs), parts) else states[0]
+        kept.append(mask := mask if mask.stride(-1) == 1 else mask.contiguous())
+        steps = [0 if size == 1 else step for size, step in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
+        fields[10:15] = [mask.data_ptr(), *steps, 1 if mask.dtype == torch.bool else 2]
+    if read is not None:
+        kept.append(read.contiguous())
+        fields[15:17] = [kept[-1].data_ptr(), read.shape[2]]
+    return [torch.tensor([*fields, block]), *kept]
+
+
+def _run(
+    held: Prepared, asked: list[Tensor], q: Tensor, k: Tensor, v: Tensor, seen: int, scaling: float, softcap: float | None, out: int | None,
+    library: ctypes.CDLL | None = None,
+) -> bool:  # fmt: skip
+    """Whether the kernel did it: only what changes from token to token is in neither ``held`` nor ``asked``."""
+    attend = (library or _library).tqai_attend  # type: ignore[union-attr]
+    at = (asked[0].data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr())
+    return not attend(held.jobs, held.parts, *at, k.shape[2], seen, scaling, softcap or 0.0, out)

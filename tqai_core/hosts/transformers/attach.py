@@ -104,7 +104,8 @@ def packed_attention(
         layer.claim(module)
         if module.training and torch.is_grad_enabled():
             layer.usage.warn("no gradient flows through a packed cache: train with past_key_values=None")
-    kv.see(attention_mask, query.shape[2])
+    if attention_mask is not None:
+        kv.see(attention_mask, query.shape[2])
     kv.observe(query)
     if plain and key.fresh is not None and value.fresh is not None:
         out = torch_attention(key.fresh, value.fresh)

@@ -52,22 +52,19 @@ class PackedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         fresh = self.kv.length == 0
         self.kv.append(key_states, value_states)
-        return (
-            LazyKV(self, "k", key_states, self.kv.length, key_states if fresh else None),
-            LazyKV(self, "v", value_states, self.kv.length, value_states if fresh else None),
-        )
+        return LazyKV.pair(self, key_states, value_states, fresh)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_module": None}  # a copy, or what a file gives back, belongs to the next model that reads it
 
     def claim(self, module: Any) -> None:
         """TqaiError where another model's attention reads this layer; layers of one model may share it (Gemma 3n and 4)."""
-        if getattr(module, "is_kv_shared_layer", False):
-            return
         known = self._module() if self._module is not None else None
+        if known is module or getattr(module, "is_kv_shared_layer", False):
+            return
         if known is None:
             self._module = weakref.ref(module)
-        elif known is not module:
+        else:
             raise TqaiError("this cache was filled by another model: call cache.reset(), or make one with tqai.KVCache(model.config)")
 
     def made_dense(self) -> None:
@@ -147,7 +144,7 @@ class KVCache(Cache):
         self._count_anew()
 
     def _count_anew(self) -> None:
-        self.usage = Usage()
+        self.usage, self._flex = Usage(), False
         for layer in self.packed_layers:
             layer.usage = self.usage
 
@@ -158,20 +155,24 @@ class KVCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if layer_idx >= len(self.layers):
             raise TqaiError(f"layer {layer_idx} asked, this cache has {len(self.layers)}: it was made for another model's config")
-        if getattr(torch.compiler, "is_exporting", bool)():
-            raise TqaiError(
-                "torch.export met a KVCache: packing depends on the tokens that come, which an exported graph cannot hold; "
-                "export the model with transformers' DynamicCache or StaticCache"
-            )
-        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if isinstance(layer := self.layers[layer_idx], PackedLayer):
-            first = self.usage.count(layer_idx)
-            # walking every tensor at every token would cost more than it tells
-            if first and (key_states.shape[2] > 1 or layer.kv.length % layer.kv.plan.flush == 0):
-                self.usage.peak = max(self.usage.peak, self.nbytes)
-            if self._text._attn_implementation == "flex_attention":  # it is compiled, and takes plain tensors alone
-                out = tuple(x.dense() for x in out)  # type: ignore[attr-defined]
-        return out
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PackedLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if first := self.usage.count(layer_idx):  # what cannot change within an evaluation of the model
+            if getattr(torch.compiler, "is_exporting", bool)():
+                raise TqaiError(
+                    "torch.export met a KVCache: packing depends on the tokens that come, which an exported graph cannot hold; "
+                    "export the model with transformers' DynamicCache or StaticCache"
+                )
+            self._flex = self._text._attn_implementation == "flex_attention"  # it is compiled, and takes plain tensors alone
+        if self.offloading:
+            out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        else:
+            out = layer.update(key_states, value_states)
+        # walking every tensor at every token would cost more than it tells
+        if first and (key_states.shape[2] > 1 or layer.kv.length % layer.kv.plan.flush == 0):
+            self.usage.peak = max(self.usage.peak, self.nbytes)
+        return tuple(x.dense() for x in out) if self._flex else out  # type: ignore[attr-defined, return-value]
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
         if (query_length if isinstance(query_length, int) else len(query_length)) == 0:  # generate() cut the whole prompt off
