@@ -20,7 +20,7 @@ from ..config import Config
 from ..errors import TqaiError
 from ..families import family_of
 from ..report import Report
-from .attention_interceptor import Change, intercept_attention
+from .attention_interceptor import Change, blocks_of, intercept_attention, skipped
 
 Run = Callable[[], Tensor]
 WINDOW = 512  # tokens
@@ -166,13 +166,24 @@ class Language:
             return self._run(self.windows(seed))
 
     @torch.no_grad()
-    def far(self, seed: int, part: float, change: Change | None = None) -> Tensor:
+    def far(self, seed: int, part: float, change: Change | None = None, known: Sequence[Any] = ()) -> Tensor:
         """The end result where the window begins at ``part`` of the positions that the model knows. Outputs of rotary positions are the
-        same everywhere, keys are not."""
+        same everywhere, keys are not. The first layers give their ``known`` outputs, if there are any."""
         most = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 0)
         ids = self.windows(seed)
-        with intercept_attention(self.model, change):
+        with intercept_attention(self.model, change), skipped(self.model, known):
             return self._run(ids, max(int(part * (most - ids.shape[1])), 0))
+
+    @torch.no_grad()
+    def traced(self, seed: int) -> tuple[Tensor, list[Any]]:
+        """The end result, and what each layer gave."""
+        outputs: list[Any] = []
+        hooks = [block.register_forward_hook(lambda module, args, out: outputs.append(out)) for block in blocks_of(self.model)]
+        try:
+            return self.far(seed, 0.0), outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
         ids = self.windows(seed)
