@@ -105,8 +105,8 @@ def test_feedback_is_the_block_cholesky_factor_of_the_metric():
 
 
 def test_a_layer_coded_alone_tells_its_damage(made):
-    """The table of a made-up model is what it costs to code one layer at 4 bits; sums of layers are about what they cost together."""
-    lm, _, found = made
+    """The table is what it costs to code one layer at 4 bits; sums of layers are about what they cost together."""
+    lm, _, _ = made
     target = Language(lm, windows_of(minis.lm_text()[: 2**16], 2))
     count = len(lm.model.layers)
     table = measured(target, (7,), count, None)

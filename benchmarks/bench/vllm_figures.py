@@ -42,8 +42,8 @@ def prompts(engine: Engine) -> list[tuple[str, int, list[int]]]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The plain code, as the serde of tqai 0.6 had it: rows with a gain of 16 bits by least squares, nothing exact, no mean, a fraction of a
-    bit spread evenly over the layers."""
+    """The plain code, as the serde of tqai 0.6 had it: rows with a gain of 16 bits by least squares, nothing exact, no mean, a fraction of
+    a bit spread evenly over the layers."""
 
     shape: tuple[int, ...]
     bits_k: float
