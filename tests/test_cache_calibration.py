@@ -13,7 +13,7 @@ import tqai_core as tqai
 from tqai_core import minis
 from tqai_core.calibrate import run
 from tqai_core.calibrate.cache_tables import DAMAGE, METRIC, SHAPES
-from tqai_core.calibrate.caches import coded, measured
+from tqai_core.calibrate.caches import EVEN, LAST, coded, measured
 from tqai_core.codecs.rows import BITS, rows
 from tqai_core.codecs.shaped import STEP, Shaped, feedback, shapes
 from tqai_core.files import read_tensors, write_tensors
@@ -49,6 +49,10 @@ def through(lm, cache, x):
 
 def kl(p, q):
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def reading_ids(seed, length):
+    return windows_of(minis.lm_text()[: 2**16], 2)(seed, length)[:1]
 
 
 # -- shaped rows
@@ -107,15 +111,18 @@ def test_feedback_is_the_block_cholesky_factor_of_the_metric():
 def test_a_layer_coded_alone_tells_its_damage(made):
     """The table is what it costs to code one layer at 4 bits; sums of layers are about what they cost together."""
     lm, _, _ = made
-    target = Language(lm, windows_of(minis.lm_text()[: 2**16], 2))
+    reading = Language(lm, windows_of(minis.lm_text()[: 2**16], 2)).reading((7, 8), 600, LAST, 0.5)
+    assert float(reading.where[1, 0]) > 0
+    with torch.no_grad():  # without a cache, without layers left out
+        out = lm(torch.cat([reading_ids(seed, 600) for seed in (7, 8)]), position_ids=reading.where).logits[:, -LAST:].log_softmax(-1)
+    assert (out - reading.exact).abs().max() < 1e-3
     count = len(lm.model.layers)
-    table = measured(target, (7,), count, None)
-    with torch.no_grad():
-        exact = target.far(7, 0.0)
-        own = target.damage(target.far(7, 0.0, coded({1: (4, 0)}, None)), exact) / target.size(exact)
-        whole = target.damage(target.far(7, 0.0, coded(dict.fromkeys(range(count), (4, 4)), None)), exact) / target.size(exact)
-    assert float(table[1, 0, BITS.index(4)]) == pytest.approx(own, rel=1e-3)
-    assert float(table[..., BITS.index(4)].sum()) == pytest.approx(whole, rel=0.35)
+    table = measured(reading, None)
+    four = table[..., BITS.index(4)]
+    four = four - four.mean(0) * EVEN / (1 + EVEN)
+    assert float(four[1, 0]) == pytest.approx(reading.loss(coded({1: (4, 0)}, None)), rel=1e-3)
+    whole = reading.loss(coded(dict.fromkeys(range(count), (4, 4)), None))
+    assert float(four.sum()) == pytest.approx(whole, rel=0.35)
     assert bool((table.diff(dim=-1) <= 0).all()), "more bits never cost more"
 
 
@@ -243,14 +250,15 @@ def test_bad_files_are_refused(made, tmp_path):
 
 
 def test_a_trial_codes_what_a_cache_would():
-    """Sinks stay exact; more bits lose less."""
+    """Sinks and the last tokens stay exact; more bits lose less."""
     g = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(1, 4, 300, 64, generator=g), *(torch.randn(1, 2, 300, 64, generator=g) for _ in range(2))
     gaps = []
     for bits in (3, 4, 5):
         keys, values = coded({0: (bits, bits)}, None)(0, q, k, v)
-        assert torch.equal(keys[:, :, :4], k[:, :, :4])
-        assert torch.equal(values[:, :, :4], v[:, :, :4])
+        for x, own in ((k, keys), (v, values)):
+            assert torch.equal(own[:, :, :4], x[:, :, :4])
+            assert torch.equal(own[:, :, -LAST:], x[:, :, -LAST:])
         gaps.append([(x - y).square().mean() / y.square().mean() for x, y in ((keys, k), (values, v))])
     for x, y in pairwise(gaps):
         assert y[0] < x[0] / 3

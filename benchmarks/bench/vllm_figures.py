@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -51,13 +52,7 @@ class Rows:
     dtype: torch.dtype = torch.bfloat16
 
     def encode(self, kv: Tensor, key: bytes, first: bool) -> Coded:
-        return Coded([[self._encode(which, layer, kv[which, layer].float()) for layer in range(self.shape[1])] for which in (0, 1)])
-
-    def _encode(self, which: int, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        coder = self._rows(which, layer)
-        codes, _ = coder.encode(x)
-        levels = coder.lookup(codes)
-        return codes, ((coder.into(x) * levels).sum(-1) / levels.square().sum(-1)).to(torch.bfloat16)
+        return Coded([[self._rows(which, layer).encode(kv[which, layer].float()) for layer in range(self.shape[1])] for which in (0, 1)])
 
     def decode(self, data: Coded, key: bytes, out: Tensor) -> None:
         for which, layers in enumerate(data.parts):
@@ -65,11 +60,21 @@ class Rows:
                 out[which, layer] = self._rows(which, layer).decode(*part)
 
     def _rows(self, which: int, layer: int) -> Any:
-        from tqai_core.codecs.rows import rows
-
         bits = (self.bits_k, self.bits_v)[which]
         more = int((layer + 1) * (bits % 1) + 1e-9) - int(layer * (bits % 1) + 1e-9)
-        return rows(self.shape[-1], int(bits) + more, which, torch.device("cpu"))
+        return least_squares(self.shape[-1], int(bits) + more, which)
+
+
+@cache
+def least_squares(d: int, bits: int, seed: int) -> Any:
+    """Rows with the gain of tqai 0.6."""
+    from tqai_core.codecs.rows import Rows
+
+    class Plain(Rows):
+        def gain(self, y: Tensor, norm: Tensor, levels: Tensor) -> Tensor:
+            return (y * levels).sum(-1) / levels.square().sum(-1).clamp_min(1e-30)
+
+    return Plain(d, bits, seed, torch.device("cpu"))
 
 
 @dataclass(frozen=True)

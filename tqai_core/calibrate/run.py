@@ -70,7 +70,7 @@ def calibrate(
     verdicts_of = {"bases": verdicts, "bits": verdict}
     if isinstance(target, Language):
         progress("verdict on caches", (len(seeds) + 0.8) / total)
-        found, verdicts_of["cache"] = cache_tables(target, VALIDATION)
+        found, verdicts_of["cache"] = cache_tables(target)
         tables |= moments.keys() | found
     header = {
         **settings, "held_out": HELD_OUT, "samples": sums.samples.int().tolist(), "seconds_cpu": time.process_time() - began,

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -166,24 +167,22 @@ class Language:
             return self._run(self.windows(seed))
 
     @torch.no_grad()
-    def far(self, seed: int, part: float, change: Change | None = None, known: Sequence[Any] = ()) -> Tensor:
+    def far(self, seed: int, part: float, change: Change | None = None) -> Tensor:
         """The end result where the window begins at ``part`` of the positions that the model knows. Outputs of rotary positions are the
-        same everywhere, keys are not. The first layers give their ``known`` outputs, if there are any."""
+        same everywhere, keys are not."""
         most = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 0)
         ids = self.windows(seed)
-        with intercept_attention(self.model, change), skipped(self.model, known):
+        with intercept_attention(self.model, change):
             return self._run(ids, max(int(part * (most - ids.shape[1])), 0))
 
-    @torch.no_grad()
-    def traced(self, seed: int) -> tuple[Tensor, list[Any]]:
-        """The end result, and what each layer gave."""
-        outputs: list[Any] = []
-        hooks = [block.register_forward_hook(lambda module, args, out: outputs.append(out)) for block in blocks_of(self.model)]
-        try:
-            return self.far(seed, 0.0), outputs
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def reading(self, seeds: Sequence[int], length: int, last: int, part: float = 0.0) -> Reading:
+        """One text a seed, of ``length`` tokens where there are as many; every second one begins at ``part`` of the positions."""
+        most = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or length)
+        window = self.windows
+        texts = [window(s, min(length, most)) if isinstance(window, Windows) else window(s) for s in seeds]
+        ids = torch.cat([text[:1] for text in texts]).to(self.model.device)
+        first = torch.arange(len(ids), device=ids.device) % 2 * int(part * max(most - ids.shape[1], 0))
+        return Reading(self.model, ids, first[:, None], last)
 
     def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
         ids = self.windows(seed)
@@ -205,14 +204,54 @@ class Language:
         return float(exact[..., 0].numel())
 
 
-def windows_of(ids: Tensor, count: int) -> Callable[[int], Tensor]:
-    """``count`` windows ``[count, WINDOW]`` of the tokens ``ids [n]`` at random places, by seed."""
+class Reading:
+    """The ``last`` tokens of texts ``ids [B, n]``, read after the others by the exact model, and again with other keys and values.
+    ``first int64 [B, 1]``: positions at which the texts begin. ``exact``: log probabilities ``fp32 [B, last, vocabulary]``."""
 
-    def windows(seed: int) -> Tensor:
-        places = torch.randint(0, len(ids) - WINDOW, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-        return torch.stack([ids[i : i + WINDOW] for i in places])
+    @torch.no_grad()
+    def __init__(self, model: Any, ids: Tensor, first: Tensor, last: int) -> None:
+        from transformers import DynamicCache
 
-    return windows
+        self.model, self.ids, self.last = model, ids[:, -last:], last
+        self.where = first + torch.arange(ids.shape[1], device=ids.device)
+        self.cache = DynamicCache(config=model.config)
+        model.get_decoder()(ids[:, :-last], past_key_values=self.cache, position_ids=self.where[:, :-last])
+        self.outputs: list[Any] = []
+        hooks = [block.register_forward_hook(lambda module, args, out: self.outputs.append(out)) for block in blocks_of(model)]
+        try:
+            self.exact = self.again(None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def again(self, change: Change | None, known: int = 0) -> Tensor:
+        """The same with all attention changed. The first ``known`` layers are not changed, so they are not computed."""
+        cache = copy(self.cache)
+        cache.layers = [copy(layer) for layer in self.cache.layers]  # new tokens make new tensors there
+        with intercept_attention(self.model, change), skipped(self.model, self.outputs[:known]):
+            out = self.model(self.ids, past_key_values=cache, position_ids=self.where[:, -self.last :])
+        return out.logits.float().log_softmax(-1)
+
+    def loss(self, change: Change, known: int = 0) -> float:
+        """KL divergence from the exact run in nats a token."""
+        return float((self.exact.exp() * (self.exact - self.again(change, known))).sum(-1).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """``count`` windows ``[count, length]`` of the tokens ``ids [n]`` at random places, by seed."""
+
+    ids: Tensor
+    count: int
+
+    def __call__(self, seed: int, length: int = WINDOW) -> Tensor:
+        length = min(length, len(self.ids) - 1)
+        places = torch.randint(0, len(self.ids) - length, (self.count,), generator=torch.Generator().manual_seed(seed)).tolist()
+        return torch.stack([self.ids[i : i + length] for i in places])
+
+
+windows_of = Windows
 
 
 def demo(kind: str, count: int | None = None, steps: int = 24, bands: int = 3) -> CalibrationTarget:
