@@ -96,8 +96,8 @@ def reader_table(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
         return coder.decode([first, tqai.Packed.read(path)])
 
     def resume(path: Path) -> Any:
-        moments, sums, caches, done = run._resume(path, settings, SimpleNamespace())  # type: ignore[arg-type]
-        return [*moments.sums.values(), *vars(sums).values(), *caches.sums.values(), done]
+        moments, sums, done = run._resume(path, settings, SimpleNamespace())  # type: ignore[arg-type]
+        return [*moments.sums.values(), *vars(sums).values(), done]
 
     calibrated = OLD / "calibration.safetensors"
     pairs = [
@@ -114,7 +114,7 @@ def reader_table(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
 
 def partial_calibration(path: Path) -> dict[str, Any]:
     """Writes what a calibration that was stopped leaves behind, and gives the settings that it was begun with."""
-    from tqai_core.calibrate import basis, caches, fisher, run
+    from tqai_core.calibrate import basis, fisher, run
 
     moments, g = basis.Moments(), torch.Generator().manual_seed(3)
     moments.see(0, *(torch.randn(1, 2, 20, 16, generator=g) for _ in "qkv"))
@@ -122,7 +122,7 @@ def partial_calibration(path: Path) -> dict[str, Any]:
         "model": "0" * 16, "class": "X", "kind": "diffusion", "family": "flux", "seeds": [100, 101], "probes": 1, "codec": "turbo",
         "basis_bits": 4, "average": 3, "steps": 4,
     }  # fmt: skip
-    run._keep(path, settings, moments, fisher.Sums(1, 2, 2), caches.CacheSums(), 1, (0.9, 0.4))
+    run._keep(path, settings, moments, fisher.Sums(1, 2, 2), 1, (0.9, 0.4))
     return settings
 
 

@@ -12,10 +12,10 @@ import torch
 import tqai_core as tqai
 from tqai_core import minis
 from tqai_core.calibrate import run
-from tqai_core.calibrate.cache_tables import DAMAGE, SHAPES
-from tqai_core.calibrate.caches import coded
+from tqai_core.calibrate.cache_tables import DAMAGE, METRIC, SHAPES
+from tqai_core.calibrate.caches import EVEN, LAST, coded, measured
 from tqai_core.codecs.rows import BITS, rows
-from tqai_core.codecs.shaped import Shaped, shapes
+from tqai_core.codecs.shaped import STEP, Shaped, feedback, shapes
 from tqai_core.files import read_tensors, write_tensors
 from tqai_core.hosts.calibration_targets import Language, windows_of
 from tqai_core.kv.calibrated import load, share_out
@@ -51,6 +51,10 @@ def kl(p, q):
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+def reading_ids(seed, length):
+    return windows_of(minis.lm_text()[: 2**16], 2)(seed, length)[:1]
+
+
 # -- shaped rows
 
 
@@ -66,9 +70,9 @@ def test_shaped_rows_lose_less_of_the_scores_at_the_same_bytes():
     x, q = moments()
     half = len(x[0, 0]) // 2
     plain = rows(32, 4, 0, torch.device("cpu"))
-    shaped = Shaped(plain, shapes(*(y[0, :, :half].mT @ y[0, :, :half] for y in (x, q))))
+    found = shapes(*(y[0, :, :half].mT @ y[0, :, :half] for y in (x, q)))
     errors = []
-    for coder in (plain, shaped):
+    for coder in (plain, Shaped(plain, found[0]), Shaped(plain, *found)):
         codes, gain = coder.encode(x)
         assert codes.shape[-1] == plain.row_bytes
         errors.append(((coder.decode(codes, gain) - x)[:, :, half:] @ q[:, :, half:].mT).square().mean())
@@ -76,7 +80,8 @@ def test_shaped_rows_lose_less_of_the_scores_at_the_same_bytes():
         assert torch.allclose(met, q @ coder.decode(codes, gain).mT, atol=1e-4)
         total = coder.unrotate(coder.rotate(x[:, :, :3]))
         assert torch.allclose(total, x[:, :, :3], atol=1e-4)
-    assert errors[1] < 0.6 * errors[0]
+    assert errors[1] < 0.6 * errors[0], "of an older file"
+    assert errors[2] < 0.5 * errors[1], "with feedback"
 
 
 def test_shapes_heed_no_outlier_channels():
@@ -86,9 +91,39 @@ def test_shapes_heed_no_outlier_channels():
     factor[[3, 17]] = 100.0
     found = []
     for k, asked in ((x, q), (x * factor, q / factor)):
-        coder = Shaped(rows(32, 4, 0, torch.device("cpu")), shapes(*(y[0].mT @ y[0] for y in (k, asked))))
+        coder = Shaped(rows(32, 4, 0, torch.device("cpu")), *shapes(*(y[0].mT @ y[0] for y in (k, asked))))
         found.append(((coder.decode(*coder.encode(k)) - k) @ asked.mT).square().mean())
     assert float(found[1] / found[0]) == pytest.approx(1, rel=0.02)
+
+
+def test_feedback_is_the_block_cholesky_factor_of_the_metric():
+    """Errors of white noise before the feedback cost the blocks' own parts of the metric, each after those behind it."""
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 32, 64, generator=g)
+    metric = root @ root.mT
+    own = feedback(metric)
+    inside = torch.eye(32) + own.mT  # what a block adds to its own error
+    left = torch.linalg.solve(inside.mT, torch.linalg.solve(inside.mT, metric).mT).mT
+    blocks = torch.block_diag(*[torch.ones(STEP, STEP)] * (32 // STEP)).bool()
+    assert (left.masked_fill(blocks, 0).abs().amax() / metric.abs().amax()) < 1e-4
+
+
+def test_a_layer_coded_alone_tells_its_damage(made):
+    """The table is what it costs to code one layer at 4 bits; sums of layers are about what they cost together."""
+    lm, _, _ = made
+    reading = Language(lm, windows_of(minis.lm_text()[: 2**16], 2)).reading((7, 8), 600, LAST, 0.5)
+    assert float(reading.where[1, 0]) > 0
+    with torch.no_grad():  # without a cache, without layers left out
+        out = lm(torch.cat([reading_ids(seed, 600) for seed in (7, 8)]), position_ids=reading.where).logits[:, -LAST:].log_softmax(-1)
+    assert (out - reading.exact).abs().max() < 1e-3
+    count = len(lm.model.layers)
+    table = measured(reading, None)
+    four = table[..., BITS.index(4)]
+    four = four - four.mean(0) * EVEN / (1 + EVEN)
+    assert float(four[1, 0]) == pytest.approx(reading.loss(coded({1: (4, 0)}, None)), rel=1e-3)
+    whole = reading.loss(coded(dict.fromkeys(range(count), (4, 4)), None))
+    assert float(four.sum()) == pytest.approx(whole, rel=0.35)
+    assert bool((table.diff(dim=-1) <= 0).all()), "more bits never cost more"
 
 
 # -- bits
@@ -114,7 +149,7 @@ def test_bits_go_where_they_help_and_keep_the_budget():
 def test_a_file_gives_less_error_at_equal_bytes(made):
     lm, path, found = made
     verdict = found.header["verdicts"]["cache"]
-    assert set(verdict["kept"]) == {name[-1] for name in SHAPES if name in found.tensors}
+    assert verdict["kept"] == ["k"] * (SHAPES[0] in found.tensors)
     x = held_out()[:, :512]
     options = dict(level="kv", recent=0, sink=4)
     with torch.no_grad():
@@ -162,9 +197,8 @@ def test_a_cache_comes_back_from_a_file_and_with_its_calibration_alone(made, tmp
     assert torch.equal(one, two)
     assert torch.equal(one, three)
     metadata, tensors = read_tensors(path, what="calibration", again="")
-    for name in SHAPES:
-        if name in tensors:
-            tensors[name] = (tensors[name].float() * 1.5).half()
+    assert SHAPES[0] in tensors
+    tensors[METRIC] = (tensors[METRIC].float() * 1.5).half()
     write_tensors(path.with_name("other.safetensors"), tensors, metadata)
     before = path.read_bytes()
     try:
@@ -191,12 +225,14 @@ def test_bad_files_are_refused(made, tmp_path):
         (cut(DAMAGE, lambda x: x[:, :, :5].contiguous()), DAMAGE), (cut(DAMAGE, lambda x: -x - 1), "range"),
         (lambda t: {k: v for k, v in t.items() if k != DAMAGE}, "nothing for caches"),
     ]  # fmt: skip
-    cases += [(cut(name, singular), "inverse") for name in SHAPES if name in found.tensors]
+    assert {SHAPES[0], METRIC} <= found.tensors.keys()
+    cases += [(cut(SHAPES[0], singular), "inverse"), (cut(METRIC, singular), METRIC), (cut(METRIC, lambda x: -x), METRIC)]
+    cases += [(lambda t: {k: v for k, v in t.items() if k != SHAPES[0]}, METRIC)]
     for change, why in cases:
         name = written(change)
         with pytest.raises(tqai.TqaiError, match=why):
             tqai.KVCache(lm.config, tqai.Config(level="kv", codec={"name": "turbo", "file": name}))
-    older = written(lambda t: {k: v for k, v in t.items() if k != DAMAGE and k not in SHAPES}, lambda h: {**h, "verdicts": {
+    older = written(lambda t: {k: v for k, v in t.items() if k not in (DAMAGE, METRIC, *SHAPES)}, lambda h: {**h, "verdicts": {
         key: value for key, value in h["verdicts"].items() if key != "cache"}})  # fmt: skip
     with pytest.raises(tqai.TqaiError, match="calibrate this language model again"):
         load(older)
@@ -214,14 +250,15 @@ def test_bad_files_are_refused(made, tmp_path):
 
 
 def test_a_trial_codes_what_a_cache_would():
-    """Sinks stay exact; more bits lose less."""
+    """Sinks and the last tokens stay exact; more bits lose less."""
     g = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(1, 4, 300, 64, generator=g), *(torch.randn(1, 2, 300, 64, generator=g) for _ in range(2))
     gaps = []
     for bits in (3, 4, 5):
-        keys, values = coded([(bits, bits)], (None, None))(0, q, k, v)
-        assert torch.equal(keys[:, :, :4], k[:, :, :4])
-        assert torch.equal(values[:, :, :4], v[:, :, :4])
+        keys, values = coded({0: (bits, bits)}, None)(0, q, k, v)
+        for x, own in ((k, keys), (v, values)):
+            assert torch.equal(own[:, :, :4], x[:, :, :4])
+            assert torch.equal(own[:, :, -LAST:], x[:, :, -LAST:])
         gaps.append([(x - y).square().mean() / y.square().mean() for x, y in ((keys, k), (values, v))])
     for x, y in pairwise(gaps):
         assert y[0] < x[0] / 3

@@ -85,7 +85,7 @@ BitsVerdict = record(
 )  # fmt: skip
 CacheTrial = record(average=Amount, shared=Amount, uniform=Amount, kept=Literal["shared", "uniform"])
 CacheVerdict = record(
-    seeds=Seeds, bits=some(CacheTrial, 16), plain=Amount, shaped_k=Amount, shaped_v=Amount, kept=some(Literal["k", "v"], 2),
+    seeds=Seeds, bits=some(CacheTrial, 16), plain=Amount, shaped_k=Amount, shaped_v=(Amount, 0.0), kept=some(Literal["k", "v"], 2),
     share=(Amount, 1.0),
 )  # fmt: skip
 BasisVerdict = record(klt=Amount, hadamard=Amount, kept=Literal["klt", "hadamard"])

@@ -334,7 +334,8 @@ def bench(real: str | None = None, peers: bool = True, tell: Callable[[str], Non
         {"name": text.name, "package": text.package, "path": text.path, "sha256": text.sha256, "for": kind}
         for kind, texts in (("choice", CHOICE), ("verdict", VERDICT)) for text in texts
     ]  # fmt: skip
-    result["matrices"] = sum(nbytes(shape.matrices) for pair in load(str(CALIBRATION)).shapes for shape in pair if shape is not None)
+    shapes = [shape for pair in load(str(CALIBRATION)).shapes for shape in pair if shape is not None]
+    result["matrices"] = nbytes([[shape.matrices, shape.metric] for shape in shapes])
     result["missing"] = run.missing
     result["verdicts"] = verdicts(result)
     return result

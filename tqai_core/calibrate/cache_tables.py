@@ -1,8 +1,8 @@
 """The tensors for packed caches in a file of ``tqai calibrate`` (:mod:`kv.calibrated` reads them).
 
 ``cache_damage fp32 [layers, 2, 6]``: the predicted loss of the output from keys (0) and values (1) coded by cache rows of 2, 3, 4, 5, 6
-and 8 bits. ``cache_shape_k``, ``cache_shape_v fp16 [layers, heads, d, d]``: matrices that shape the error (:mod:`codecs.shaped`), where
-they won.
+and 8 bits. ``cache_shape_k``, ``cache_metric_k fp16 [layers, heads, d, d]``: matrices that shape the error of keys (:mod:`codecs.shaped`),
+where they won. Older files have no metric, and may have ``cache_shape_v`` of values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import TqaiError
 from ..files import check_tensor
 
 AGAIN = "calibrate again"
-DAMAGE, SHAPES = "cache_damage", ("cache_shape_k", "cache_shape_v")
+DAMAGE, SHAPES, METRIC = "cache_damage", ("cache_shape_k", "cache_shape_v"), "cache_metric_k"
 
 
 def checked_tables(found: Mapping[str, Tensor], units: tuple[int, int], path: str) -> dict[str, Tensor]:
@@ -34,6 +34,11 @@ def checked_tables(found: Mapping[str, Tensor], units: tuple[int, int], path: st
                 if x.shape[2] != x.shape[3] or not bool((torch.linalg.cond(x.float()) < 1e5).all()):
                     raise TqaiError(f"field {name!r} has matrices without an inverse: {AGAIN}")
                 out[name] = x
+        if METRIC in found:
+            x = check_tensor(found, METRIC, (*units, None, None), (torch.float16,), AGAIN)
+            if SHAPES[0] not in out or x.shape != out[SHAPES[0]].shape or not bool((torch.linalg.eigvalsh(x.float()) > 1e-4).all()):
+                raise TqaiError(f"field {METRIC!r} has no positive matrices that go with {SHAPES[0]!r}: {AGAIN}")
+            out[METRIC] = x
     except TqaiError as error:
         raise TqaiError(f"{path}: {error}") from None
     return out

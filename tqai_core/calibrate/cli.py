@@ -169,7 +169,6 @@ def tables_of(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
     ]
     if cache := found["verdicts"].get("cache"):
         tried = "; ".join(f"{t['average']:g} bits shared {t['shared']:.2e}, equal {t['uniform']:.2e}" for t in cache["bits"])
-        kept = " and ".join({"k": "keys", "v": "values"}[name] for name in cache["kept"]) or "none"
-        shaped = f"plain {cache['plain']:.2e}, keys {cache['shaped_k']:.2e}, values {cache['shaped_v']:.2e}: kept of {kept}"
-        rows += [["caches, KL of bits by layer", tried], ["caches, KL of shaped errors", shaped]]
+        shaped = f"plain {cache['plain']:.2e}, shaped {cache['shaped_k']:.2e}: {'kept' if cache['kept'] else 'not kept'}"
+        rows += [["caches, KL of bits by layer", tried], ["caches, KL of shaped errors of keys", shaped]]
     return [("calibration", ["what", "measured"], rows)]

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..hosts.attention_interceptor import checkpointed, intercept_attention
 from ..hosts.calibration_targets import CalibrationTarget
-from .caches import CacheSums, key_scale
 from .file import WIDTHS
 
 
@@ -39,18 +38,14 @@ class Sums:
 
 
 def probe(
-    target: CalibrationTarget, band: int, call: Callable[[], Tensor], sums: Sums, codecs: Mapping[int, Any], g: torch.Generator,
-    caches: CacheSums | None = None,
-) -> None:  # fmt: skip
-    """One forward and backward pass of ``call``, added to ``sums``, and of a language model to ``caches``."""
+    target: CalibrationTarget, band: int, call: Callable[[], Tensor], sums: Sums, codecs: Mapping[int, Any], g: torch.Generator
+) -> None:
+    """One forward and backward pass of ``call``, added to ``sums``."""
     values: dict[tuple[int, int], Tensor] = {}
-    scales: dict[int, Tensor] = {}
     back = False
 
     def change(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out = (k + zero.to(k), v + zero.to(v))
-        if caches is not None and back:
-            scales[layer] = key_scale(q, k)
         for which, x in enumerate((k, v)):
             if back:  # the block runs again on the way back: its keys and values are held until their gradients are there
                 values[layer, which] = x.detach()
@@ -60,8 +55,6 @@ def probe(
 
     def contract(layer: int, which: int, grad: Tensor) -> None:
         x, grad = values.pop((layer, which)), grad.detach().float()
-        if caches is not None:
-            caches.contract(layer, which, x, grad, scales[layer] if which == 0 else None)
         for i, bits in enumerate(WIDTHS):
             gap = codecs[bits].decode(codecs[bits].encode(x), torch.float32) - x.float()
             sums.damage[layer, :, which, band, i] += (gap * grad).sum((2, 3)).square().sum(0).cpu()

@@ -20,7 +20,6 @@ from ..hosts.calibration_targets import CalibrationTarget, Diffusion, Language
 from ..modelhash import model_hash
 from ..progress import Progress, silent
 from . import basis, policy
-from .caches import CacheSums
 from .caches import tables as cache_tables
 from .file import FIELD, FORMAT, UNFINISHED, WIDTHS, Calibration, codecs_of, read
 from .fisher import Sums, probe
@@ -28,7 +27,6 @@ from .fisher import Sums, probe
 SEEDS = (100, 101, 102, 103)
 HELD_OUT = 104  # verdicts on bases
 MOMENT = re.compile(r"\d{1,4}/(?:[kv](?:/count)?|mean|k2|q2|n)")  # names of running sums
-CACHE_SUM = re.compile(r"\d{1,4}/(?:q|k|v|gk|gv|damage[01])")
 CHOICE, VALIDATION = (105,), (106, 107)  # of an allocation, and its verdict
 
 
@@ -58,11 +56,11 @@ def calibrate(
         "codec": codec, "basis_bits": bits, "average": average, "steps": getattr(target, "steps", None),
     }  # fmt: skip
     partial = path.with_name(path.name + UNFINISHED)
-    moments, sums, caches, done = _resume(partial, settings, target) if partial.exists() else (basis.Moments(), None, CacheSums(), 0)
+    moments, sums, done = _resume(partial, settings, target) if partial.exists() else (basis.Moments(), None, 0)
     for nth, seed in enumerate(seeds[done:], start=done):
         part = lambda text, share, nth=nth, seed=seed: progress(f"seed {seed}: {text}", (nth + share) / total)  # noqa: E731
-        sums = _measure(target, seed, probes, codec, moments, sums, caches if target.kind == "lm" else None, part)
-        _keep(partial, settings, moments, sums, caches, nth + 1, target.sigmas)
+        sums = _measure(target, seed, probes, codec, moments, sums, part)
+        _keep(partial, settings, moments, sums, nth + 1, target.sigmas)
     assert sums is not None
     tables = sums.tables() | {"sigmas": torch.tensor(target.sigmas)}
     progress("verdicts on bases", len(seeds) / total)
@@ -72,7 +70,7 @@ def calibrate(
     verdicts_of = {"bases": verdicts, "bits": verdict}
     if isinstance(target, Language):
         progress("verdict on caches", (len(seeds) + 0.8) / total)
-        found, verdicts_of["cache"] = cache_tables(target, caches, float(sums.samples.sum()), CHOICE, VALIDATION)
+        found, verdicts_of["cache"] = cache_tables(target)
         tables |= moments.keys() | found
     header = {
         **settings, "held_out": HELD_OUT, "samples": sums.samples.int().tolist(), "seconds_cpu": time.process_time() - began,
@@ -95,11 +93,9 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def _measure(
-    target: CalibrationTarget, seed: int, probes: int, codec: str, moments: basis.Moments, sums: Sums | None, caches: CacheSums | None,
-    progress: Progress,
-) -> Sums:  # fmt: skip
-    """One run of ``seed`` into ``moments``, and probes at its calls into ``sums`` (made here for the first seed); of a language model into
-    ``caches`` too."""
+    target: CalibrationTarget, seed: int, probes: int, codec: str, moments: basis.Moments, sums: Sums | None, progress: Progress
+) -> Sums:
+    """One run of ``seed`` into ``moments``, and probes at its calls into ``sums`` (made here for the first seed)."""
     progress("a run", 0.0)
     calls = target.record(seed, moments.see)
     if sums is None:
@@ -114,21 +110,18 @@ def _measure(
     for i, (band, call) in enumerate(calls):
         progress("sensitivity", (i + 1) / (len(calls) + 1))
         for p in range(probes):
-            probe(target, band, call, sums, codecs, torch.Generator().manual_seed(seed * 1_000_003 + i * 1009 + p), caches)
+            probe(target, band, call, sums, codecs, torch.Generator().manual_seed(seed * 1_000_003 + i * 1009 + p))
     return sums
 
 
-def _keep(
-    partial: Path, settings: dict[str, Any], moments: basis.Moments, sums: Sums, caches: CacheSums, done: int, sigmas: Sequence[float]
-) -> None:
+def _keep(partial: Path, settings: dict[str, Any], moments: basis.Moments, sums: Sums, done: int, sigmas: Sequence[float]) -> None:
     tensors: dict[str, Tensor] = {f"moments/{name}": x.contiguous() for name, x in moments.sums.items()}
-    tensors |= {f"caches/{name}": x.contiguous() for name, x in caches.sums.items()}
     tensors |= {f"sums/{name}": x for name, x in vars(sums).items()}
     header = {"format": FORMAT, "complete": False, "done": done, "sigmas": list(sigmas), **settings}
     write_tensors(partial, tensors, {FIELD: json.dumps(header)})
 
 
-def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) -> tuple[basis.Moments, Sums, CacheSums, int]:
+def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) -> tuple[basis.Moments, Sums, int]:
     header, tensors = read(partial)
     checked("Unfinished", header, what=f"{partial}: calibration", again="delete it and calibrate again")
     if differing := [key for key, value in settings.items() if header.get(key) != value]:
@@ -140,15 +133,9 @@ def _resume(partial: Path, settings: dict[str, Any], target: CalibrationTarget) 
     moments.sums = {name.removeprefix("moments/"): x for name, x in tensors.items() if name.startswith("moments/")}
     if any(x.dtype != torch.float32 or not MOMENT.fullmatch(name) for name, x in moments.sums.items()):
         raise TqaiError(f"{partial}: a field of 'moments' is damaged: delete it and calibrate again")
-    caches = CacheSums()
-    caches.sums = {name.removeprefix("caches/"): x for name, x in tensors.items() if name.startswith("caches/")}
-    if any(not x.is_floating_point() or not CACHE_SUM.fullmatch(name) for name, x in caches.sums.items()):
-        raise TqaiError(f"{partial}: a field of 'caches' is damaged: delete it and calibrate again")
-    if settings["kind"] == "lm" and not caches.sums:
-        raise TqaiError(f"{partial} was begun by an older tqai, which measured nothing for caches: delete it and calibrate again")
     sums, again = Sums(1, 1, 1), "delete it and calibrate again"
     units = (None, None, 2, len(header["sigmas"]), len(WIDTHS))
     for name, shape in (("error", units), ("damage", units), ("samples", units[3:4])):
         setattr(sums, name, check_tensor(tensors, f"sums/{name}", shape, (torch.float64,), again))
     target.sigmas = tuple(header["sigmas"])
-    return moments, sums, caches, header["done"]
+    return moments, sums, header["done"]

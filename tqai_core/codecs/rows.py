@@ -86,19 +86,24 @@ class Rows:
             unit = 127.5 / y.abs().amax(-1, keepdim=True).clamp_min(1e-30)
             packed = (y * unit).add_(128).clamp_(0, 255).nan_to_num_(0).to(torch.uint8)
         else:
-            cell = (y * (inverse * self._scale)).add_(self._cells / 2).clamp_(0, self._cells - 1).nan_to_num_(0).to(torch.int32)
-            codes = self._code.index_select(0, cell.view(-1)).view(y.shape)
+            codes = self.choose((y * inverse).view(x.shape)).view(y.shape)
             low, high = PLANES[self.bits]
             packed = packing.pack(codes & (2**low - 1) if high else codes, low)
             if high:
                 packed = torch.cat([packed, packing.pack(codes >> low, high)], dim=1)
-        q = self.lookup(packed)
-        below = torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-30)
-        if self.bits >= 4:  # least squares
-            gain = (y * q).sum(-1, keepdim=True) / below.square()
-        else:  # keeps the norm: lower perplexity at 2 and 3 bits
-            gain = norm / below
-        return packed.view(*x.shape[:-1], self.row_bytes), gain.to(torch.bfloat16).view(x.shape[:-1])
+        packed = packed.view(*x.shape[:-1], self.row_bytes)
+        return packed, self.gain(y.view(x.shape), norm.view(x.shape[:-1]), self.lookup(packed)).to(torch.bfloat16)
+
+    def choose(self, z: Tensor) -> Tensor:
+        """Codes ``uint8 [..., d]`` of coordinates ``z`` of unit variance."""
+        cell = (z * self._scale).add_(self._cells / 2).clamp_(0, self._cells - 1).nan_to_num_(0).to(torch.int32)
+        return self._code.index_select(0, cell.view(-1)).view(z.shape)
+
+    def gain(self, y: Tensor, norm: Tensor, levels: Tensor) -> Tensor:
+        """Of rotated rows ``y [..., d]`` that are read as ``levels``."""
+        if self.bits >= 4:  # the error is at right angles to the row, so that no score is drawn to zero (RaBitQ 2405.12497)
+            return norm * (norm / (y * levels).sum(-1).clamp_min(1e-30))
+        return norm / torch.linalg.vector_norm(levels, dim=-1).clamp_min(1e-30)  # keeps the norm: better at 2 and 3 bits
 
     def lookup(self, codes: Tensor, scratch: Scratch | None = None) -> Tensor:
         """Levels ``fp32 [..., d]`` of codes ``[..., row_bytes]``, rotated and without gain. With ``scratch`` the result lies in

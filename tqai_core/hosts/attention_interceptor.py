@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -52,6 +52,15 @@ def checkpointed(model: Any) -> Iterator[None]:
         for block in blocks_of(model):
             again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
             undo.callback(_replaced(block, again))
+        yield
+
+
+@contextmanager
+def skipped(model: Any, outputs: Sequence[Any]) -> Iterator[None]:
+    """While the context lasts, the first layers give ``outputs`` and compute nothing."""
+    with ExitStack() as undo:
+        for block, out in zip(blocks_of(model), outputs, strict=False):
+            undo.callback(_replaced(block, lambda *args, out=out, **kwargs: out))
         yield
 
 

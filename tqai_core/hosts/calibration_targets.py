@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..config import Config
 from ..errors import TqaiError
 from ..families import family_of
 from ..report import Report
-from .attention_interceptor import Change, intercept_attention
+from .attention_interceptor import Change, blocks_of, intercept_attention, skipped
 
 Run = Callable[[], Tensor]
 WINDOW = 512  # tokens
@@ -174,6 +175,15 @@ class Language:
         with intercept_attention(self.model, change):
             return self._run(ids, max(int(part * (most - ids.shape[1])), 0))
 
+    def reading(self, seeds: Sequence[int], length: int, last: int, part: float = 0.0) -> Reading:
+        """One text a seed, of ``length`` tokens where there are as many; every second one begins at ``part`` of the positions."""
+        most = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or length)
+        window = self.windows
+        texts = [window(s, min(length, most)) if isinstance(window, Windows) else window(s) for s in seeds]
+        ids = torch.cat([text[:1] for text in texts]).to(self.model.device)
+        first = torch.arange(len(ids), device=ids.device) % 2 * int(part * max(most - ids.shape[1], 0))
+        return Reading(self.model, ids, first[:, None], last)
+
     def record(self, seed: int, change: Change | None = None) -> list[tuple[int, Run]]:
         ids = self.windows(seed)
         if change is not None:
@@ -194,14 +204,54 @@ class Language:
         return float(exact[..., 0].numel())
 
 
-def windows_of(ids: Tensor, count: int) -> Callable[[int], Tensor]:
-    """``count`` windows ``[count, WINDOW]`` of the tokens ``ids [n]`` at random places, by seed."""
+class Reading:
+    """The ``last`` tokens of texts ``ids [B, n]``, read after the others by the exact model, and again with other keys and values.
+    ``first int64 [B, 1]``: positions at which the texts begin. ``exact``: log probabilities ``fp32 [B, last, vocabulary]``."""
 
-    def windows(seed: int) -> Tensor:
-        places = torch.randint(0, len(ids) - WINDOW, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-        return torch.stack([ids[i : i + WINDOW] for i in places])
+    @torch.no_grad()
+    def __init__(self, model: Any, ids: Tensor, first: Tensor, last: int) -> None:
+        from transformers import DynamicCache
 
-    return windows
+        self.model, self.ids, self.last = model, ids[:, -last:], last
+        self.where = first + torch.arange(ids.shape[1], device=ids.device)
+        self.cache = DynamicCache(config=model.config)
+        model.get_decoder()(ids[:, :-last], past_key_values=self.cache, position_ids=self.where[:, :-last])
+        self.outputs: list[Any] = []
+        hooks = [block.register_forward_hook(lambda module, args, out: self.outputs.append(out)) for block in blocks_of(model)]
+        try:
+            self.exact = self.again(None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def again(self, change: Change | None, known: int = 0) -> Tensor:
+        """The same with all attention changed. The first ``known`` layers are not changed, so they are not computed."""
+        cache = copy(self.cache)
+        cache.layers = [copy(layer) for layer in self.cache.layers]  # new tokens make new tensors there
+        with intercept_attention(self.model, change), skipped(self.model, self.outputs[:known]):
+            out = self.model(self.ids, past_key_values=cache, position_ids=self.where[:, -self.last :])
+        return out.logits.float().log_softmax(-1)
+
+    def loss(self, change: Change, known: int = 0) -> float:
+        """KL divergence from the exact run in nats a token."""
+        return float((self.exact.exp() * (self.exact - self.again(change, known))).sum(-1).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """``count`` windows ``[count, length]`` of the tokens ``ids [n]`` at random places, by seed."""
+
+    ids: Tensor
+    count: int
+
+    def __call__(self, seed: int, length: int = WINDOW) -> Tensor:
+        length = min(length, len(self.ids) - 1)
+        places = torch.randint(0, len(self.ids) - length, (self.count,), generator=torch.Generator().manual_seed(seed)).tolist()
+        return torch.stack([self.ids[i : i + length] for i in places])
+
+
+windows_of = Windows
 
 
 def demo(kind: str, count: int | None = None, steps: int = 24, bands: int = 3) -> CalibrationTarget:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calibrate.cache_tables import AGAIN, DAMAGE, SHAPES
+from ..calibrate.cache_tables import AGAIN, DAMAGE, METRIC, SHAPES
 from ..calibrate.file import Calibration
 from ..codecs.rows import BITS, Rows
 from ..codecs.shaped import Shaped
@@ -27,15 +27,17 @@ LOW, HIGH = 2.0, 8.0
 
 @dataclass(frozen=True)
 class Shape:
-    """The matrices ``A fp32 [H, d, d]`` of the keys or values of a layer (:mod:`codecs.shaped`), and the coders that they make."""
+    """The matrices ``A`` and ``M fp32 [H, d, d]`` of the keys or values of a layer (:mod:`codecs.shaped`), and the coders they make."""
 
     matrices: Tensor
+    metric: Tensor | None
     name: str  # hash of the matrices
     _made: dict[tuple[int, int, str], Shaped] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, matrices: Tensor) -> Shape:
-        return cls(matrices.float(), hashlib.sha256(matrices.half().numpy().tobytes()).hexdigest()[:16])
+    def of(cls, matrices: Tensor, metric: Tensor | None = None) -> Shape:
+        name = hashlib.sha256(b"".join(x.half().numpy().tobytes() for x in (matrices, metric) if x is not None)).hexdigest()[:16]
+        return cls(matrices.float(), None if metric is None else metric.float(), name)
 
     def coder(self, plain: Rows, seed: int) -> Shaped:
         """The coder of ``plain`` rows with these matrices. TqaiError for rows of another size."""
@@ -43,7 +45,8 @@ class Shape:
             raise TqaiError(f"the calibration file is for head dimension {self.matrices.shape[-1]}, rows here have {plain.d}: {AGAIN}")
         key = (plain.bits, seed, str(plain.device))
         if key not in self._made:
-            self._made[key] = Shaped(plain, self.matrices.to(plain.device))
+            metric = None if self.metric is None else self.metric.to(plain.device)
+            self._made[key] = Shaped(plain, self.matrices.to(plain.device), metric)
         return self._made[key]
 
     def __deepcopy__(self, memo: Any) -> Shape:
@@ -121,8 +124,9 @@ def _read(path: str) -> CacheCalibration:
     tables, verdict = made.tensors, made.header["verdicts"].get("cache")
     if DAMAGE not in tables or verdict is None:
         raise TqaiError(f"{path} has nothing for caches, it is of a pipeline or of an older tqai: calibrate this language model again")
-    pairs = [tables[name] if name in tables else [None] * len(tables[DAMAGE]) for name in SHAPES]
-    shapes = tuple(tuple(None if x is None else Shape.of(x) for x in pair) for pair in zip(*pairs, strict=True))
+    keys, values, metrics = (tables[name] if name in tables else [None] * len(tables[DAMAGE]) for name in (*SHAPES, METRIC))
+    made_of = lambda *matrices: None if matrices[0] is None else Shape.of(*matrices)  # noqa: E731
+    shapes = tuple((made_of(k, metric), made_of(v)) for k, v, metric in zip(keys, values, metrics, strict=True))
     lost = tuple(float(trial["average"]) for trial in verdict["bits"] if trial["kept"] == "uniform")
     return CacheCalibration(tables[DAMAGE], shapes, str(made.header.get("model")), path, lost)  # type: ignore[arg-type]
 
