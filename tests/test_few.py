@@ -117,6 +117,17 @@ def test_the_preset_is_the_row_that_paid(kind, steps, computed, least):
     assert left.report.calls_skipped == 0
 
 
+@pytest.mark.parametrize("kind, shift, skipped", [("photo", 3, (3, 5)), ("flux", 3, (3, 5)), ("sd3", 3, (3, 5, 7)), ("sd3", 1, (3, 5, 7))])
+def test_a_last_step_that_is_longer_than_the_others_is_computed(kind, shift, skipped):
+    """As Flux' pipeline ends at a shift above 1; SD3's ends with a short step at any."""
+    mini, prompts = Mini(kind, 16), [1, 4, 6, 8]
+    mini.schedule("euler", shift)
+    exact, run, fewer = (mini.run(prompts, 7, *how) for how in ((8,), (8, preset("few")), (8 - len(skipped),)))
+    assert tuple(i for i, d in enumerate(run.report.decisions) if d["action"] == "forecast") == skipped
+    assert run.calls == fewer.calls < exact.calls
+    assert psnr(run.latents, exact.latents) > psnr(fewer.latents, exact.latents) + 2, "2 dB nearer than as many calls without tqai"
+
+
 @pytest.mark.parametrize("kind, steps", [("photo_8", 8), ("photo_8", 6), ("photo_4", 4), ("wan", 8), ("wan_sizes", 8)])
 def test_the_preset_pays_by_the_table(kind, steps):
     rows = [r for r in json.loads(RESULT.read_text())["rows"] if (r["mini"], r["steps"]) == (kind, steps)]

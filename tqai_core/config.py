@@ -190,9 +190,9 @@ def preset(name: str = "balanced", family: str | os.PathLike[str] | None = None)
     """A ready pipeline: ``quality`` (42 to 46 % of the calls of 24 Euler steps skipped), ``balanced`` (50 to 54 %), ``fast``
     (54 to 58 %).
 
-    ``few`` is for runs of 4 steps to 15, which the others leave exact: from the fourth step on every second one is forecast, be it the
-    last (docs/few.md). ``half`` is ``balanced`` whose first steps run at half the height and width; it wants a model that was trained
-    at both sizes.
+    ``few`` is for runs of 4 steps to 15, which the others leave exact: from the fourth step on every second one is forecast, the last
+    one too unless it is longer than the mean one (docs/few.md). ``half`` is ``balanced`` whose first steps run at half the height and
+    width; it wants a model that was trained at both sizes.
     ``k8v4``, ``k6v4``, ``k5v4`` (the default of caches), ``k5v3``, ``k4v4``, ``k4v3``, ``k4v2``, ``k3v2``, ``k2v2``: KV caches with so
     many bits for keys and values. Keys need more: their errors are in every weight, those of values are averaged.
     ``family`` is a name of ``FAMILIES``, or a file ``NAME.json`` of ``tqai tune --family``; without one, or where it was not tuned,

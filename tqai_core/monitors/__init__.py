@@ -6,6 +6,8 @@ from typing import Any
 
 from ..types import Step
 
+LONG = 1.01  # of the mean step: a longer last step is never forecast, its error weighs more than another's and stays
+
 
 def distinct_sigmas(step: Step, state: dict[str, Any]) -> int:
     """How many different sigmas the generation has had with this one: some samplers evaluate a sigma more than once (Heun)."""
@@ -15,7 +17,7 @@ def distinct_sigmas(step: Step, state: dict[str, Any]) -> int:
 
 
 def forced(step: Step, seen: int, warmup: int, final: bool = True) -> str | None:
-    """Why a step is computed whatever the errors say, or None: every monitor keeps these. ``final``: so is the last one."""
-    if step.last and final:
+    """Why a step is computed whatever the errors say, or None: every monitor keeps these. ``final``: so is the last one, however short."""
+    if step.last and (final or step.width > LONG):
         return "last step"
     return "warm-up" if seen <= warmup else None

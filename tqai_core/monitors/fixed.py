@@ -24,7 +24,7 @@ class Fixed(StepMonitor, name="fixed"):
     interval: float = param(2.0, "evaluations a computed one stands for", low=1.0, high=1000.0)
     warmup: int = param(3, "different sigmas computed at the start", low=1, high=1000)
     min_steps: int = param(16, "shorter schedules are left alone", low=1, high=1000)
-    final: bool = param(True, "compute the last evaluation of a run in any case")
+    final: bool = param(True, "compute the last evaluation in any case; else only where its step is longer than the mean one")
 
     def decide(self, step: Step, importance: float | None, order: int, state: dict[str, Any]) -> Decision:
         if why := forced(step, distinct_sigmas(step, state), self.warmup, self.final):
