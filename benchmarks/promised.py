@@ -26,14 +26,10 @@ COMMANDS = {
 
 
 WORDS = {  # what a promise is about -> what its failure means
-    "with a calibration file: KL": (
-        "on the real model a calibration file gains little: a cache with one errs about as one of equal bits does."
-    ),
     "step of SmolLM2's shape, float32": (
         "in fp32 reading the weights takes most of a step of so small a model: at 4,096 tokens a step without any attention would only "
         "just be as fast as promised."
     ),
-    "calibration: CPU seconds": "the calibration of the real model was not timed in one run.",
     "step at 16k, torch: times the speed of the fastest dense": (
         "on torch alone (no compiler) a packed step takes more time than dense keys and values that grow in place."
     ),
@@ -42,10 +38,6 @@ WORDS = {  # what a promise is about -> what its failure means
     ),
     "whole model at 4k, torch": (
         "a whole model with a packed cache on torch alone (no compiler) takes more time per token at 4,096 tokens than DynamicCache."
-    ),
-    "k5.2v4: KL, of the plain code's": (
-        "at five bits a stored prefix is closer to its recompute than with the plain code of as many bytes, but not by as much as "
-        "promised: a good part of what is left is the rounding of bf16, which no code removes."
     ),
     "connector, 3,968 tokens": "the time in which vLLM restores a prefix was not measured by the bench, on a machine that others used too.",
     "tqai 4, in place: time of a step": (

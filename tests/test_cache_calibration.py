@@ -232,6 +232,10 @@ def test_bad_files_are_refused(made, tmp_path):
         name = written(change)
         with pytest.raises(tqai.TqaiError, match=why):
             tqai.KVCache(lm.config, tqai.Config(level="kv", codec={"name": "turbo", "file": name}))
+    shape, own = (load(name).shapes[0][0] for name in (written(lambda t: {k: v for k, v in t.items() if k != METRIC}), str(path)))
+    assert shape.metric is None, "a file of before noise feedback is read as before"
+    assert torch.equal(shape.matrices, own.matrices)
+    assert shape.name != own.name
     older = written(lambda t: {k: v for k, v in t.items() if k not in (DAMAGE, METRIC, *SHAPES)}, lambda h: {**h, "verdicts": {
         key: value for key, value in h["verdicts"].items() if key != "cache"}})  # fmt: skip
     with pytest.raises(tqai.TqaiError, match="calibrate this language model again"):
