@@ -6,7 +6,7 @@
  * AVX512 (VBMI, VNNI): bytes, four products an instruction. Levels of 2, 3, 4 and 8 bits are bytes times a common step, those of 5
  * and 6 bits two bytes. Codes are turned before they are looked up, so that a lane is a token where queries meet keys and a
  * coordinate where weights meet values: no sum crosses lanes. Queries are two or, of fp32, three digits of base 128 (15 and 22
- * bits), weights two digits of base 256, which share a scale by tile of tokens.
+ * bits), weights two digits of base 256, which share a scale by 64 tokens or, where queries are not of fp32, by 256.
  *
  * Elsewhere: 16 bits. Queries keep 15 bits or, of fp32, 30 in two digits; weights keep 15, and share a scale by 32 tokens where
  * queries are of fp32, else by 64. What all this rounds away is below 1e-4 of the result; one digit of 8 bits would round away 1e-2.
@@ -35,11 +35,12 @@
 #ifdef WIDE
 #define TOKENS 256 /* a tile: tokens that share one rescaling */
 #define DIGITS 3   /* of an fp32 query */
+#define FEWER 64   /* tokens whose weights share a scale, where queries are of fp32 */
 #else
 #define TOKENS 64
 #define DIGITS 2
+#define FEWER 32
 #endif
-#define FEWER 32  /* whose weights share a scale, of fp32 queries */
 #define UNIT 32   /* coordinates unpacked together */
 #define TINY 1e-33f
 #define LEAST -1e30f /* where a softmax begins: finite, so that a query that may see nothing keeps weight 0 */
@@ -351,7 +352,6 @@ static void set_query(const Book *b, const float *x, float up, int digits, int64
   *half = b->half * (float)all;
 }
 
-#define SHARE(precise) TOKENS
 INLINE float query_limit(int digits) { return digits == 2 ? 127 * 128 : 127 * 128 * 128; }
 
 /* room: for 16 rows of codes, then for the levels of 32 tokens */
@@ -712,7 +712,6 @@ INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t 
   }
 }
 
-#define SHARE(precise) ((precise) ? FEWER : TOKENS)
 INLINE float query_limit(int digits) { return digits ? QUERY : 0; }
 
 /* A query in the rotated domain, times up; the second digits lie behind all first ones */
@@ -1066,7 +1065,7 @@ static void tile(const Rows *job, const Ask *ask, const Work *work, int64_t head
     fetch(next, n * work->bytes_k);
     return;
   }
-  const int64_t share = SHARE(ask->is.precise);
+  const int64_t share = ask->is.precise ? FEWER : TOKENS;
   for (int64_t t = 0; t < n; t += share, codes_v += share * work->bytes_v) {
     const int64_t count = n - t < share ? n - t : share;
     for (int64_t i = 0, at_v = 0; i < runs; i++) {
