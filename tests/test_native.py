@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import platform
 import shutil
 import subprocess
@@ -177,6 +179,40 @@ def test_queries_in_fp32_keep_their_digits(kernel, d, bits):
     assert float((fast - slow).norm()) <= 1e-4 * float(slow.norm())
     coarse, near = both(kv, q.bfloat16(), scaling=40 * d**-0.5)
     assert float((coarse - near).norm()) <= 2e-2 * float(near.norm())
+
+
+@compiler
+def test_rows_that_changed_are_prepared_anew(kernel):
+    """Every way in which packed rows, or what is asked of them, can change between two calls of one cache."""
+    kv, g = filled(Plan(recent=32), 1500, b=2), torch.Generator().manual_seed(3)
+    token = lambda b=2, h=2: torch.randn(b, h, 1, 64, generator=g)
+
+    def step(kv, b=2, **options):
+        kv.append(token(b), token(b))
+        close(*both(kv, token(b, 4), **{"scaling": 0.1} | options), torch.float32)
+        kv.settle()
+
+    for i in range(70):  # packs twice
+        step(kv, scaling=0.1 + i % 3)
+    step(kv, softcap=3.0)
+    step(kv, aux=torch.randn(4, generator=g))
+    step(kv, mask=torch.rand(2, 1, 1, kv.length + 1, generator=g) > 0.5)
+    other = pickle.loads(pickle.dumps(copy.deepcopy(kv)))
+    step(kv)
+    kv.map_batch(lambda x: x.flip(0))
+    step(kv)
+    kv.crop(400)
+    step(kv)
+    kv.map_batch(lambda x: x[:1])
+    step(kv, b=1)
+    kv.move("cpu")
+    step(kv, b=1)
+    tensors, header = kv.state()
+    kv.restore(tensors, header)
+    step(kv, b=1)
+    step(other)
+    kv.clear()
+    step(kv, b=1)
 
 
 @compiler

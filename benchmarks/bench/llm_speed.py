@@ -1,4 +1,4 @@
-"""``tqai bench llm_speed``: a whole model of SmolLM2's shape, its caches interleaved: decoding steps and prefill, on one thread.
+"""``tqai bench llm_speed``: a whole model of SmolLM2's shape, its caches interleaved: steps on one thread, then on two, and prefill.
 
 Random weights: time does not depend on them. The bar is the fastest dense row of each table, whatever its cache and attention.
 """
@@ -24,7 +24,7 @@ ARCHITECTURE = {
     "num_key_value_heads": 3, "rope_theta": 100000.0, "tie_word_embeddings": True, "max_position_embeddings": 32768,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
-DECODE = (("float32", 2048), ("float32", 4096), ("float32", 8192), ("bfloat16", 8192))
+DECODE = (("float32", 2048, 1), ("float32", 4096, 1), ("float32", 8192, 1), ("bfloat16", 8192, 1), ("float32", 4096, 2))
 PREFILL_LAYERS = 4  # of a prompt: all layers take the same time
 DENSE = ("DynamicCache, sdpa", "DynamicCache, eager")
 FLOOR = "no attention, no cache"
@@ -76,8 +76,9 @@ def _no_attention(module: Any, query: torch.Tensor, *rest: Any, **options: Any) 
     return query.transpose(1, 2), None
 
 
-def decode(dtype: str, tokens: int, count: int = 9, layers: int = 30) -> list[Row]:
-    """CPU ms of a step, the median of ``count``, the ways interleaved; every step is taken back from a dense cache."""
+def decode(dtype: str, tokens: int, threads: int = 1, count: int = 9, layers: int = 30) -> list[Row]:
+    """CPU ms of a step, of all threads together, the median of ``count``, the ways interleaved; every step is taken back from a dense
+    cache."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -91,19 +92,21 @@ def decode(dtype: str, tokens: int, count: int = 9, layers: int = 30) -> list[Ro
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         ways = _filled(model, tokens)
-        for _ in range(count + 1):
-            for way in ways:
-                model.set_attn_implementation(way.attention)
-                began = time.process_time()
-                model(token, past_key_values=way.cache, use_cache=way.cache is not None)
-                times.setdefault(way.name, []).append(1e3 * (time.process_time() - began))
-                if way.name in DENSE:
-                    way.cache.crop(-1)
+        torch.set_num_threads(threads)
+        for way in ways * (count + 1):
+            model.set_attn_implementation(way.attention)
+            began = time.process_time()
+            model(token, past_key_values=way.cache, use_cache=way.cache is not None)
+            times.setdefault(way.name, []).append(1e3 * (time.process_time() - began))
+            if way.name in DENSE:
+                way.cache.crop(-1)
+        torch.set_num_threads(1)
     rows: list[Row] = []
     for way in ways:
         dense = [] if way.cache is None else way.cache.layers
         held = way.cache.nbytes if hasattr(way.cache, "nbytes") else sum(x.keys.nbytes + x.values.nbytes for x in dense)
-        rows.append({"dtype": dtype, "tokens": tokens, "method": way.name, "ms": median(times[way.name][1:]), "held_mib": held / 2**20})
+        place: Row = {"dtype": dtype, "tokens": tokens, "threads": threads, "method": way.name}
+        rows.append({**place, "ms": median(times[way.name][1:]), "held_mib": held / 2**20})
     return rows
 
 
@@ -146,24 +149,24 @@ def prefill(tokens: int = 4096, count: int = 3, layers: int = PREFILL_LAYERS) ->
 def bench(tell: Callable[[str], None] = lambda text: None, layers: int = 30) -> Row:
     one_thread()
     result: Row = {"bench": "llm_speed", "machine": machine(), "kernel": kernel.kind() if kernel.ready() else "none", "decode": []}
-    for dtype, tokens in DECODE:
-        tell(f"decoding in {dtype} at {tokens} tokens")
-        result["decode"] += decode(dtype, tokens, layers=layers)
+    for dtype, tokens, threads in DECODE:
+        tell(f"decoding in {dtype} at {tokens} tokens, threads: {threads}")
+        result["decode"] += decode(dtype, tokens, threads, layers=layers)
     tell("prefill")
     result["prefill"] = prefill(layers=min(layers, PREFILL_LAYERS))
     result["verdicts"] = verdicts(result)
     return result
 
 
-def ratio(result: Row, dtype: str, tokens: int, method: str = "tqai k4v4", bar: str = DENSE[0]) -> float:
+def ratio(result: Row, dtype: str, tokens: int, threads: int = 1, method: str = "tqai k4v4", bar: str = DENSE[0]) -> float:
     """Speed of a method over that of ``bar``."""
-    rows = {r["method"]: r["ms"] for r in result["decode"] if (r["dtype"], r["tokens"]) == (dtype, tokens)}
+    rows = {r["method"]: r["ms"] for r in result["decode"] if (r["dtype"], r["tokens"], r["threads"]) == (dtype, tokens, threads)}
     return float(rows[bar] / rows[method])
 
 
-def fastest_dense(result: Row, dtype: str, tokens: int) -> str:
+def fastest_dense(result: Row, dtype: str, tokens: int, threads: int) -> str:
     """The dense method that takes the least time there."""
-    return max(DENSE, key=lambda name: ratio(result, dtype, tokens, name))
+    return max(DENSE, key=lambda name: ratio(result, dtype, tokens, threads, name))
 
 
 def verdicts(result: Row) -> list[Row]:
@@ -175,7 +178,7 @@ def verdicts(result: Row) -> list[Row]:
             ratio(result, dtype, tokens),
             least=least,
         )
-    bare = 1 / ratio(result, "float32", 4096, "tqai k4v4, bare cache")
+    bare = 1 / ratio(result, "float32", 4096, method="tqai k4v4, bare cache")
     need("step of SmolLM2's shape, bare cache: times the time of DynamicCache", bare, most=1.5)
     seconds = {r["method"]: r["s"] for r in result["prefill"]}
     need("prefill of SmolLM2's shape: times the time of DynamicCache", seconds["tqai k4v4"] / seconds["DynamicCache, sdpa"], most=1.05)
@@ -186,15 +189,25 @@ def cells(result: Row) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the steps, for the terminal and for the page."""
     rows = []
     for r in result["decode"]:
-        place = (r["dtype"], r["tokens"])
+        place = (r["dtype"], r["tokens"], r["threads"])
         speeds = [ratio(result, *place, r["method"], bar) for bar in (DENSE[0], fastest_dense(result, *place))]
-        rows.append([r["dtype"], f"{r['tokens']:,}", r["method"], f"{r['ms']:.1f}", *(f"{x:.2f}" for x in speeds), f"{r['held_mib']:.1f}"])
-    return ["dtype", "tokens", "cache", "CPU ms a step", "x DynamicCache, sdpa", "x fastest dense", "held MiB"], rows
+        rows.append(
+            [
+                r["dtype"],
+                f"{r['tokens']:,}",
+                str(r["threads"]),
+                r["method"],
+                f"{r['ms']:.1f}",
+                *(f"{x:.2f}" for x in speeds),
+                f"{r['held_mib']:.1f}",
+            ]
+        )
+    return ["dtype", "tokens", "threads", "cache", "CPU ms a step", "x DynamicCache, sdpa", "x fastest dense", "held MiB"], rows
 
 
 def tables_of(result: Row) -> Iterable[Table]:
     cpu = result["machine"]["cpu"]
-    yield (f"A step of a model of SmolLM2's shape, one thread of {cpu}", *cells(result))
+    yield (f"A step of a model of SmolLM2's shape on {cpu}, CPU time of all threads", *cells(result))
     rows = [[f"{r['tokens']:,}", r["method"], f"{r['s']:.2f}"] for r in result["prefill"]]
     yield (f"A prompt at once through {PREFILL_LAYERS} of its layers, fp32", ["tokens", "cache", "CPU s"], rows)
     yield from closing(result)

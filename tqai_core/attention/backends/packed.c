@@ -6,7 +6,7 @@
  * AVX512 (VBMI, VNNI): bytes, four products an instruction. Levels of 2, 3, 4 and 8 bits are bytes times a common step, those of 5
  * and 6 bits two bytes. Codes are turned before they are looked up, so that a lane is a token where queries meet keys and a
  * coordinate where weights meet values: no sum crosses lanes. Queries are two or, of fp32, three digits of base 128 (15 and 22
- * bits), weights two digits of base 256, which share a scale by tile of tokens.
+ * bits), weights two digits of base 256, which share a scale by 64 tokens or, where queries are not of fp32, by 256.
  *
  * Elsewhere: 16 bits. Queries keep 15 bits or, of fp32, 30 in two digits; weights keep 15, and share a scale by 32 tokens where
  * queries are of fp32, else by 64. What all this rounds away is below 1e-4 of the result; one digit of 8 bits would round away 1e-2.
@@ -35,11 +35,12 @@
 #ifdef WIDE
 #define TOKENS 256 /* a tile: tokens that share one rescaling */
 #define DIGITS 3   /* of an fp32 query */
+#define FEWER 64   /* tokens whose weights share a scale, where queries are of fp32 */
 #else
 #define TOKENS 64
 #define DIGITS 2
+#define FEWER 32
 #endif
-#define FEWER 32  /* whose weights share a scale, of fp32 queries */
 #define UNIT 32   /* coordinates unpacked together */
 #define TINY 1e-33f
 #define LEAST -1e30f /* where a softmax begins: finite, so that a query that may see nothing keeps weight 0 */
@@ -222,14 +223,31 @@ INLINE int32_t load4(const void *p) {
   return x;
 }
 
-/* Lane t of x[i]: bytes 4 i to 4 i + 3 of row t, of 16 rows */
-INLINE void turned(const uint8_t *p, int64_t bytes, int64_t size, __m512i *x) {
-  __m512i a[4];
-  for (int i = 0; i < 4; i++) a[i] = four(p + i * bytes, p + (i + 4) * bytes, p + (i + 8) * bytes, p + (i + 12) * bytes, size);
+/* In every quarter of four vectors, number k of each to vector k */
+INLINE void turn_quarters(const __m512i *a, __m512i *x) {
   __m512i b = _mm512_unpacklo_epi32(a[0], a[1]), c = _mm512_unpacklo_epi32(a[2], a[3]);
   x[0] = _mm512_unpacklo_epi64(b, c), x[1] = _mm512_unpackhi_epi64(b, c);
   b = _mm512_unpackhi_epi32(a[0], a[1]), c = _mm512_unpackhi_epi32(a[2], a[3]);
   x[2] = _mm512_unpacklo_epi64(b, c), x[3] = _mm512_unpackhi_epi64(b, c);
+}
+
+/* Lane t of x[i]: bytes 4 i to 4 i + 3 of row t, of 16 rows */
+INLINE void turned(const uint8_t *p, int64_t bytes, int64_t size, __m512i *x) {
+  __m512i a[4];
+  UNROLL for (int i = 0; i < 4; i++) a[i] = four(p + i * bytes, p + (i + 4) * bytes, p + (i + 8) * bytes, p + (i + 12) * bytes, size);
+  turn_quarters(a, x);
+}
+
+/* The same of whole rows of 32 bytes, one after the other: two a vector */
+INLINE void turned32(const uint8_t *p, __m512i *x) {
+  const __m512i place = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27), next = _mm512_add_epi32(place, _mm512_set1_epi32(4));
+  __m512i a[8], b[8];
+  UNROLL for (int i = 0; i < 8; i++) a[i] = _mm512_loadu_si512(p + 64 * i);
+  turn_quarters(a, b), turn_quarters(a + 4, b + 4);
+  UNROLL for (int i = 0; i < 4; i++) {
+    x[i] = _mm512_permutex2var_epi32(b[i], place, b[i + 4]);
+    x[i + 4] = _mm512_permutex2var_epi32(b[i], next, b[i + 4]);
+  }
 }
 
 /* The number i of the codes of each byte of x, with the bits that are after it, as one or two bytes of a level */
@@ -252,6 +270,13 @@ INLINE void look_up(const Book *b, const int bits, const int i, __m512i x, __m51
 INLINE void unpack_keys(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t d, uint8_t *out, int64_t apart) {
   const int c = per_byte(bits), more = beyond(bits);
   const int64_t own = d / c;
+  if (bytes == 32 && own == 32) {
+    __m512i x[8];
+    turned32(codes, x);
+    UNROLL for (int D = 0; D < 8; D++)
+      UNROLL for (int i = 0; i < c; i++) look_up(b, bits, i, x[D], x[D], x[D], out + (D * c + i) * 128, apart);
+    return;
+  }
   for (int64_t at = 0; at < own; at += 16) {
     const int64_t size = own - at < 16 ? own - at : 16;
     __m512i x[4], after[4];
@@ -327,7 +352,6 @@ static void set_query(const Book *b, const float *x, float up, int digits, int64
   *half = b->half * (float)all;
 }
 
-#define SHARE(precise) TOKENS
 INLINE float query_limit(int digits) { return digits == 2 ? 127 * 128 : 127 * 128 * 128; }
 
 /* room: for 16 rows of codes, then for the levels of 32 tokens */
@@ -688,7 +712,6 @@ INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t 
   }
 }
 
-#define SHARE(precise) ((precise) ? FEWER : TOKENS)
 INLINE float query_limit(int digits) { return digits ? QUERY : 0; }
 
 /* A query in the rotated domain, times up; the second digits lie behind all first ones */
@@ -1017,15 +1040,17 @@ static void turn_queries(const Rows *job, const Ask *ask, const Work *work, int6
 
 /* n tokens of a head, from number t0 of a segment on; next: the keys of the tile after it */
 static void tile(const Rows *job, const Ask *ask, const Work *work, int64_t head, const Segment *seg, int64_t t0, int64_t n, int64_t column,
-                 const uint8_t *next, float *top, float *weight) {
+                 const uint8_t *next, const uint16_t *next_gain, float *top, float *weight) {
   const int64_t rows = ask->is.group * ask->is.count, even = whole(n), at = head * seg->tokens + t0, runs = job->runs;
   const int digits = ask->is.precise ? DIGITS : DIGITS - 1;
   const uint8_t *codes_k = seg->codes_k + at * work->bytes_k, *codes_v = seg->codes_v + at * work->bytes_v;
   float gain_k[TOKENS], gain_v[RUNS][TOKENS], *s = work->s;
+  fetch((const uint8_t *)(seg->gain_v + at * runs), n * runs * 2);
   gains(seg->gain_k + at, n, 1, even, gain_k);
-  for (int64_t i = 0; i < runs; i++) gains(seg->gain_v + at * runs + i, n, runs, even, gain_v[i]);
 #define SCORES(bits) scores_##bits(&work->k, digits, codes_k, work->bytes_k, n, work->q, work->start, rows, job->d, work->room, s, codes_v, work->bytes_v)
   PICK(job->bits_k, SCORES);
+  for (int64_t i = 0; i < runs; i++) gains(seg->gain_v + at * runs + i, n, runs, even, gain_v[i]);
+  fetch((const uint8_t *)next_gain, n * 2);
   int needed = 0;
   for (int64_t r = 0; r < rows; r++) {
     float *x = s + r * TOKENS;
@@ -1040,7 +1065,7 @@ static void tile(const Rows *job, const Ask *ask, const Work *work, int64_t head
     fetch(next, n * work->bytes_k);
     return;
   }
-  const int64_t share = SHARE(ask->is.precise);
+  const int64_t share = ask->is.precise ? FEWER : TOKENS;
   for (int64_t t = 0; t < n; t += share, codes_v += share * work->bytes_v) {
     const int64_t count = n - t < share ? n - t : share;
     for (int64_t i = 0, at_v = 0; i < runs; i++) {
@@ -1078,6 +1103,8 @@ static void turn_back(const Rows *job, const Work *work, int64_t head, int64_t r
 static int attend(const Rows *job, const Ask *ask, State state, int with_exact) {
   const int64_t d = job->d, dv = job->dv, rows = ask->is.group * ask->is.count, step = ask->is.read ? ask->is.read_block : TOKENS;
   Work work;
+  fetch(job->segments->codes_k, TOKENS * d * job->bits_k / 8);
+  fetch((const uint8_t *)job->segments->gain_k, TOKENS * 2);
   if (begin(&work, job, rows)) return 1;
   for (int64_t head = 0; head < job->heads; head++) {
     const int64_t b = head / job->kv_heads, h = head % job->kv_heads;
@@ -1102,9 +1129,9 @@ static int attend(const Rows *job, const Ask *ask, State state, int with_exact) 
       for (int64_t t = 0; t < seg->tokens; t += step) {
         if (ask->is.read && !ask->is.read[head * ask->is.read_head + (column - job->front + t) / step]) continue;
         const int64_t n = seg->tokens - t < step ? seg->tokens - t : step;
-        const uint8_t *next = t + n < seg->tokens ? seg->codes_k + (head * seg->tokens + t + n) * work.bytes_k
-                                                  : then->codes_k + head_then * then->tokens * work.bytes_k;
-        tile(job, ask, &work, head, seg, t, n, column + t, next, top, weight);
+        const Segment *there = t + n < seg->tokens ? seg : then;
+        const int64_t at = t + n < seg->tokens ? head * seg->tokens + t + n : head_then * then->tokens;
+        tile(job, ask, &work, head, seg, t, n, column + t, there->codes_k + at * work.bytes_k, there->gain_k + at, top, weight);
       }
     }
     turn_back(job, &work, head, rows, weight, state.sum + head * rows * dv);
