@@ -22,7 +22,8 @@ from torch import Tensor
 
 BANDS = 8  # of frequencies, in which the power is averaged
 MOST = 8.0  # factor by which a predicted power may be too small
-APART = 0.45  # relative difference of the pictures predicted at the two sizes above which a model knows but one of them
+APART = 0.52  # difference of the pictures predicted at the two sizes, over their contrast, above which a model knows but one of them
+FLAT = 0.05  # least contrast (variance within a picture) to compare with: a latent's is about 1, early predictions can be almost flat
 JUDGED = 0.95  # from this sigma on pictures differ enough from the mean of all to judge by
 TRUSTED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # models that were judged, and whether they know both sizes
 START = 0.9  # a run that begins below this sigma begins with a picture, whose detail is there already
@@ -125,7 +126,8 @@ class HalfSize:
     def judge(self, clean: Tensor, small: Tensor, sigma: float) -> str | None:
         """Why this model is not run at half size, from its pictures of both sizes for one latent, or None. A host sync, once."""
         full, half = reduce(clean, 0.0)[0].float(), small.float()
-        apart = float(((half - full).square().sum() / full.square().sum().clamp(min=1e-12)).sqrt())
+        contrast = (full - full.mean((-1, -2), keepdim=True)).square().mean()
+        apart = float(((half - full).square().mean() / (contrast + FLAT)).sqrt())
         self.trusted, self._judged_at = apart <= APART, sigma
         if self.trusted:
             return None
