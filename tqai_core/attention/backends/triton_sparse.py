@@ -1,8 +1,8 @@
 """Block-sparse attention as a Triton kernel: lists of key blocks, the far field fused into the same online softmax.
 
 The far field costs no pass of its own: its linear form is the state in which the online softmax begins, its centroid form one
-more block of keys for every ``BLOCK`` centroids, and clusters are blocks of their own. Checked with Triton's interpreter (``TRITON_INTERPRET=1``, fp32 and fp16),
-not timed on a GPU, and so asked for: ``TQAI_TRITON=1``.
+more block of keys for every ``BLOCK`` centroids, clusters are blocks too. Checked with Triton's interpreter
+(``TRITON_INTERPRET=1``, fp32 and fp16), not timed on a GPU, and so asked for: ``TQAI_TRITON=1``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> 
         found = far_field(flat_q, flat_k, flat_v, heads, blocks.unselected(), blocks, far, Workspace(q.device, q.dtype))
         extra, fine = found.key.shape[1], found.finer
         if found.near is not None:
-            near, near_k, near_v = found.near.index.to(torch.int32), found.near.key, found.near.value
+            near, near_k, near_v = found.near.index.int(), found.near.key, found.near.value
         fk, fv, fb = (x.contiguous() for x in (found.key, found.value, found.bias.float()))
         slope = found.moments.contiguous()  # [bh, d, dv]
         if found.mean is not None:  # [bh nq, d, dv + d]
@@ -81,14 +81,14 @@ def _kernel() -> Any:
     globals()["tl"] = tl  # where the kernels look their names up
 
     @triton.jit
-    def fold(q, key, value, bias, top, weight, total, inside_d, inside_v, seen):  # type: ignore[no-untyped-def]
-        """One block of keys into the online softmax. ``key``, ``value``: pointers; ``bias [keys]`` is added, -inf hides."""
-        k = tl.load(key, mask=seen[:, None] & inside_d[None, :], other=0.0)
+    def fold(q, key, value, bias, top, weight, total, at, av, d, dv, seen):  # type: ignore[no-untyped-def]
+        """One block of keys into the online softmax. ``key``, ``value``: pointers to rows; ``bias [keys]`` is added, -inf hides."""
+        k = tl.load(key + at[None, :], mask=seen[:, None] & (at < d)[None, :], other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") + bias[None, :]
         high = tl.maximum(top, tl.max(s, 1))
         p = tl.exp(s - high[:, None])
         keep = tl.exp(top - high)
-        v = tl.load(value, mask=seen[:, None] & inside_v[None, :], other=0.0)
+        v = tl.load(value + av[None, :], mask=seen[:, None] & (av < dv)[None, :], other=0.0)
         total = total * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         return high, weight * keep + tl.sum(p, 1), total
 
@@ -125,11 +125,8 @@ def _kernel() -> Any:
                 column = i * BLOCK + one
                 seen = column < extra
                 bias = tl.load(far_bias + line * (few * size + extra) + few * size + column, mask=seen, other=float("-inf"))
-                place = head * extra + column
-                top, weight, total = fold(
-                    own, far_key + place[:, None] * d + at[None, :], far_value + place[:, None] * dv + av[None, :], bias,
-                    top, weight, total, inside_d, inside_v, seen,
-                )  # fmt: skip
+                place = (head * extra + column)[:, None]
+                top, weight, total = fold(own, far_key + place * d, far_value + place * dv, bias, top, weight, total, at, av, d, dv, seen)
         if FAR > 0:
             width = dv + d if FAR == 1 else dv
             place = slope + (line if FAR == 1 else head) * d * width + at[:, None] * width
@@ -140,13 +137,10 @@ def _kernel() -> Any:
                 var = tl.sum(tl.dot(own, spread, input_precision="ieee") * own.to(tl.float32), 1)
                 top += tl.log(1.0 + tl.maximum(0.5 * var, 0.0))
         for i in range(0, few):  # their blocks by clusters
-            place = tl.load(near + line * few + i).to(tl.int64) * size + one
+            place = (tl.load(near + line * few + i).to(tl.int64) * size + one)[:, None]
             seen = one < size
             bias = tl.load(far_bias + line * (few * size + extra) + i * size + one, mask=seen, other=float("-inf"))
-            top, weight, total = fold(
-                own, near_key + place[:, None] * d + at[None, :], near_value + place[:, None] * dv + av[None, :], bias,
-                top, weight, total, inside_d, inside_v, seen,
-            )  # fmt: skip
+            top, weight, total = fold(own, near_key + place * d, near_value + place * dv, bias, top, weight, total, at, av, d, dv, seen)
         for i in range(0, num_blocks):
             which = tl.load(index + line * num_blocks + i)
             column = tl.where(which >= 0, which, m) * block_k + one  # one named before counts once: beyond the end
@@ -154,11 +148,8 @@ def _kernel() -> Any:
             if KEYS:
                 seen = seen & (tl.load(keys + head // heads * m + column, mask=seen, other=0) > 0)
             bias = tl.where(seen, 0.0, float("-inf"))
-            place = head * m + column
-            top, weight, total = fold(
-                own, k + place[:, None] * d + at[None, :], v + place[:, None] * dv + av[None, :], bias,
-                top, weight, total, inside_d, inside_v, seen,
-            )  # fmt: skip
+            place = (head * m + column)[:, None]
+            top, weight, total = fold(own, k + place * d, v + place * dv, bias, top, weight, total, at, av, d, dv, seen)
         total = total / tl.where(weight > 0, weight, 1.0)[:, None]
         tl.store(out + (head * n + token[:, None]) * dv + av[None, :], total.to(kind), mask=real[:, None] & inside_v[None, :])
 
