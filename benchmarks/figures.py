@@ -160,12 +160,9 @@ def strategies() -> Iterator[Sentence]:
     *_, wan = orders = [window(kind, "bsa, frozen, order 0") / window(kind, "bsa, frozen, order 1") for kind in KINDS]
     yield f"{CORE}/strategies/window.py", "it has {} (WAN) to {} times the error of order 1", [short(wan), short(max(orders))]
     far, rows_of = "{}, order 1, {} far field", ("top 25 %, frozen", "window 25 %")
-    pairs = [zip(clips(far.format(row, "centroid")), clips(far.format(row, "no")), strict=True) for row in rows_of]
-    yield (
-        f"{CORE}/strategies/window.py",
-        "The far field of centroids leaves {} to {} of the error",
-        span(a / b for pair in pairs for a, b in pair),
-    )
+    for form, words in (("centroid", "The far field of centroids leaves {} to {} of the error"), ("clusters", "that of clusters {} to {}")):
+        pairs = [zip(clips(far.format(row, form)), clips(far.format(row, "no")), strict=True) for row in rows_of]
+        yield f"{CORE}/strategies/window.py", words, span(a / b for pair in pairs for a, b in pair)
     times = [pick(load("llm_methods")["step"], method=f"window by {what}, density 0.25")["against_plain"] for what in ("nearness", "bsa")]
     yield f"{CORE}/strategies/window.py", "a step takes {} (nearest blocks) to {} (``bsa``) of the time", [short(v) for v in times]
     yield f"{CORE}/strategies/window.py", "has {} to {} times the KL of a plain cache", span(cache("window by .*"), lambda v: f"{v:.1f}")

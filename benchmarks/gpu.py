@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tqai_core.attention import block_attention, packed
+from tqai_core.attention.far_field import FAR
 from tqai_core.attention.sparse import BACKENDS
 from tqai_core.codecs.turbo import Turbo
 from tqai_core.kv.cache import PackedKV
@@ -72,7 +73,7 @@ def sparse(n: int, device: torch.device) -> list[dict[str, Any]]:
         mass = build("scorer", "bsa").mass(q, k, BLOCK_Q, BLOCK_K)
         index = mass.topk(max(round(density * mass.shape[-1]), 1), -1).indices
         dense = seconds(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v), device)
-        for name, far in product(BACKENDS, (None, "centroid", "linear")):
+        for name, far in product(BACKENDS, (None, *FAR)):
             exact = block_attention(q.float(), k.float(), v.float(), index, BLOCK_Q, BLOCK_K, far=far, backend="torch")
             about = {"kernel": "sparse", "backend": name, "type": dtype, "d": d, "density": density, "far": far or "none", "tokens": n}
             call = lambda q=q, k=k, v=v, i=index, f=far, b=name: block_attention(q, k, v, i, BLOCK_Q, BLOCK_K, far=f, backend=b)  # noqa: E731

@@ -208,7 +208,7 @@ def test_computed_steps_take_the_faster_dense_attention_in_bf16(kind, strategy, 
         assert not used
 
 
-@pytest.mark.parametrize("strategy", ["window:block=4,density=0.25", "window:block=4,density=0.25,far=centroid", "window:queries=4"])
+@pytest.mark.parametrize("strategy", ["window:block=4,density=0.25", "window:block=4,density=0.25,far=clusters", "window:queries=4"])
 @pytest.mark.parametrize("kind", ALL)
 def test_window_works_on_every_class(kind, strategy, tiny):
     model, call = tiny(kind)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..workspace import Workspace
 from .blocks import Blocks
-from .clusters import Building, Clusters
+from .clusters import Clusters
 
 FAR = ("centroid", "linear", "clusters")
 GROUP = 1 << 21  # bytes of the keys of the heads that are processed together
@@ -44,8 +44,7 @@ class FarField:
     near: Clusters | None = None
 
     @property
-    def finer(self) -> int:
-        """How many of the pseudo-keys are means of clusters."""
+    def finer(self) -> int:  # how many of the pseudo-keys are means of clusters
         return self.bias.shape[2] - self.key.shape[1]
 
     def fill(self, k: Tensor, v: Tensor, i: int, j: int) -> None:
@@ -94,15 +93,15 @@ def _centroids(
     bias = torch.where((far > 0) & (count > 0).mT, count.log().mT, -math.inf)  # [g, nq, nk]
     key, value = ((_sum(_visible(x, hidden).flatten(0, 1)).view(g, nk, -1) / count.clamp_min(1)).to(dtype) for x in (kb, vb))
     moments, spread = space.take("moments", (g, d, dv)).zero_(), far.new_zeros(g, 1, d)
-    finer = Building(kb, vb) if block_q else None
+    near = Clusters(kb, vb) if block_q else None
     step = max(GROUP // (g * block * d * kb.element_size()), 1)
     for i in range(0, nk, step):
         j = min(i + step, nk)
         own = torch.sub(kb[:, i:j], key[:, i:j, None], out=space.take("both", (g, j - i, block, d)))
         if hidden is not None:
             own.masked_fill_(hidden[:, i:j], 0)
-        if finer is not None:
-            finer.add(i, j, own, vb[:, i:j], live[:, i:j])
+        if near is not None:
+            near.add(i, j, own, vb[:, i:j], live[:, i:j])
         own = own.flatten(1, 2)
         moments.baddbmm_(own.mT, vb[:, i:j].flatten(1, 2), alpha=1 / room)  # a mean, which half precision can hold
         spread += _sum(own.square_())
@@ -111,15 +110,12 @@ def _centroids(
         moments.mul_(room / total)
     few = q[:, :: -(-q.shape[1] // SAMPLE)]
     usual = _sum(few.square()).mT / (few.shape[1] * 2 * d)  # [g, d, 1]; by the spread: half the variance of logits
-    spread, near = spread / total, None
-    wider = (spread @ usual).log1p_()
-    if finer is not None:
+    spread, fine = spread / total, far[..., :0]
+    if near is not None:
         sums = _sum(padded(q, block_q).reshape(-1, block_q, d)).view(g, -1, d)
         sizes = (q.shape[1] - torch.arange(sums.shape[1], device=q.device) * block_q).clamp_max(block_q)
-        near, inside, own = finer.finish(sums / sizes[:, None], key, bias, spread)
-        bias = torch.cat([own + (inside @ usual).log1p_(), bias + wider], 2)
-    else:
-        bias += wider
+        fine = near.finish(sums / sizes[:, None], key, bias, spread, usual)
+    bias = torch.cat([fine, bias.add_((spread @ usual).log1p_())], 2)
     return FarField(key, value, bias.flatten(0, 1)[:, None], moments, share=far.shape[1], near=near)
 
 

@@ -1,8 +1,8 @@
 """Block-sparse attention as a Triton kernel: lists of key blocks, the far field fused into the same online softmax.
 
 The far field costs no pass of its own: its linear form is the state in which the online softmax begins, its centroid form one
-more block of keys for every ``BLOCK`` centroids. Checked with Triton's interpreter (``TRITON_INTERPRET=1``, fp32 and fp16),
-not timed on a GPU, and so asked for: ``TQAI_TRITON=1``.
+more block of keys for every ``BLOCK`` centroids, clusters are blocks too. Checked with Triton's interpreter
+(``TRITON_INTERPRET=1``, fp32 and fp16), not timed on a GPU, and so asked for: ``TQAI_TRITON=1``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ def wanted(q: Tensor) -> bool:
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None, asked: bool = False) -> str:
-    if far == "clusters":
-        return "its kernel has no clusters (far='clusters')"
     if not asked:  # before a search for Triton, which takes longer than a small attention
         return "" if wanted(q) else "TQAI_TRITON=1 is not set, Triton is not installed or has no such device"
     return "" if importlib.util.find_spec("triton") else "Triton is not installed (pip install triton)"
@@ -50,13 +48,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> 
         index = index.masked_fill(~blocks.live, -1)
     index = index.flatten(0, 1).contiguous()
     keys = q.new_ones(1, dtype=torch.uint8) if blocks.keys is None else blocks.keys.contiguous().view(torch.uint8)
-    fk = fv = fb = slope = q.new_zeros(1)
-    extra = 0
+    fk = fv = fb = slope = near_k = near_v = q.new_zeros(1)
+    near, extra, fine = index, 0, 0
     if far is not None:
         heads = None if blocks.keys is None else blocks.keys.repeat_interleave(h, 0)
         flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
         found = far_field(flat_q, flat_k, flat_v, heads, blocks.unselected(), blocks, far, Workspace(q.device, q.dtype))
-        extra = found.key.shape[1]
+        extra, fine = found.key.shape[1], found.finer
+        if found.near is not None:
+            near, near_k, near_v = found.near.index.int(), found.near.key, found.near.value
         fk, fv, fb = (x.contiguous() for x in (found.key, found.value, found.bias.float()))
         slope = found.moments.contiguous()  # [bh, d, dv]
         if found.mean is not None:  # [bh nq, d, dv + d]
@@ -64,7 +64,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, far: str | None) -> 
     rows = min(ROWS, max(triton.next_power_of_2(bq), 16))
     run: Any = _kernel()
     run[(nq * triton.cdiv(bq, rows), b * h)](
-        q, k, v, out, index, keys, fk, fv, fb, slope, n, m, h, nq, num_blocks, d, dv, bq, bk, extra, d**-0.5,
+        q, k, v, out, index, keys, fk, fv, fb, slope, near, near_k, near_v,
+        n, m, h, nq, num_blocks, d, dv, bq, bk, extra, near.shape[-1] if fine else 0, fine // near.shape[-1], d**-0.5,
         KEYS=blocks.keys is not None, FAR=0 if far is None else 1 if far == "linear" else 2,
         ROWS=rows, BLOCK=max(triton.next_power_of_2(bk), 16), D=max(triton.next_power_of_2(d), 16), DV=max(triton.next_power_of_2(dv), 16),
     )  # fmt: skip
@@ -80,14 +81,14 @@ def _kernel() -> Any:
     globals()["tl"] = tl  # where the kernels look their names up
 
     @triton.jit
-    def fold(q, key, value, bias, top, weight, total, inside_d, inside_v, seen):  # type: ignore[no-untyped-def]
-        """One block of keys into the online softmax. ``key``, ``value``: pointers; ``bias [keys]`` is added, -inf hides."""
-        k = tl.load(key, mask=seen[:, None] & inside_d[None, :], other=0.0)
+    def fold(q, key, value, bias, top, weight, total, at, av, d, dv, seen):  # type: ignore[no-untyped-def]
+        """One block of keys into the online softmax. ``key``, ``value``: pointers to rows; ``bias [keys]`` is added, -inf hides."""
+        k = tl.load(key + at[None, :], mask=seen[:, None] & (at < d)[None, :], other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") + bias[None, :]
         high = tl.maximum(top, tl.max(s, 1))
         p = tl.exp(s - high[:, None])
         keep = tl.exp(top - high)
-        v = tl.load(value, mask=seen[:, None] & inside_v[None, :], other=0.0)
+        v = tl.load(value + av[None, :], mask=seen[:, None] & (av < dv)[None, :], other=0.0)
         total = total * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         return high, weight * keep + tl.sum(p, 1), total
 
@@ -95,8 +96,8 @@ def _kernel() -> Any:
 
     @triton.jit
     def sparse(  # type: ignore[no-untyped-def]
-        q, k, v, out, index, keys, far_key, far_value, far_bias, slope,
-        n, m, heads, nq, num_blocks, d, dv, block_q, block_k, extra, scale,
+        q, k, v, out, index, keys, far_key, far_value, far_bias, slope, near, near_key, near_value,
+        n, m, heads, nq, num_blocks, d, dv, block_q, block_k, extra, few, size, scale,
         KEYS: tl.constexpr, FAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     ):  # fmt: skip
         parts = tl.cdiv(block_q, ROWS)
@@ -123,12 +124,9 @@ def _kernel() -> Any:
             for i in range(0, tl.cdiv(extra, BLOCK)):
                 column = i * BLOCK + one
                 seen = column < extra
-                bias = tl.load(far_bias + line * extra + column, mask=seen, other=float("-inf"))
-                place = head * extra + column
-                top, weight, total = fold(
-                    own, far_key + place[:, None] * d + at[None, :], far_value + place[:, None] * dv + av[None, :], bias,
-                    top, weight, total, inside_d, inside_v, seen,
-                )  # fmt: skip
+                bias = tl.load(far_bias + line * (few * size + extra) + few * size + column, mask=seen, other=float("-inf"))
+                place = (head * extra + column)[:, None]
+                top, weight, total = fold(own, far_key + place * d, far_value + place * dv, bias, top, weight, total, at, av, d, dv, seen)
         if FAR > 0:
             width = dv + d if FAR == 1 else dv
             place = slope + (line if FAR == 1 else head) * d * width + at[:, None] * width
@@ -138,6 +136,11 @@ def _kernel() -> Any:
                 spread = tl.load(place + dv + at[None, :], mask=inside_d[:, None] & inside_d[None, :], other=0.0)
                 var = tl.sum(tl.dot(own, spread, input_precision="ieee") * own.to(tl.float32), 1)
                 top += tl.log(1.0 + tl.maximum(0.5 * var, 0.0))
+        for i in range(0, few):  # their blocks by clusters
+            place = (tl.load(near + line * few + i).to(tl.int64) * size + one)[:, None]
+            seen = one < size
+            bias = tl.load(far_bias + line * (few * size + extra) + i * size + one, mask=seen, other=float("-inf"))
+            top, weight, total = fold(own, near_key + place * d, near_value + place * dv, bias, top, weight, total, at, av, d, dv, seen)
         for i in range(0, num_blocks):
             which = tl.load(index + line * num_blocks + i)
             column = tl.where(which >= 0, which, m) * block_k + one  # one named before counts once: beyond the end
@@ -145,11 +148,8 @@ def _kernel() -> Any:
             if KEYS:
                 seen = seen & (tl.load(keys + head // heads * m + column, mask=seen, other=0) > 0)
             bias = tl.where(seen, 0.0, float("-inf"))
-            place = head * m + column
-            top, weight, total = fold(
-                own, k + place[:, None] * d + at[None, :], v + place[:, None] * dv + av[None, :], bias,
-                top, weight, total, inside_d, inside_v, seen,
-            )  # fmt: skip
+            place = (head * m + column)[:, None]
+            top, weight, total = fold(own, k + place * d, v + place * dv, bias, top, weight, total, at, av, d, dv, seen)
         total = total / tl.where(weight > 0, weight, 1.0)[:, None]
         tl.store(out + (head * n + token[:, None]) * dv + av[None, :], total.to(kind), mask=real[:, None] & inside_v[None, :])
 
