@@ -74,7 +74,8 @@ def sparse(n: int, device: torch.device) -> list[dict[str, Any]]:
         index = mass.topk(max(round(density * mass.shape[-1]), 1), -1).indices
         dense = seconds(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v), device)
         for name, far in product(BACKENDS, (None, *FAR)):
-            exact = block_attention(q.float(), k.float(), v.float(), index, BLOCK_Q, BLOCK_K, far=far, backend="torch")
+            like = dtype if far == "clusters" else torch.float32  # in another type other keys are seeds, and none of the two is wrong
+            exact = block_attention(*(x.to(like) for x in (q, k, v)), index, BLOCK_Q, BLOCK_K, far=far, backend="torch").float()
             about = {"kernel": "sparse", "backend": name, "type": dtype, "d": d, "density": density, "far": far or "none", "tokens": n}
             call = lambda q=q, k=k, v=v, i=index, f=far, b=name: block_attention(q, k, v, i, BLOCK_Q, BLOCK_K, far=f, backend=b)  # noqa: E731
             rows.append(checked(about, call, exact, dense, device))
