@@ -353,7 +353,8 @@ def llm_whole(result: dict[str, Any]) -> str:
     layers, heads, groups = (ARCHITECTURE[f"num_{name}"] for name in ("hidden_layers", "attention_heads", "key_value_heads"))
     seconds = {r["method"]: r["s"] for r in result["prefill"]}
     dense, ours, packing = (seconds[name] for name in ("DynamicCache, sdpa", "tqai k4v4", "of it packing"))
-    note = f"{layers} layers, {heads} query and {groups} key heads of 64. On {result['machine']['cpu']}; CPU time is that of all threads, waiting included. "
+    note = f"{layers} layers, {heads} query and {groups} key heads of 64. On {result['machine']['cpu']}; "
+    note += "CPU time is that of all threads, waiting included. "
     note += f"A prompt of 4,096 tokens at once through {PREFILL_LAYERS} of the layers, fp32: "
     note += f"{ours / dense:.3f}x the time of DynamicCache; packing takes {packing / ours:.1%} of it."
     return f"{table(*cells(result))}\n\n{note}"
