@@ -4,7 +4,7 @@ Nothing is built at import. The first decode step on a CPU builds (seconds) or f
 ``~/.cache/tqai`` (``TQAI_CACHE`` names another folder), in a file named by a hash of the source, the compiler, its options and
 the CPU's flags, and by a hash of its own content. A library runs as code of the user: it is loaded only from a folder and a
 file that nobody else can write, and only if its content has the hash of its name. Then its results are compared with torch's.
-Whatever fails leaves the torch path, and :func:`status` says why. ``TQAI_NATIVE=0`` switches it off.
+Whatever fails leaves the torch path, and :func:`status` says why. ``TQAI_NATIVE=0`` switches it off; a cache looks at it when it packs.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@
 #endif
 
 #if defined(TQAI_PLAIN)
-#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#elif defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #define WIDE 1 /* Ice Lake and later, Zen 4 and later; older AVX512 takes the path of AVX2 */
 #elif defined(__AVX2__) && defined(__FMA__)
 #define VECTOR 1
@@ -240,7 +240,8 @@ INLINE void turned(const uint8_t *p, int64_t bytes, int64_t size, __m512i *x) {
 
 /* The same of whole rows of 32 bytes, one after the other: two a vector */
 INLINE void turned32(const uint8_t *p, __m512i *x) {
-  const __m512i place = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27), next = _mm512_add_epi32(place, _mm512_set1_epi32(4));
+  const __m512i place = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
+  const __m512i next = _mm512_add_epi32(place, _mm512_set1_epi32(4));
   __m512i a[8], b[8];
   UNROLL for (int i = 0; i < 8; i++) a[i] = _mm512_loadu_si512(p + 64 * i);
   turn_quarters(a, b), turn_quarters(a + 4, b + 4);
@@ -285,7 +286,8 @@ INLINE void unpack_keys(const Book *b, const int bits, const uint8_t *codes, int
     for (int D = 0; D < 4 && 4 * D < size; D++) {
       const int bit = 4 * c * D * more;
       __m512i places = _mm512_add_epi8(_mm512_loadu_si512(b->keys), _mm512_set1_epi8((char)(bit % 32)));
-      for (int i = 0; i < c; i++) look_up(b, bits, i, x[D], places, more ? after[bit / 32] : places, out + ((at / 4 + D) * c + i) * 128, apart);
+      for (int i = 0; i < c; i++)
+        look_up(b, bits, i, x[D], places, more ? after[bit / 32] : places, out + ((at / 4 + D) * c + i) * 128, apart);
     }
   }
 }
@@ -334,7 +336,8 @@ static Meet *const MEETS[2][4] = {{meet_1_2, meet_2_2, meet_3_2, meet_4_2}, {mee
 
 /* A query in the rotated domain, times up: its digits, the largest first, and what each sum starts from, since bytes of keys are
  * 128 too large */
-static void set_query(const Book *b, const float *x, float up, int digits, int64_t d, const int32_t *place, void *to, int64_t r, int64_t rows,
+static void set_query(const Book *b, const float *x, float up, int digits, int64_t d, const int32_t *place, void *to, int64_t r,
+                      int64_t rows,
                       int32_t *start, float *half) {
   int8_t *q = (int8_t *)to + r * digits * d;
   int32_t all = 0;
@@ -355,7 +358,8 @@ static void set_query(const Book *b, const float *x, float up, int digits, int64
 INLINE float query_limit(int digits) { return digits == 2 ? 127 * 128 : 127 * 128 * 128; }
 
 /* room: for 16 rows of codes, then for the levels of 32 tokens */
-INLINE void scores(const Book *b, const int bits, int digits, const uint8_t *codes, int64_t bytes, int64_t n, const int8_t *q, const int32_t *start,
+INLINE void scores(const Book *b, const int bits, int digits, const uint8_t *codes, int64_t bytes, int64_t n, const int8_t *q,
+                   const int32_t *start,
                    int64_t rows, int64_t d, uint8_t *room, float *s, const uint8_t *soon, int64_t soon_bytes) {
   uint8_t *levels = room + 16 * bytes;
   const int64_t apart = 32 * d;
@@ -408,7 +412,8 @@ INLINE int64_t place_of_value(int bits, int64_t j) {
 }
 
 /* sum[r] += scale[r] * (levels weighted by w[r]) + lift[r], for m rows and so many vectors of coordinates */
-INLINE void gather(const uint8_t *x, const uint8_t *w, const int m, const int parts, int64_t n, const float *scale, const float *lift, float *sum, int64_t apart) {
+INLINE void gather(const uint8_t *x, const uint8_t *w, const int m, const int parts, int64_t n, const float *scale, const float *lift,
+                   float *sum, int64_t apart) {
   __m512i a[6][4];
   UNROLL for (int k = 0; k < 2 * m; k++)
     UNROLL for (int j = 0; j < parts; j++) a[k][j] = _mm512_setzero_si512();
@@ -429,7 +434,8 @@ INLINE void gather(const uint8_t *x, const uint8_t *w, const int m, const int pa
 }
 
 #define GATHER(m, parts) \
-  APART void gather_##m##_##parts(const uint8_t *x, const uint8_t *w, int64_t n, const float *scale, const float *lift, float *sum, int64_t apart) { \
+  APART void gather_##m##_##parts(const uint8_t *x, const uint8_t *w, int64_t n, const float *scale, const float *lift, \
+                                  float *sum, int64_t apart) { \
     gather(x, w, m, parts, n, scale, lift, sum, apart); \
   }
 GATHER(1, 2) GATHER(2, 2) GATHER(3, 2) GATHER(1, 4) GATHER(2, 4) GATHER(3, 4)
@@ -438,7 +444,8 @@ typedef void Gather(const uint8_t *, const uint8_t *, int64_t, const float *, co
 static Gather *const GATHERS[2][3] = {{gather_1_2, gather_2_2, gather_3_2}, {gather_1_4, gather_2_4, gather_3_4}};
 
 /* levels: room for those of a unit of a tile */
-INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const uint8_t *w, const float *scale, const float *lift,
+INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const uint8_t *w, const float *scale,
+                   const float *lift,
                    int64_t rows, int64_t d, uint8_t *levels, float *sum, int64_t apart, const uint8_t *soon, int64_t soon_bytes) {
   for (int64_t u = 0; u * 64 < d; u++) {
     const int parts = unpack_values(b, bits, codes, bytes, n, d, u, levels, soon, u ? 0 : soon_bytes);
@@ -675,7 +682,8 @@ INLINE void gather(const int16_t *pairs, int64_t count, const int16_t *w, const 
 }
 #endif
 
-INLINE void scores(const Book *b, const int bits, int digits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *q, const int32_t *start,
+INLINE void scores(const Book *b, const int bits, int digits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *q,
+                   const int32_t *start,
                    int64_t rows, int64_t d, int16_t *row, float *s, const uint8_t *soon, int64_t soon_bytes) {
   (void)start;
   for (int64_t t = 0; t < n; t++) {
@@ -695,7 +703,8 @@ INLINE void scores(const Book *b, const int bits, int digits, const uint8_t *cod
   }
 }
 
-INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *w, const float *scale, const float *lift,
+INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t bytes, int64_t n, const int16_t *w, const float *scale,
+                   const float *lift,
                    int64_t rows, int64_t d, int16_t *pairs, float *sum, int64_t apart,
                    const uint8_t *soon, int64_t soon_bytes) {
   (void)lift;
@@ -715,7 +724,8 @@ INLINE void values(const Book *b, const int bits, const uint8_t *codes, int64_t 
 INLINE float query_limit(int digits) { return digits ? QUERY : 0; }
 
 /* A query in the rotated domain, times up; the second digits lie behind all first ones */
-static void set_query(const Book *b, const float *x, float up, int digits, int64_t d, const int32_t *place, void *to, int64_t r, int64_t rows,
+static void set_query(const Book *b, const float *x, float up, int digits, int64_t d, const int32_t *place, void *to, int64_t r,
+                      int64_t rows,
                       int32_t *start, float *half) {
   (void)b, (void)start, *half = 0;
   int16_t *q = (int16_t *)to + r * d;
@@ -749,7 +759,8 @@ static void set_query(const Book *b, const float *x, float up, int digits, int64
     else if (d == 128) scores(b, bits, digits, codes, bytes, n, q, start, rows, 128, room, s, soon, soon_bytes); \
     else scores(b, bits, digits, codes, bytes, n, q, start, rows, d, room, s, soon, soon_bytes); \
   } \
-  APART void values_##bits(const Book *b, const uint8_t *codes, int64_t bytes, int64_t n, const void *w, const float *scale, const float *lift, \
+  APART void values_##bits(const Book *b, const uint8_t *codes, int64_t bytes, int64_t n, const void *w, const float *scale, \
+                           const float *lift, \
                            int64_t rows, int64_t d, void *room, float *sum, int64_t apart, const uint8_t *soon, int64_t soon_bytes) { \
     if (d == 64) values(b, bits, codes, bytes, n, w, scale, lift, rows, 64, room, sum, apart, soon, soon_bytes); \
     else values(b, bits, codes, bytes, n, w, scale, lift, rows, d, room, sum, apart, soon, soon_bytes); \
@@ -814,7 +825,8 @@ static void finish(const Ask *ask, int64_t b, int64_t h, int64_t r, int64_t colu
   if (ask->softcap > 0)
     for (int64_t t = 0; t < n; t++) s[t] = tanhf(s[t] / ask->softcap) * ask->softcap;
   if (ask->is.mask.at) {
-    int64_t at = b * ask->is.mask.batch + (h * ask->is.group + r / ask->is.count) * ask->is.mask.head + r % ask->is.count * ask->is.mask.row + column;
+    const Array *mask = &ask->is.mask;
+    int64_t at = b * mask->batch + (h * ask->is.group + r / ask->is.count) * mask->head + r % ask->is.count * mask->row + column;
     if (ask->is.mask_kind == 1) {
       const uint8_t *m = (const uint8_t *)ask->is.mask.at + at;
       for (int64_t t = 0; t < n; t++) s[t] = m[t] ? s[t] : -INFINITY;
@@ -993,7 +1005,8 @@ INLINE void exact_sums(const Array *v, int64_t kind, int64_t at, int64_t n, cons
 }
 
 /* Exact rows a to end of a head, whose columns start at column */
-static void exact(const Ask *ask, const Work *work, int64_t b, int64_t h, int64_t a, int64_t end, int64_t column, int64_t d, int64_t dv, float *top, float *weight) {
+static void exact(const Ask *ask, const Work *work, int64_t b, int64_t h, int64_t a, int64_t end, int64_t column, int64_t d,
+                  int64_t dv, float *top, float *weight) {
   const int64_t rows = ask->is.group * ask->is.count, kind = ask->is.exact_kind;
   const Array *k = &ask->exact_k, *v = &ask->exact_v;
   for (; a < end; a += TOKENS, column += TOKENS) {
@@ -1047,7 +1060,8 @@ static void tile(const Rows *job, const Ask *ask, const Work *work, int64_t head
   float gain_k[TOKENS], gain_v[RUNS][TOKENS], *s = work->s;
   fetch((const uint8_t *)(seg->gain_v + at * runs), n * runs * 2);
   gains(seg->gain_k + at, n, 1, even, gain_k);
-#define SCORES(bits) scores_##bits(&work->k, digits, codes_k, work->bytes_k, n, work->q, work->start, rows, job->d, work->room, s, codes_v, work->bytes_v)
+#define SCORES(bits) scores_##bits(&work->k, digits, codes_k, work->bytes_k, n, work->q, work->start, rows, job->d, work->room, s, \
+                                   codes_v, work->bytes_v)
   PICK(job->bits_k, SCORES);
   for (int64_t i = 0; i < runs; i++) gains(seg->gain_v + at * runs + i, n, runs, even, gain_v[i]);
   fetch((const uint8_t *)next_gain, n * 2);
@@ -1088,7 +1102,8 @@ static void turn_back(const Rows *job, const Work *work, int64_t head, int64_t r
   for (int64_t i = 0, j = 0; i < job->runs; j += job->run[i++].d) {
     const Run *run = job->run + i;
     for (int64_t r = 0; r < rows; r++)
-      for (int64_t k = 0; k < run->d; k++) work->turned[r * run->d + k] = work->sum[r * work->wide_dv + work->wide_at[i] + work->place_v[j + k]];
+      for (int64_t k = 0; k < run->d; k++)
+        work->turned[r * run->d + k] = work->sum[r * work->wide_dv + work->wide_at[i] + work->place_v[j + k]];
     products(work->turned, rows, run->d, run->back + head % job->kv_heads * run->back_head, run->d, out + j, dv);
   }
   for (int64_t r = 0; r < rows; r++) {
