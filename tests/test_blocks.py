@@ -83,7 +83,9 @@ def test_what_is_read_is_what_was_written_with_the_error_of_its_bits(data):
                 assert torch.equal(x[:, :sinks], y[:, :sinks])
             energy = (x - x.mean(1, keepdim=True)).square().sum() if which == 0 and centre else x.square().sum()
             rounding = 2e-5 * x.square().sum() if dtype == "bfloat16" else 1e-6 * x.square().sum()  # of the mean, and of the result
-            assert (x - y).square().sum() <= 1.25 * BOUND[bits[layer]] * energy + rounding * (bits[layer] != 16)
+            # keys with their mean in them all look one way: the error is of dim numbers, however many rows; a bit less has 3.4 times
+            spread = 2.5 if which == 0 and not centre else 1.25
+            assert (x - y).square().sum() <= spread * BOUND[bits[layer]] * energy + rounding * (bits[layer] != 16)
 
 
 MIXED = form((4, 5), (4, 8))
