@@ -14,7 +14,7 @@ from ..types import Decision, Step
 @dataclass(frozen=True)
 class Schedule(StepMonitor, name="schedule"):
     """Computes the evaluations that are listed, the first and (``final``) the last, and forecasts the others, whatever the error. Made by
-    ``tqai tune`` for one model and number of steps: a list found on other seeds has .33 (Flux) and .44 (SD3) of the balanced
+    ``tqai tune`` for one model and number of steps: a list found on other seeds has .41 (Flux) and 1.36 (SD3) of the balanced
     preset's error at half the calls; on WAN none that was found beats it. A run with another number of steps is left exact.
     """
 
