@@ -411,7 +411,10 @@ def summary(dit: dict[str, Any]) -> str:
 
     llm, kernels, made, vectors, real = load("llm"), load("attention"), load("sampler"), load("codec"), load("llm_real")
     step = {r["method"]: r for r in llm["step"] if r["tokens"] == 16384}
-    own = next(r for r in real["quality"] if (r["variant"], r["cache"]) == ("plain", "tqai default (k5v4)"))
+    own, made_for = (
+        next(r for r in real["quality"] if (r["variant"], r["cache"]) == ("plain", f"tqai {name}"))
+        for name in ("default (k5v4)", "calibrated, 4.1 bits")
+    )
     packed, dense = step["packed, native"], fastest_dense(llm["step"], 16384)
     gains = [
         next(v["measured"] for v in made["verdicts"] if v["mini"] == kind and v["what"].startswith("12 calls: best")) for kind in KINDS
@@ -439,7 +442,8 @@ def summary(dit: dict[str, Any]) -> str:
         [
             "a language model (transformers, mlx-lm)",
             "`tqai.KVCache`, or `tqai run`",
-            f"KV cache of {own['held_bits']:.1f} bits a number, all counted (SmolLM2: perplexity {100 * own['delta']:+.2f} %), read in "
+            f"KV cache of {own['held_bits']:.1f} bits a number, all counted (SmolLM2: perplexity {100 * own['delta']:+.2f} %), or "
+            f"{made_for['held_bits']:.1f} with a file of `tqai calibrate` ({100 * made_for['delta']:+.2f} %), read in "
             f"place: a step at 16k tokens {dense / packed['ms']:.1f}x as fast as the fastest dense one ({llm['machine']['cpu']}), "
             f"{step['DynamicCache as called']['held_mib'] / packed['held_mib']:.1f}x smaller",
             "[llm](docs/llm.md)",
