@@ -114,17 +114,17 @@ def monitors() -> Iterator[Sentence]:
     yield f"{CORE}/monitors/fixed.py", "plain ones of equal bytes, {} to {} times the KL", span(cache("fixed"))
     yield f"{CORE}/monitors/lyapunov.py", "not a gain ({} to {} times the KL", span(cache("lyapunov"))
     yield f"{CORE}/monitors/stability.py", "it loses: {} to {} times the KL", span(cache("stability"))
-    proofs = [load("calibrate")["tables"][kind]["tune"]["proof"] for kind in ("flux", "sd3")]
+    proofs = [load("calibrate")["tables"][kind]["tune"]["proof"] for kind in KINDS]
     tuned = [short(p["tuned"]["error"] / p["default"]["error"]) for p in proofs]
-    yield f"{CORE}/monitors/schedule.py", "found on other seeds has {} (Flux) and {} (SD3)", tuned
+    yield f"{CORE}/monitors/schedule.py", "found on other seeds has {} (Flux), {} (SD3) and {} (WAN)", tuned
 
 
 def scorers() -> Iterator[Sentence]:
-    yield f"{CORE}/scorers/bsa.py", "it does not help: {} to {} times the error", span(worth("bsa"))
+    yield f"{CORE}/scorers/bsa.py", "it helps little if at all: {} to {} times the error", span(worth("bsa"))
     yield f"{CORE}/scorers/bsa.py", "gain next to nothing or lose: {} to {} times the KL", span(cache("(tiered.* by )?bsa"))
     near, ours = (cache(f"window by {what}", figure="kl")[0] for what in ("nearness", "bsa"))
     yield f"{CORE}/scorers/bsa.py", "have {} of the KL of the nearest blocks", [short(ours / near)]
-    yield f"{CORE}/scorers/change.py", "loses to its absence: {} to {} times the error", span(worth("change"))
+    yield f"{CORE}/scorers/change.py", "seldom beats its absence: {} to {} times the error", span(worth("change"))
     yield f"{CORE}/scorers/change.py", "plain ones of equal bytes, {} to {} times the KL", span(cache("(tiered.* by )?change"))
     ranks = span(t["rank"]["fisher x error"] for t in load("calibrate")["tables"].values())
     yield f"{CORE}/scorers/fisher.py", "rank correlation {} to {} with true damage", ranks
@@ -133,7 +133,7 @@ def scorers() -> Iterator[Sentence]:
     tiers, plain = cache("tiered.* by palm"), cache("palm")  # each over k2v2 and over k4v4
     yield f"{CORE}/scorers/palm.py", "it gains at 2 bits, {} (``tiered``) to {} of", [short(tiers[0]), short(plain[0])]
     yield f"{CORE}/scorers/palm.py", "at 4 bits nothing ({} alone, {} with ``tiered``)", [short(plain[1]), short(tiers[1])]
-    yield f"{CORE}/scorers/sheaf.py", "it changes nothing, {} times the error", [span(worth("sheaf"))[1]]
+    yield f"{CORE}/scorers/sheaf.py", "it has {} to {} times the error", span(worth("sheaf"))
     yield f"{CORE}/scorers/sheaf.py", "it loses: {} to {} times the KL", span(cache("(tiered.* by )?sheaf"))
     yield f"{CORE}/scorers/snr.py", "it has {} (Flux), {} (SD3) and {} (WAN) times", three("snr")
 

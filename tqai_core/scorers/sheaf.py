@@ -18,7 +18,7 @@ class Sheaf(
 ):
     """Laplacian energy of a token on its grid (1-D text, 2-D image, 3-D video): the sum of |x - neighbour|^2 over its edges
     divided by the largest value it can take; a constant field scores 0, a checkerboard 1. Says little about the
-    next reuse error on the minis: at 12 of 24 calls it changes nothing, 1.00 times the error without it.
+    next reuse error on the minis: at 12 of 24 calls it has 1.00 to 1.60 times the error without it.
     At level kv it loses: 1.26 to 2.78 times the KL of a plain cache of equal bytes.
     """
 
