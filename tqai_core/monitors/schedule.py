@@ -15,8 +15,7 @@ from ..types import Decision, Step
 class Schedule(StepMonitor, name="schedule"):
     """Computes the evaluations that are listed, the first and (``final``) the last, and forecasts the others, whatever the error. Made by
     ``tqai tune`` for one model and number of steps: a list found on other seeds has .41 (Flux), 1.36 (SD3) and .69 (WAN) of
-    the balanced preset's error at half the calls; where it has more, tune keeps the preset. A run with another number of steps is left
-    exact.
+    the balanced preset's error at half the calls; where it has more, tune keeps the preset. Another number of steps is left exact.
     """
 
     steps: tuple[int, ...] = param((0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 19, 23), "evaluations to compute, from 0, as in 0+1+2+5")

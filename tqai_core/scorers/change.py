@@ -15,8 +15,7 @@ from ..types import Step
 @dataclass(frozen=True)
 class Change(StepScorer, name="change", paper="last relative change, the signal of TeaCache 2411.19108 and FirstBlockCache"):
     """Relative change of a token since its last computed value, r / (r + 1). The best cheap predictor of the next step's
-    reuse error on the minis. As a weight of the tolerance it seldom beats its absence: .94 to 1.96 times the error at 12
-    of 24 calls.
+    reuse error on the minis. As a tolerance's weight it seldom beats its absence: .94 to 1.96 times the error at 12 of 24 calls.
     """
 
     elsewhere = "in caches it lost to plain ones of equal bytes, 1.43 to 3.38 times the KL"
