@@ -17,7 +17,7 @@ from tqai_core.calibrate.caches import EVEN, LAST, coded, measured
 from tqai_core.codecs.rows import BITS, rows
 from tqai_core.codecs.shaped import STEP, Shaped, feedback, shapes
 from tqai_core.files import read_tensors, write_tensors
-from tqai_core.hosts.calibration_targets import Language, windows_of
+from tqai_core.hosts.calibration_targets import Language, Windows
 from tqai_core.kv.calibrated import load, share_out
 
 
@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     """The mini and its file; two windows and two probes are little, and enough here."""
     lm = minis.lm()
     path = tmp_path_factory.mktemp("calibration") / "lm.safetensors"
-    found = run.calibrate(Language(lm, windows_of(minis.lm_text()[: 2**16], 2)), path, seeds=(100, 101), probes=1)
+    found = run.calibrate(Language(lm, Windows(minis.lm_text()[: 2**16], 2)), path, seeds=(100, 101), probes=1)
     return lm, path, found
 
 
@@ -52,7 +52,7 @@ def kl(p, q):
 
 
 def reading_ids(seed, length):
-    return windows_of(minis.lm_text()[: 2**16], 2)(seed, length)[:1]
+    return Windows(minis.lm_text()[: 2**16], 2)(seed, length)[:1]
 
 
 # -- shaped rows
@@ -111,7 +111,7 @@ def test_feedback_is_the_block_cholesky_factor_of_the_metric():
 def test_a_layer_coded_alone_tells_its_damage(made):
     """The table is what it costs to code one layer at 4 bits; sums of layers are about what they cost together."""
     lm, _, _ = made
-    reading = Language(lm, windows_of(minis.lm_text()[: 2**16], 2)).reading((7, 8), 600, LAST, 0.5)
+    reading = Language(lm, Windows(minis.lm_text()[: 2**16], 2)).reading((7, 8), 600, LAST, 0.5)
     assert float(reading.where[1, 0]) > 0
     with torch.no_grad():  # without a cache, without layers left out
         out = lm(torch.cat([reading_ids(seed, 600) for seed in (7, 8)]), position_ids=reading.where).logits[:, -LAST:].log_softmax(-1)

@@ -71,7 +71,7 @@ def held_out(kind: str) -> CalibrationTarget:
         return targets.demo(kind)
     from tqai_core import minis
 
-    return Language(minis.lm(), targets.windows_of(minis.lm_text()[2**16 :], 4))
+    return Language(minis.lm(), targets.Windows(minis.lm_text()[2**16 :], 4))
 
 
 def bench(kinds: Sequence[str], tell: Callable[[str], None] = lambda text: None, trials: int = TRIALS) -> Row:

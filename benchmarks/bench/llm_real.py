@@ -31,7 +31,7 @@ from tqai_core.calibrate.run import calibrate
 from tqai_core.config import Config, preset
 from tqai_core.errors import TqaiError
 from tqai_core.files import write_text
-from tqai_core.hosts.calibration_targets import Language, windows_of
+from tqai_core.hosts.calibration_targets import Language, Windows
 from tqai_core.hosts.transformers.cache import KVCache
 from tqai_core.hosts.transformers.minis import harden
 from tqai_core.kv.calibrated import load
@@ -254,7 +254,7 @@ class Bench:
             self.tell("calibrating")
             CALIBRATION.unlink(missing_ok=True)
             ids = torch.cat([text.tokens(self.tokenizer, 8192) for text in CHOICE])
-            made = calibrate(Language(self.model(), windows_of(ids, 1)), CALIBRATION)
+            made = calibrate(Language(self.model(), Windows(ids, 1)), CALIBRATION)
             return {"seconds": made.header["seconds_cpu"], "verdict": made.header["verdicts"].get("cache")}
 
         if not CALIBRATION.exists():

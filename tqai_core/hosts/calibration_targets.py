@@ -144,10 +144,10 @@ class Diffusion:
 
 @dataclass
 class Language:
-    """A causal language model of transformers; ``windows(seed)`` gives token ids ``[batch, length]``."""
+    """A causal language model of transformers and the windows of text that it reads."""
 
     model: Any
-    windows: Callable[[int], Tensor]
+    windows: Windows
     kind: str = "lm"
     sigmas: tuple[float, ...] = (0.0,)
     band: int = 0
@@ -166,21 +166,23 @@ class Language:
         with intercept_attention(self.model, change):
             return self._run(self.windows(seed))
 
+    @property
+    def most(self) -> int:
+        """Positions that the model knows; 0 where its configuration does not tell."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+
     @torch.no_grad()
     def far(self, seed: int, part: float, change: Change | None = None) -> Tensor:
         """The end result where the window begins at ``part`` of the positions that the model knows. Outputs of rotary positions are the
         same everywhere, keys are not."""
-        most = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 0)
         ids = self.windows(seed)
         with intercept_attention(self.model, change):
-            return self._run(ids, max(int(part * (most - ids.shape[1])), 0))
+            return self._run(ids, max(int(part * (self.most - ids.shape[1])), 0))
 
     def reading(self, seeds: Sequence[int], length: int, last: int, part: float = 0.0) -> Reading:
         """One text a seed, of ``length`` tokens where there are as many; every second one begins at ``part`` of the positions."""
-        most = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or length)
-        window = self.windows
-        texts = [window(s, min(length, most)) if isinstance(window, Windows) else window(s) for s in seeds]
-        ids = torch.cat([text[:1] for text in texts]).to(self.model.device)
+        most = self.most or length
+        ids = torch.cat([self.windows(s, min(length, most))[:1] for s in seeds]).to(self.model.device)
         first = torch.arange(len(ids), device=ids.device) % 2 * int(part * max(most - ids.shape[1], 0))
         return Reading(self.model, ids, first[:, None], last)
 
@@ -251,15 +253,12 @@ class Windows:
         return torch.stack([self.ids[i : i + length] for i in places])
 
 
-windows_of = Windows
-
-
 def demo(kind: str, count: int | None = None, steps: int = 24, bands: int = 3) -> CalibrationTarget:
     """A mini that ships with tqai: flux, sd3, wan or lm."""
     from .. import minis
 
     if kind == "lm":
-        return Language(minis.lm(), windows_of(minis.lm_text()[: 2**16], count or 4))  # the other half is for benches
+        return Language(minis.lm(), Windows(minis.lm_text()[: 2**16], count or 4))  # the other half is for benches
     if kind not in minis.KINDS:
         raise TqaiError(f"unknown mini {kind!r}; known: {', '.join(minis.KINDS)}, lm")
     many = count or {"flux": 8, "sd3": 6, "wan": 2}[kind]
@@ -294,4 +293,4 @@ def folder(
     ids = AutoTokenizer.from_pretrained(path, local_files_only=True)(text, return_tensors="pt")["input_ids"][0]
     if len(ids) <= WINDOW:
         raise TqaiError(f"the text has {len(ids)} tokens, calibration reads windows of {WINDOW}: give a longer one")
-    return Language(lm, windows_of(ids, count))
+    return Language(lm, Windows(ids, count))
