@@ -126,7 +126,7 @@ class HalfSize:
     def judge(self, clean: Tensor, small: Tensor, sigma: float) -> str | None:
         """Why this model is not run at half size, from its pictures of both sizes for one latent, or None. A host sync, once."""
         full, half = reduce(clean, 0.0)[0].float(), small.float()
-        contrast = (full - full.mean((-1, -2), keepdim=True)).square().mean()
+        contrast = full.var((-1, -2), correction=0).mean()
         apart = float(((half - full).square().mean() / (contrast + FLAT)).sqrt())
         self.trusted, self._judged_at = apart <= APART, sigma
         if self.trusted:

@@ -37,7 +37,7 @@ class Report:
     calls_half: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return _copied(vars(self))  # type: ignore[no-any-return]
+        return _plain(vars(self))  # type: ignore[no-any-return]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
@@ -92,13 +92,6 @@ class Report:
             f"| {len(rows)} | {held:,} | {exact:,.0f} | {16 * held / exact:.2f} | {' | '.join(errors)} |",
             "\nerror: what packing changed against what is kept, root of the mean squares, in the worst layer",
         ]
-
-
-def _copied(x: Any) -> Any:
-    """Plain data that shares nothing with ``x``; ``dataclasses.asdict`` takes so long that a run of few small steps shows it."""
-    if isinstance(x, dict):
-        return {key: _copied(value) for key, value in x.items()}
-    return [_copied(value) for value in x] if isinstance(x, list) else x
 
 
 def _figure(value: float | None) -> str:
@@ -192,11 +185,14 @@ class Recorder:
 def dumps(result: Any) -> str:
     """JSON without NaN or inf: null stands for them."""
 
-    def finite(thing: Any) -> Any:
-        if isinstance(thing, dict):
-            return {k: finite(v) for k, v in thing.items()}
-        if isinstance(thing, (list, tuple)):
-            return [finite(v) for v in thing]
-        return None if isinstance(thing, float) and not math.isfinite(thing) else thing
+    def finite(x: Any) -> Any:
+        return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    return json.dumps(finite(result), indent=1, allow_nan=False)
+    return json.dumps(_plain(result, finite), indent=1, allow_nan=False)
+
+
+def _plain(thing: Any, leaf: Callable[[Any], Any] = lambda x: x) -> Any:
+    """Plain data that shares nothing with ``thing``; ``dataclasses.asdict`` takes so long that a run of few small steps shows it."""
+    if isinstance(thing, dict):
+        return {key: _plain(value, leaf) for key, value in thing.items()}
+    return [_plain(value, leaf) for value in thing] if isinstance(thing, (list, tuple)) else leaf(thing)
